@@ -1,0 +1,53 @@
+//! What programs the kernel: each dataplane lowers plans to elements (pure) and commits them.
+//!
+//! Owns kernel state of ours and nothing else. Never decides policy: it programs what the plan says, or reports the
+//! Service it could not program.
+
+use std::sync::Arc;
+
+use crate::model::input::ServiceKey;
+use crate::model::plan::{NodePlan, Plan};
+
+/// What one commit should change.
+#[derive(Debug, Default)]
+pub struct Batch {
+    /// The node's own elements, where they changed.
+    pub node: Option<NodePlan>,
+    /// The Services that changed and what each is now; `None`: it is gone. No key twice.
+    pub services: Vec<(ServiceKey, Option<Arc<Plan>>)>,
+    /// All sources have synced: whatever the kernel holds beyond what was ever applied is stale, remove it.
+    pub sweep: bool,
+}
+
+/// What a commit did. Counts are exact, for tests and metrics.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// Services that could not be programmed and why; what they had before is still in force.
+    pub failed: Vec<(ServiceKey, String)>,
+    /// Elements added to the kernel.
+    pub added: usize,
+    /// Elements removed from the kernel.
+    pub removed: usize,
+    /// Netlink messages (or system calls) it took.
+    pub messages: usize,
+    /// Bytes of those messages.
+    pub bytes: usize,
+}
+
+/// A dataplane: `apply` what changed, `cleanup` everything of ours.
+pub trait Dataplane {
+    /// Why a whole commit failed.
+    type Error: std::error::Error + Send + Sync + 'static;
+
+    /// Commits a batch. One Service that the kernel refuses is left out and reported in the outcome.
+    ///
+    /// # Errors
+    /// When nothing could be committed at all; the caller retries later with the same batch.
+    fn apply(&mut self, batch: &Batch) -> Result<Outcome, Self::Error>;
+
+    /// Whether somebody else changed our state since the last call, so that it must be read back and repaired.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked.
+    fn repair(&mut self) -> Result<Option<Outcome>, Self::Error>;
+}

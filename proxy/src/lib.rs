@@ -1,0 +1,11 @@
+//! kube-lane, the library behind the `kube-lane` binary.
+//!
+//! ```text
+//! source (API server | manifest folder) → model (pure) → diff → dataplane → kernel
+//! ```
+//!
+//! `ARCHITECTURE.md` at the top of the repository is the map of these modules and of what each never does.
+
+pub mod dataplane;
+pub mod model;
+pub mod source;

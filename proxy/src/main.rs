@@ -1,0 +1,3 @@
+//! The `kube-lane` binary: parses the command line, starts telemetry, dispatches.
+
+fn main() {}

@@ -1,0 +1,7 @@
+//! What each Service should look like on this node: a pure function of Services, EndpointSlices and node facts.
+//!
+//! Owns the vocabulary ([`input`], [`plan`]) and every decision of policy. Never does I/O, never reads a clock,
+//! never depends on hash order: the same objects give the same plans on every node and in every order of arrival.
+
+pub mod input;
+pub mod plan;

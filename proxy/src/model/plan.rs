@@ -1,0 +1,114 @@
+//! What a Service becomes on this node: frontends that clients dial and the endpoint sets behind them.
+//!
+//! Owns the vocabulary between policy and dataplanes. A plan holds *sets*: slots, element order and ids belong to
+//! the lowering of each dataplane. Two plans that mean the same are equal.
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use ipnetwork::IpNetwork;
+
+use super::input::{Family, Protocol, ServiceKey};
+
+/// One Service on this node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// The Service.
+    pub service: ServiceKey,
+    /// One entry for each port and family that has a frontend, sorted by family, protocol and name.
+    pub ports: Vec<PortPlan>,
+    /// What a user should know of this Service, in words: lost claims, ignored fields.
+    pub warnings: Vec<String>,
+}
+
+/// One port of a Service in one family. Its frontends share one endpoint set.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PortPlan {
+    /// IPv4 or IPv6.
+    pub family: Family,
+    /// The transport protocol.
+    pub protocol: Protocol,
+    /// The Service port's name, empty where it has none.
+    pub name: Arc<str>,
+    /// The backends a new connection is spread over: sorted, no address:port twice.
+    pub backends: Vec<Backend>,
+    /// What clients dial: sorted, and claimed by no other Service.
+    pub frontends: Vec<Frontend>,
+}
+
+/// An endpoint that was selected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Backend {
+    /// Address and port, of the plan's family.
+    pub address: SocketAddr,
+    /// It runs on this node: a connection from it can come back to it (hairpin).
+    pub local: bool,
+}
+
+/// An address that clients dial.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Frontend {
+    /// The address and port.
+    pub at: FrontendAddress,
+    /// Which field of the Service it comes from.
+    pub kind: FrontendKind,
+    /// What a new connection meets.
+    pub verdict: Verdict,
+}
+
+/// The address and port of a frontend; protocol and family are the port plan's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum FrontendAddress {
+    /// One address of the Service.
+    Vip(SocketAddr),
+    /// A NodePort: this port on each of the node's NodePort addresses.
+    NodePort(u16),
+}
+
+/// Which field of the Service a frontend comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum FrontendKind {
+    /// `spec.clusterIPs`: masqueraded only for clients that the detector calls non-local (or by masqueradeAll).
+    ClusterIp,
+    /// `spec.ports[].nodePort`: always masqueraded.
+    NodePort,
+}
+
+/// What a new connection to a frontend meets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Verdict {
+    /// One of the port plan's backends, at random; dropped where the set is empty.
+    Balance,
+    /// ICMP port unreachable: no usable endpoint anywhere.
+    Reject,
+}
+
+/// What belongs to the node rather than to a Service.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NodePlan {
+    /// The addresses that NodePorts answer on: sorted, unique.
+    pub nodeport_addresses: Vec<IpAddr>,
+    /// The ServiceCIDRs: an address inside one that no Service has is dropped. Sorted, disjoint.
+    pub service_cidrs: Vec<IpNetwork>,
+}
+
+impl Plan {
+    /// `namespace/name:port` of one of its ports, as kube-proxy writes it in comments and logs.
+    pub fn port_name(&self, port: &PortPlan) -> String {
+        if port.name.is_empty() {
+            self.service.to_string()
+        } else {
+            format!("{}:{}", self.service, port.name)
+        }
+    }
+}
+
+impl fmt::Display for FrontendAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Vip(address) => fmt::Display::fmt(address, f),
+            Self::NodePort(port) => write!(f, "*:{port}"),
+        }
+    }
+}

@@ -1,0 +1,4 @@
+//! Where Services, EndpointSlices, the own Node and ServiceCIDRs come from: the API server, a manifest folder, both.
+//!
+//! Owns watching, decoding and relists. Never decides policy: a source hands over [`crate::model::input::Event`]s
+//! and knows nothing of plans or of the kernel.

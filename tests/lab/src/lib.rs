@@ -1,0 +1,1 @@
+//! Nodes, pods and outside hosts in network namespaces.
