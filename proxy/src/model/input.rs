@@ -74,6 +74,15 @@ pub enum Family {
     V6,
 }
 
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::V4 => "IPv4",
+            Self::V6 => "IPv6",
+        })
+    }
+}
+
 impl Family {
     /// Both families, IPv4 first.
     pub const ALL: [Self; 2] = [Self::V4, Self::V6];
@@ -206,11 +215,17 @@ pub enum Change {
     Synced,
 }
 
-/// A change and the source it comes from.
+/// One thing that the planner is told.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Event {
-    /// The source.
-    pub origin: Origin,
-    /// What happened there.
-    pub change: Change,
+pub enum Event {
+    /// Something happened at a source.
+    Source {
+        /// The source.
+        origin: Origin,
+        /// What happened there.
+        change: Change,
+    },
+    /// Every address of the host's interfaces, all together: NodePorts answer there while the own Node is unknown
+    /// or has no addresses. Belongs to no source; loopback and link-local addresses are ignored.
+    HostAddresses(Vec<IpAddr>),
 }
