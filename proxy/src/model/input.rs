@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
+use serde::{Serialize, Serializer};
 
 /// `namespace/name` of an object, shared by all who refer to it.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -51,6 +52,12 @@ impl fmt::Debug for ObjectKey {
     }
 }
 
+impl Serialize for ObjectKey {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.0)
+    }
+}
+
 /// The key of a Service.
 pub type ServiceKey = ObjectKey;
 /// The key of an EndpointSlice.
@@ -80,6 +87,12 @@ impl fmt::Display for Family {
             Self::V4 => "IPv4",
             Self::V6 => "IPv6",
         })
+    }
+}
+
+impl Serialize for Family {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
     }
 }
 
@@ -119,6 +132,12 @@ impl fmt::Display for Protocol {
             Self::Udp => "UDP",
             Self::Sctp => "SCTP",
         })
+    }
+}
+
+impl Serialize for Protocol {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
     }
 }
 

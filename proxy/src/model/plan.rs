@@ -3,27 +3,30 @@
 //! Owns the vocabulary between policy and dataplanes. A plan holds *sets*: slots, element order and ids belong to
 //! the lowering of each dataplane. Two plans that mean the same are equal.
 
-use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
+use serde::Serialize;
 
 use super::input::{Family, Protocol, ServiceKey};
 
 /// One Service on this node.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Plan {
     /// The Service.
     pub service: ServiceKey,
-    /// One entry for each port and family that has a frontend, sorted by family, protocol and name.
-    pub ports: Vec<PortPlan>,
+    /// One entry for each port and family that has a frontend, sorted by family, protocol and name; no two
+    /// are equal in all three.
+    pub ports: Box<[PortPlan]>,
     /// What a user should know of this Service, in words: lost claims, ignored fields.
-    pub warnings: Vec<String>,
+    pub warnings: Box<[String]>,
 }
 
 /// One port of a Service in one family. Its frontends share one endpoint set.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct PortPlan {
     /// IPv4 or IPv6.
     pub family: Family,
@@ -32,13 +35,14 @@ pub struct PortPlan {
     /// The Service port's name, empty where it has none.
     pub name: Arc<str>,
     /// The backends a new connection is spread over: sorted, no address:port twice.
-    pub backends: Vec<Backend>,
+    pub backends: Box<[Backend]>,
     /// What clients dial: sorted, and claimed by no other Service.
-    pub frontends: Vec<Frontend>,
+    pub frontends: Box<[Frontend]>,
 }
 
 /// An endpoint that was selected.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Backend {
     /// Address and port, of the plan's family.
     pub address: SocketAddr,
@@ -47,7 +51,8 @@ pub struct Backend {
 }
 
 /// An address that clients dial.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Frontend {
     /// The address and port.
     pub at: FrontendAddress,
@@ -58,7 +63,8 @@ pub struct Frontend {
 }
 
 /// The address and port of a frontend; protocol and family are the port plan's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub enum FrontendAddress {
     /// One address of the Service.
     Vip(SocketAddr),
@@ -67,16 +73,18 @@ pub enum FrontendAddress {
 }
 
 /// Which field of the Service a frontend comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub enum FrontendKind {
     /// `spec.clusterIPs`: masqueraded only for clients that the detector calls non-local (or by masqueradeAll).
+    #[serde(rename = "ClusterIP")]
     ClusterIp,
     /// `spec.ports[].nodePort`: always masqueraded.
     NodePort,
 }
 
 /// What a new connection to a frontend meets.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub enum Verdict {
     /// One of the port plan's backends, at random; dropped where the set is empty.
     Balance,
@@ -85,7 +93,8 @@ pub enum Verdict {
 }
 
 /// What belongs to the node rather than to a Service.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct NodePlan {
     /// The addresses that NodePorts answer on: sorted, unique.
     pub nodeport_addresses: Vec<IpAddr>,
@@ -100,15 +109,6 @@ impl Plan {
             self.service.to_string()
         } else {
             format!("{}:{}", self.service, port.name)
-        }
-    }
-}
-
-impl fmt::Display for FrontendAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Vip(address) => fmt::Display::fmt(address, f),
-            Self::NodePort(port) => write!(f, "*:{port}"),
         }
     }
 }

@@ -1,0 +1,76 @@
+//! Plans as text, for people and for golden files.
+//!
+//! Owns the `Display` forms: one fact a line, indented, so that two plans compare well with `diff`. Nothing parses
+//! them; programs read the JSON form, which is `serde`'s of the same types.
+
+use std::fmt::{self, Display, Formatter};
+
+use super::plan::{Backend, Frontend, FrontendAddress, FrontendKind, NodePlan, Plan, PortPlan, Verdict};
+
+impl Display for Plan {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        writeln!(f, "service {}", self.service)?;
+        for port in &self.ports {
+            port.fmt(f)?;
+        }
+        self.warnings.iter().try_for_each(|warning| writeln!(f, "  warning: {warning}"))
+    }
+}
+
+impl Display for PortPlan {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        write!(f, "  port")?;
+        if !self.name.is_empty() {
+            write!(f, " {}", self.name)?;
+        }
+        writeln!(f, " {} {}", self.protocol, self.family)?;
+        for frontend in &self.frontends {
+            writeln!(f, "    {frontend}")?;
+        }
+        self.backends.iter().try_for_each(|backend| writeln!(f, "    to {backend}"))
+    }
+}
+
+impl Display for Frontend {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.kind, self.at)?;
+        match self.verdict {
+            Verdict::Balance => Ok(()),
+            Verdict::Reject => f.write_str(" reject"),
+        }
+    }
+}
+
+impl Display for FrontendAddress {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Vip(address) => address.fmt(f),
+            Self::NodePort(port) => write!(f, "*:{port}"),
+        }
+    }
+}
+
+impl Display for FrontendKind {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::ClusterIp => "ClusterIP",
+            Self::NodePort => "NodePort",
+        })
+    }
+}
+
+impl Display for Backend {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        write!(f, "{}{}", self.address, if self.local { " local" } else { "" })
+    }
+}
+
+impl Display for NodePlan {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        writeln!(f, "node")?;
+        for address in &self.nodeport_addresses {
+            writeln!(f, "  NodePorts on {address}")?;
+        }
+        self.service_cidrs.iter().try_for_each(|cidr| writeln!(f, "  ServiceCIDR {cidr}"))
+    }
+}
