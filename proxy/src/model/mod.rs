@@ -3,6 +3,13 @@
 //! Owns the vocabulary ([`input`], [`plan`]) and every decision of policy. Never does I/O, never reads a clock,
 //! never depends on hash order: the same objects give the same plans on every node and in every order of arrival.
 
+mod claims;
+mod endpoint;
+mod frontend;
 pub mod input;
+mod node;
+mod objects;
 pub mod plan;
+pub mod planner;
 mod render;
+mod service;

@@ -1,0 +1,112 @@
+//! Which Service owns an address:port/protocol or a NodePort that several ask for.
+//!
+//! Owns the ranking: static origin first, then the oldest `creationTimestamp`, then `namespace/name`. A claim is held
+//! by what a Service asks for, whatever its endpoints, and does not know which field asked. Costs what the claims of
+//! the changed Service cost. Never plans: it says whose plan to look at again.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+
+use smallvec::SmallVec;
+
+use super::input::{Family, Origin, Protocol, Service, ServiceKey};
+use super::plan::FrontendAddress;
+
+/// What only one Service can have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Claim {
+    /// An address and port.
+    Vip(Protocol, IpAddr, u16),
+    /// A NodePort.
+    NodePort(Protocol, Family, u16),
+}
+
+impl Claim {
+    pub(super) fn new(protocol: Protocol, family: Family, at: FrontendAddress) -> Self {
+        match at {
+            FrontendAddress::Vip(address) => Self::Vip(protocol, address.ip(), address.port()),
+            FrontendAddress::NodePort(port) => Self::NodePort(protocol, family, port),
+        }
+    }
+}
+
+impl std::fmt::Display for Claim {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match *self {
+            Self::Vip(protocol, ip, port) => write!(f, "{}/{protocol}", SocketAddr::new(ip, port)),
+            Self::NodePort(protocol, family, port) => write!(f, "NodePort {port}/{protocol} ({family})"),
+        }
+    }
+}
+
+/// A Service and its rank: the least comes first.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Claimant {
+    origin: Origin,
+    created: i64,
+    service: ServiceKey,
+}
+
+impl Claimant {
+    pub(super) fn new(origin: Origin, service: &Service) -> Self {
+        Self { origin, created: service.created, service: service.key.clone() }
+    }
+}
+
+/// All that Services ask for, and who asks, by rank.
+#[derive(Debug, Default)]
+pub(super) struct Claims(BTreeMap<Claim, SmallVec<[Claimant; 1]>>);
+
+impl Claims {
+    /// The Service that has what was claimed.
+    pub(super) fn owner(&self, claim: &Claim) -> Option<&ServiceKey> {
+        self.0.get(claim)?.first().map(|claimant| &claimant.service)
+    }
+
+    /// One Service asks for `after` where it asked for `before`. Those who see another owner than they did, the
+    /// Service itself apart, are added to `dirty`.
+    pub(super) fn replace(
+        &mut self,
+        before: Option<&(Claimant, BTreeSet<Claim>)>,
+        after: Option<&(Claimant, BTreeSet<Claim>)>,
+        dirty: &mut BTreeSet<ServiceKey>,
+    ) {
+        if let Some((claimant, claims)) = before {
+            for claim in claims.iter().filter(|claim| !holds(after, claimant, claim)) {
+                self.withdraw(claim, claimant, dirty);
+            }
+        }
+        if let Some((claimant, claims)) = after {
+            for claim in claims.iter().filter(|claim| !holds(before, claimant, claim)) {
+                self.ask(*claim, claimant, dirty);
+            }
+        }
+    }
+
+    fn ask(&mut self, claim: Claim, claimant: &Claimant, dirty: &mut BTreeSet<ServiceKey>) {
+        let claimants = self.0.entry(claim).or_default();
+        if let Err(rank) = claimants.binary_search(claimant) {
+            if rank == 0 {
+                dirty.extend(claimants.iter().map(|other| other.service.clone()));
+            }
+            claimants.insert(rank, claimant.clone());
+        }
+    }
+
+    fn withdraw(&mut self, claim: &Claim, claimant: &Claimant, dirty: &mut BTreeSet<ServiceKey>) {
+        let Some(claimants) = self.0.get_mut(claim) else { return };
+        if let Ok(rank) = claimants.binary_search(claimant) {
+            claimants.remove(rank);
+            if rank == 0 {
+                dirty.extend(claimants.iter().map(|other| other.service.clone()));
+            }
+        }
+        if claimants.is_empty() {
+            self.0.remove(claim);
+        }
+    }
+}
+
+fn holds(side: Option<&(Claimant, BTreeSet<Claim>)>, claimant: &Claimant, claim: &Claim) -> bool {
+    side.is_some_and(|(holder, claims)| holder == claimant && claims.contains(claim))
+}

@@ -1,0 +1,269 @@
+//! The objects of both origins, and which of them count.
+//!
+//! Owns the latches, the rule that a static object wins over an API object of the same kind and name, and the index
+//! from a Service to its slices. Keeps only what planning reads. Never plans and never knows of claims: it says what
+//! counted before a change and what counts after it.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnetwork::IpNetwork;
+use smallvec::SmallVec;
+
+use super::input::{
+    EndpointSlice, Family, Node, ObjectKey, Origin, Service, ServiceKey, SliceKey, SlicePort,
+};
+
+/// Everything that the sources have said.
+#[derive(Debug)]
+pub(super) struct Objects {
+    node_name: Arc<str>,
+    synced: Latches,
+    services: Layers<Service>,
+    slices: Layers<Slice>,
+    /// Every slice of either origin, under the Service that its label names.
+    index: BTreeMap<ServiceKey, SmallVec<[(SliceKey, Origin); 1]>>,
+    nodes: [Option<Node>; 2],
+    service_cidrs: [Vec<IpNetwork>; 2],
+}
+
+/// Which origins have synced, by [`Origin`].
+type Latches = [bool; 2];
+
+/// The object that counts under a key and its origin, or nothing.
+pub(super) type Effective<V> = Option<(Origin, Arc<V>)>;
+
+/// What counted under a key before a change and what counts now.
+#[derive(Debug)]
+pub(super) struct Replaced<V> {
+    pub(super) before: Effective<V>,
+    pub(super) after: Effective<V>,
+}
+
+/// An EndpointSlice as it is kept.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Slice {
+    pub(super) service: ServiceKey,
+    pub(super) family: Family,
+    pub(super) ports: Box<[SlicePort]>,
+    pub(super) endpoints: Box<[Endpoint]>,
+}
+
+/// An endpoint as it is kept: of its node, only whether it is this one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Endpoint {
+    pub(super) address: IpAddr,
+    pub(super) ready: bool,
+    pub(super) serving: bool,
+    pub(super) terminating: bool,
+    pub(super) local: bool,
+}
+
+impl Objects {
+    pub(super) fn new(node_name: Arc<str>) -> Self {
+        Self {
+            node_name,
+            synced: Latches::default(),
+            services: Layers::default(),
+            slices: Layers::default(),
+            index: BTreeMap::new(),
+            nodes: Default::default(),
+            service_cidrs: Default::default(),
+        }
+    }
+
+    pub(super) fn is_synced(&self, origin: Origin) -> bool {
+        self.synced[origin as usize]
+    }
+
+    /// The Service that counts under this key.
+    pub(super) fn service(&self, key: &ServiceKey) -> Effective<Service> {
+        self.services.effective(key, self.synced)
+    }
+
+    /// The slices that count for this Service, in the order of their keys.
+    pub(super) fn slices_of(&self, service: &ServiceKey) -> Vec<&Slice> {
+        let linked = self.index.get(service).map(SmallVec::as_slice).unwrap_or_default();
+        linked
+            .iter()
+            .filter_map(|(key, origin)| {
+                let (winner, slice) = self.slices.winner(key, self.synced)?;
+                (winner == *origin).then_some(slice.as_ref())
+            })
+            .collect()
+    }
+
+    /// The own Node: the static one, else the API's. A Node is complete in itself, so it waits for no latch.
+    pub(super) fn node(&self) -> Option<&Node> {
+        self.nodes.iter().find_map(Option::as_ref)
+    }
+
+    /// The ServiceCIDRs of the origins that have synced: what no Service has in them is dropped, so they wait for
+    /// the Services.
+    pub(super) fn service_cidrs(&self) -> impl Iterator<Item = IpNetwork> {
+        let open = self.service_cidrs.iter().zip(self.synced).filter(|(_, synced)| *synced);
+        open.flat_map(|(cidrs, _)| cidrs.iter().copied())
+    }
+
+    /// Stores or removes a Service. `None` where nothing that counts has changed.
+    pub(super) fn set_service(
+        &mut self,
+        origin: Origin,
+        key: &ServiceKey,
+        service: Option<Service>,
+    ) -> Option<Replaced<Service>> {
+        let service = service.map(|mut service| {
+            service.key = self.shared(service.key);
+            service.cluster_ips.shrink_to_fit();
+            service.ports.shrink_to_fit();
+            service
+        });
+        self.services.set(origin, key, service, self.synced)
+    }
+
+    /// Stores or removes a slice. `None` where nothing that counts has changed.
+    pub(super) fn set_slice(
+        &mut self,
+        origin: Origin,
+        key: &SliceKey,
+        slice: Option<EndpointSlice>,
+    ) -> Option<Replaced<Slice>> {
+        let slice = slice.map(|slice| self.compact(slice));
+        let old = self.slices.get(origin, key).map(|slice| slice.service.clone());
+        let new = slice.as_ref().map(|slice| slice.service.clone());
+        if old != new {
+            self.unlink(old, key, origin);
+            self.link(new, key, origin);
+        }
+        self.slices.set(origin, key, slice, self.synced)
+    }
+
+    /// Stores the own Node.
+    pub(super) fn set_node(&mut self, origin: Origin, node: Option<Node>) {
+        self.nodes[origin as usize] = node;
+    }
+
+    /// Stores all ServiceCIDRs of one origin.
+    pub(super) fn set_service_cidrs(&mut self, origin: Origin, cidrs: Vec<IpNetwork>) {
+        self.service_cidrs[origin as usize] = cidrs;
+    }
+
+    /// Opens an origin's latch; the visitors hear of each object that counts from now on. A second time does nothing.
+    pub(super) fn sync(
+        &mut self,
+        origin: Origin,
+        service: impl FnMut(Replaced<Service>),
+        slice: impl FnMut(Replaced<Slice>),
+    ) {
+        let before = self.synced;
+        self.synced[origin as usize] = true;
+        self.services.opened(origin, before, self.synced).for_each(service);
+        self.slices.opened(origin, before, self.synced).for_each(slice);
+    }
+
+    fn compact(&self, slice: EndpointSlice) -> Slice {
+        let endpoints =
+            slice.endpoints.iter().filter(|endpoint| Family::of(endpoint.address) == slice.family);
+        Slice {
+            service: self.shared(slice.service),
+            family: slice.family,
+            endpoints: endpoints
+                .map(|endpoint| Endpoint {
+                    address: endpoint.address,
+                    ready: endpoint.ready,
+                    serving: endpoint.serving,
+                    terminating: endpoint.terminating,
+                    local: endpoint.node.as_deref() == Some(&*self.node_name),
+                })
+                .collect(),
+            ports: slice.ports.into_boxed_slice(),
+        }
+    }
+
+    /// The copy of a Service's key that the index or the Service has, so that a Service and its slices share one.
+    fn shared(&self, key: ServiceKey) -> ServiceKey {
+        if let Some((shared, _)) = self.index.get_key_value(&key) {
+            return shared.clone();
+        }
+        self.service(&key).map_or(key, |(_, service)| service.key.clone())
+    }
+
+    fn link(&mut self, service: Option<ServiceKey>, key: &SliceKey, origin: Origin) {
+        let Some(service) = service else { return };
+        let slices = self.index.entry(service).or_default();
+        let entry = (key.clone(), origin);
+        if let Err(place) = slices.binary_search(&entry) {
+            slices.insert(place, entry);
+        }
+    }
+
+    fn unlink(&mut self, service: Option<ServiceKey>, key: &SliceKey, origin: Origin) {
+        let Some(service) = service else { return };
+        if let Some(slices) = self.index.get_mut(&service) {
+            slices.retain(|(linked, from)| (&*linked, &*from) != (key, &origin));
+            if slices.is_empty() {
+                self.index.remove(&service);
+            }
+        }
+    }
+}
+
+/// The objects of one kind, by origin: the first layer that is open and has a key wins.
+#[derive(Debug)]
+struct Layers<V>([BTreeMap<ObjectKey, Arc<V>>; 2]);
+
+impl<V> Default for Layers<V> {
+    fn default() -> Self {
+        Self(Default::default())
+    }
+}
+
+impl<V: PartialEq> Layers<V> {
+    fn get(&self, origin: Origin, key: &ObjectKey) -> Option<&Arc<V>> {
+        self.0[origin as usize].get(key)
+    }
+
+    fn winner(&self, key: &ObjectKey, open: Latches) -> Option<(Origin, &Arc<V>)> {
+        [Origin::Static, Origin::Api]
+            .into_iter()
+            .filter(|origin| open[*origin as usize])
+            .find_map(|origin| Some((origin, self.get(origin, key)?)))
+    }
+
+    fn effective(&self, key: &ObjectKey, open: Latches) -> Effective<V> {
+        self.winner(key, open).map(|(origin, object)| (origin, Arc::clone(object)))
+    }
+
+    fn set(
+        &mut self,
+        origin: Origin,
+        key: &ObjectKey,
+        object: Option<V>,
+        open: Latches,
+    ) -> Option<Replaced<V>> {
+        if self.get(origin, key).map(Arc::as_ref) == object.as_ref() {
+            return None;
+        }
+        let before = self.effective(key, open);
+        let layer = &mut self.0[origin as usize];
+        match object {
+            Some(object) => layer.insert(key.clone(), Arc::new(object)),
+            None => layer.remove(key),
+        };
+        let after = self.effective(key, open);
+        let counts = [&before, &after].into_iter().flatten().any(|(winner, _)| *winner == origin);
+        counts.then_some(Replaced { before, after })
+    }
+
+    /// What the opening of one layer replaces.
+    fn opened(&self, origin: Origin, before: Latches, after: Latches) -> impl Iterator<Item = Replaced<V>> {
+        self.0[origin as usize].keys().filter_map(move |key| {
+            let replaced =
+                Replaced { before: self.effective(key, before), after: self.effective(key, after) };
+            let winners =
+                [&replaced.before, &replaced.after].map(|side| side.as_ref().map(|(origin, _)| *origin));
+            (winners[0] != winners[1]).then_some(replaced)
+        })
+    }
+}

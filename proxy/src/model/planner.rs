@@ -1,0 +1,207 @@
+//! The incremental planner: events in, the plans that they change out.
+//!
+//! Owns the dirty set, the claims and the current plans. One event costs what the Service it touches costs, however
+//! many Services there are. Never does I/O: its caller drains the sources, calls [`Planner::replan`] and commits.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use super::claims::{Claim, Claimant, Claims};
+use super::frontend::{Ask, asks};
+use super::input::{Change, Event, Origin, Service, ServiceKey};
+use super::objects::{Effective, Objects, Replaced, Slice};
+use super::plan::{NodePlan, Plan};
+use super::{node, service};
+
+/// What does not change while the agent runs.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The own Node's name: an endpoint with this `nodeName` is local.
+    pub node_name: Arc<str>,
+    /// The origins that there are; [`Planner::synced`] waits for each of them.
+    pub origins: Vec<Origin>,
+}
+
+/// What changed since the last [`Planner::replan`].
+#[derive(Debug, Default)]
+pub struct Changes {
+    /// The Services whose plan differs, in the order of their keys; `None`: the Service is gone.
+    pub services: Vec<(ServiceKey, Option<Arc<Plan>>)>,
+    /// The node's plan, where it differs.
+    pub node: Option<NodePlan>,
+}
+
+impl Changes {
+    /// Nothing changed.
+    pub fn is_empty(&self) -> bool {
+        self.services.is_empty() && self.node.is_none()
+    }
+}
+
+/// All objects of all origins and what they amount to on this node.
+#[derive(Debug)]
+pub struct Planner {
+    origins: Vec<Origin>,
+    objects: Objects,
+    host_addresses: Vec<IpAddr>,
+    claims: Claims,
+    dirty: BTreeSet<ServiceKey>,
+    node_dirty: bool,
+    plans: BTreeMap<ServiceKey, Arc<Plan>>,
+    node: Option<NodePlan>,
+    services_planned: u64,
+}
+
+impl Planner {
+    /// A planner that knows of no object yet.
+    pub fn new(settings: Settings) -> Self {
+        Self {
+            origins: settings.origins,
+            objects: Objects::new(settings.node_name),
+            host_addresses: Vec::new(),
+            claims: Claims::default(),
+            dirty: BTreeSet::new(),
+            node_dirty: false,
+            plans: BTreeMap::new(),
+            node: None,
+            services_planned: 0,
+        }
+    }
+
+    /// Takes note of an event and of what must be planned again for it. Objects of an origin that has not synced are
+    /// kept and do not count until it has.
+    pub fn apply(&mut self, event: Event) {
+        match event {
+            Event::Source { origin, change } => self.apply_change(origin, change),
+            Event::HostAddresses(addresses) => {
+                self.host_addresses = addresses;
+                self.node_dirty = true;
+            }
+        }
+    }
+
+    fn apply_change(&mut self, origin: Origin, change: Change) {
+        let Self { objects, claims, dirty, .. } = self;
+        match change {
+            Change::Service(service) => {
+                let key = service.key.clone();
+                let replaced = objects.set_service(origin, &key, Some(service));
+                replaced.into_iter().for_each(|replaced| service_replaced(replaced, claims, dirty));
+            }
+            Change::ServiceGone(key) => {
+                let replaced = objects.set_service(origin, &key, None);
+                replaced.into_iter().for_each(|replaced| service_replaced(replaced, claims, dirty));
+            }
+            Change::Slice(slice) => {
+                let key = slice.key.clone();
+                let replaced = objects.set_slice(origin, &key, Some(slice));
+                replaced.into_iter().for_each(|replaced| slice_replaced(replaced, dirty));
+            }
+            Change::SliceGone(key) => {
+                let replaced = objects.set_slice(origin, &key, None);
+                replaced.into_iter().for_each(|replaced| slice_replaced(replaced, dirty));
+            }
+            Change::Node(node) => {
+                objects.set_node(origin, node);
+                self.node_dirty = true;
+            }
+            Change::ServiceCidrs(cidrs) => {
+                objects.set_service_cidrs(origin, cidrs);
+                self.node_dirty = true;
+            }
+            Change::Synced => {
+                let mut slices = BTreeSet::new();
+                objects.sync(
+                    origin,
+                    |replaced| service_replaced(replaced, claims, dirty),
+                    |replaced| slice_replaced(replaced, &mut slices),
+                );
+                dirty.append(&mut slices);
+                self.node_dirty = true;
+            }
+        }
+    }
+
+    /// Plans again what is dirty. Afterwards the plans are those of a planner that was told the present objects alone.
+    pub fn replan(&mut self) -> Changes {
+        let mut services = Vec::new();
+        for key in std::mem::take(&mut self.dirty) {
+            let next = self.plan_service(&key);
+            if self.plans.get(&key).map(Arc::as_ref) == next.as_ref() {
+                continue;
+            }
+            let next = next.map(Arc::new);
+            match &next {
+                Some(plan) => self.plans.insert(plan.service.clone(), Arc::clone(plan)),
+                None => self.plans.remove(&key),
+            };
+            services.push((key, next));
+        }
+        Changes { services, node: self.replan_node() }
+    }
+
+    /// All configured origins have listed their objects: what has no plan does not exist.
+    pub fn synced(&self) -> bool {
+        self.origins.iter().all(|origin| self.objects.is_synced(*origin))
+    }
+
+    /// The current plans, in the order of their keys.
+    pub fn plans(&self) -> impl Iterator<Item = &Arc<Plan>> {
+        self.plans.values()
+    }
+
+    /// The current plan of one Service.
+    pub fn plan(&self, service: &ServiceKey) -> Option<&Arc<Plan>> {
+        self.plans.get(service)
+    }
+
+    /// The current plan of the node; `None` until the first origin has synced.
+    pub fn node(&self) -> Option<&NodePlan> {
+        self.node.as_ref()
+    }
+
+    /// How many times a Service was planned: the work done, whether or not it changed a plan.
+    pub fn services_planned(&self) -> u64 {
+        self.services_planned
+    }
+
+    fn plan_service(&mut self, key: &ServiceKey) -> Option<Plan> {
+        let (_, service) = self.objects.service(key)?;
+        self.services_planned += 1;
+        Some(service::plan(&service, &self.objects.slices_of(key), |claim| self.claims.owner(claim)))
+    }
+
+    fn replan_node(&mut self) -> Option<NodePlan> {
+        let any_synced =
+            [Origin::Static, Origin::Api].into_iter().any(|origin| self.objects.is_synced(origin));
+        if !any_synced || !std::mem::take(&mut self.node_dirty) {
+            return None;
+        }
+        let next = node::plan(self.objects.node(), &self.host_addresses, self.objects.service_cidrs());
+        if self.node.as_ref() == Some(&next) {
+            return None;
+        }
+        self.node = Some(next.clone());
+        Some(next)
+    }
+}
+
+/// Another Service object counts now: it and those whose claims it moves are planned again.
+fn service_replaced(replaced: Replaced<Service>, claims: &mut Claims, dirty: &mut BTreeSet<ServiceKey>) {
+    let [before, after] = [&replaced.before, &replaced.after].map(claimed_by);
+    claims.replace(before.as_ref(), after.as_ref(), dirty);
+    dirty.extend(replaced.after.or(replaced.before).map(|(_, service)| service.key.clone()));
+}
+
+/// Another slice counts now: the Services that it left and joined are planned again.
+fn slice_replaced(replaced: Replaced<Slice>, dirty: &mut BTreeSet<ServiceKey>) {
+    let sides = [replaced.before, replaced.after].into_iter().flatten();
+    dirty.extend(sides.map(|(_, slice)| slice.service.clone()));
+}
+
+fn claimed_by(service: &Effective<Service>) -> Option<(Claimant, BTreeSet<Claim>)> {
+    let (origin, service) = service.as_ref()?;
+    let claims = asks(service, &mut Vec::new()).iter().map(Ask::claim).collect();
+    Some((Claimant::new(*origin, service), claims))
+}
