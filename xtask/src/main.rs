@@ -1,7 +1,19 @@
 //! `cargo xtask`: everything a developer runs. One file per task; this one parses and dispatches.
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a command-line tool speaks on its standard streams"
+)]
 
-use anyhow::Result;
+use std::process::ExitCode;
+
 use clap::{Parser, Subcommand};
+
+mod lint;
+mod process;
+mod setup;
+mod test;
+mod tidy;
 
 /// Development tasks of kube-lane.
 #[derive(Parser)]
@@ -12,8 +24,26 @@ struct Args {
 }
 
 #[derive(Subcommand)]
-enum Task {}
+enum Task {
+    /// Install what the other tasks need and this machine lacks.
+    Setup,
+    /// Check formatting, lints, documentation, dependencies, scripts and the project's own rules.
+    Lint,
+    /// Run the test lanes; the last line printed is "N passed, N failed".
+    Test(test::Args),
+}
 
-fn main() -> Result<()> {
-    match Args::parse().task {}
+fn main() -> ExitCode {
+    let result = match Args::parse().task {
+        Task::Setup => setup::all(),
+        Task::Lint => lint::run(),
+        Task::Test(args) => return test::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
 }

@@ -1,0 +1,106 @@
+//! `cargo xtask setup`: installs what the tasks need and this machine lacks, and nothing else.
+//!
+//! A [`Need`] is what a task asks for, a [`Step`] is one thing that can be missing. Owns no task, and knows
+//! of the project only where its tools are described.
+
+mod cargo_tools;
+mod controlplane;
+mod debian;
+pub(crate) mod go;
+
+use anyhow::{Context, Result, ensure};
+pub(crate) use cargo_tools::{DENY, MACHETE};
+pub(crate) use debian::{Package, Probe};
+
+/// One thing that may be missing.
+pub(crate) trait Step {
+    /// What is installed, as printed: "cargo-deny 1.2.3".
+    fn name(&self) -> String;
+    /// Whether it is there already, in the version that is needed.
+    fn is_done(&self) -> Result<bool>;
+    /// Installs it; says what it does where that takes long.
+    fn run(&self) -> Result<()>;
+}
+
+/// What a task needs of the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Need {
+    /// To build the workspace.
+    Build,
+    /// To run kube-lane in network namespaces and to look at what it did.
+    Kernel,
+    /// etcd, kube-apiserver, kube-proxy and kubectl in `target/controlplane/bin`.
+    ControlPlane,
+    /// What `cargo xtask lint` calls.
+    Lint,
+}
+
+impl Need {
+    const ALL: [Need; 4] = [Need::Build, Need::Kernel, Need::ControlPlane, Need::Lint];
+
+    fn packages(self) -> &'static [Package] {
+        const fn program(package: &'static str, name: &'static str) -> Package {
+            Package { name: package, probe: Probe::Program(name) }
+        }
+        const fn library(package: &'static str, name: &'static str) -> Package {
+            Package { name: package, probe: Probe::Library(name) }
+        }
+        match self {
+            Need::Build => {
+                &const {
+                    [
+                        program("pkg-config", "pkg-config"),
+                        library("libmnl-dev", "libmnl"),
+                        library("libnftnl-dev", "libnftnl"),
+                    ]
+                }
+            }
+            Need::Kernel => {
+                &const {
+                    [program("iproute2", "ip"), program("nftables", "nft"), program("conntrack", "conntrack")]
+                }
+            }
+            // kube-proxy calls nft or iptables, whichever mode it runs in.
+            Need::ControlPlane => &const { [program("nftables", "nft"), program("iptables", "iptables")] },
+            Need::Lint => &const { [program("git", "git"), program("shellcheck", "shellcheck")] },
+        }
+    }
+
+    fn steps(self) -> Vec<Box<dyn Step>> {
+        match self {
+            Need::Build | Need::Kernel => vec![],
+            Need::ControlPlane => vec![Box::new(go::Toolchain), Box::new(controlplane::Programs)],
+            Need::Lint => vec![
+                Box::new(go::Toolchain),
+                Box::new(cargo_tools::RustComponents),
+                Box::new(MACHETE),
+                Box::new(DENY),
+            ],
+        }
+    }
+}
+
+/// Installs all that any task needs.
+pub(crate) fn all() -> Result<()> {
+    ensure(&Need::ALL)?;
+    println!("setup: everything is in place");
+    Ok(())
+}
+
+/// Installs what is missing of `needs`; prints nothing when nothing is.
+pub(crate) fn ensure(needs: &[Need]) -> Result<()> {
+    let packages = debian::Packages(needs.iter().flat_map(|need| need.packages()).copied().collect());
+    ensure_step(&packages)?;
+    needs.iter().flat_map(|need| need.steps()).try_for_each(|step| ensure_step(&*step))
+}
+
+fn ensure_step(step: &dyn Step) -> Result<()> {
+    if step.is_done()? {
+        return Ok(());
+    }
+    let name = step.name();
+    println!("setup: installing {name}");
+    step.run().with_context(|| format!("cannot install {name}"))?;
+    ensure!(step.is_done()?, "{name}: still missing after its installation");
+    Ok(())
+}

@@ -1,0 +1,197 @@
+//! `cargo xtask test`: the test lanes. A lane that cannot run fails, and so does one that ran nothing.
+
+use std::fmt;
+use std::io::{BufRead as _, BufReader};
+use std::ops::AddAssign;
+use std::path::PathBuf;
+use std::process::{Command, ExitCode, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use clap::ValueEnum;
+
+use crate::process;
+use crate::setup::{self, Need};
+
+/// What `cargo xtask test` is told.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Run only this lane; may be given several times.
+    #[arg(long = "lane", value_name = "LANE")]
+    lanes: Vec<Lane>,
+    /// Run only tests whose names contain this.
+    #[arg(last = true)]
+    filter: Option<String>,
+}
+
+/// What a test needs, from nothing to a whole cluster.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Lane {
+    /// Tests that run anywhere, without root.
+    Unit,
+    /// Tests on this machine's kernel, in network namespaces.
+    Kernel,
+    /// Tests with a real API server.
+    Cluster,
+}
+
+impl Lane {
+    fn needs(self) -> &'static [Need] {
+        match self {
+            Lane::Unit => &[Need::Build],
+            Lane::Kernel => &[Need::Build, Need::Kernel],
+            Lane::Cluster => &[Need::Build, Need::Kernel, Need::ControlPlane],
+        }
+    }
+
+    /// What `cargo test` is told, once for each of its runs.
+    fn runs(self) -> &'static [&'static [&'static str]] {
+        match self {
+            Lane::Unit => &[
+                &["--workspace", "--exclude", "kube-lane-tests", "--exclude", "kube-lane-lab"],
+                &["--package", "kube-lane-tests", "--lib"],
+            ],
+            Lane::Kernel => {
+                &[&["--package", "kube-lane-lab"], &["--package", "kube-lane-tests", "--test", "kernel"]]
+            }
+            Lane::Cluster => &[&["--package", "kube-lane-tests", "--test", "cluster"]],
+        }
+    }
+}
+
+impl fmt::Display for Lane {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Lane::Unit => "unit",
+            Lane::Kernel => "kernel",
+            Lane::Cluster => "cluster",
+        })
+    }
+}
+
+/// How many tests passed, and how many did not: an ignored one did not.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+struct Tally {
+    passed: usize,
+    failed: usize,
+}
+
+impl AddAssign for Tally {
+    fn add_assign(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+    }
+}
+
+impl fmt::Display for Tally {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} passed, {} failed", self.passed, self.failed)
+    }
+}
+
+impl Tally {
+    /// What a line says that ends a test program's output: "test result: ok. 3 passed; 0 failed; 1 ignored; …".
+    fn parse(line: &str) -> Option<Tally> {
+        let (_, counts) = line.strip_prefix("test result: ")?.split_once(". ")?;
+        let count = |what| {
+            let (number, _) =
+                counts.split("; ").find_map(|part| part.split_once(' ').filter(|p| p.1 == what))?;
+            number.parse::<usize>().ok()
+        };
+        Some(Tally { passed: count("passed")?, failed: count("failed")? + count("ignored")? })
+    }
+}
+
+/// Runs the lanes, prints each one's outcome and, in the last line, the sum of all.
+pub(crate) fn run(args: &Args) -> ExitCode {
+    let lanes = if args.lanes.is_empty() { Lane::value_variants() } else { &args.lanes };
+    let mut total = Tally::default();
+    for lane in lanes {
+        let start = Instant::now();
+        println!("lane {lane}");
+        let mut tally = run_lane(*lane, args.filter.as_deref()).unwrap_or_else(|error| {
+            eprintln!("lane {lane} cannot run: {error:#}");
+            Tally { passed: 0, failed: 1 }
+        });
+        // A filter may leave a lane without any test, but not all of them.
+        if tally == Tally::default() && args.filter.is_none() {
+            eprintln!("lane {lane} ran no test");
+            tally.failed = 1;
+        }
+        println!("lane {lane}: {tally} in {:.0?}", start.elapsed());
+        total += tally;
+    }
+    if total == Tally::default() {
+        eprintln!("no test matches");
+        total.failed = 1;
+    }
+    println!("{total}");
+    if total.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn run_lane(lane: Lane, filter: Option<&str>) -> Result<Tally> {
+    ensure!(lane == Lane::Unit || process::is_root(), "it makes network namespaces, which takes root");
+    setup::ensure(lane.needs())?;
+    let mut tally = Tally::default();
+    let binary = if lane == Lane::Unit { None } else { Some(build_binary()?) };
+    for run in lane.runs() {
+        let mut test = process::cargo();
+        test.args(["test", "--no-fail-fast"]).args(*run);
+        if let Some(binary) = &binary {
+            test.env("KUBE_LANE_BIN", binary);
+        }
+        test.args(filter);
+        tally += run_cargo_test(&mut test)?;
+    }
+    Ok(tally)
+}
+
+/// Builds the `kube-lane` that the lanes run, and says where it is.
+fn build_binary() -> Result<PathBuf> {
+    process::run(process::cargo().args(["build", "--package", "kube-lane"]))?;
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| process::target(""), PathBuf::from);
+    Ok(process::root().join(target).join("debug/kube-lane"))
+}
+
+/// Runs `cargo test`, passes its output on and counts.
+fn run_cargo_test(test: &mut Command) -> Result<Tally> {
+    let mut child = test.stdout(Stdio::piped()).spawn().context("cannot start cargo test")?;
+    let mut tally = Tally::default();
+    if let Some(stdout) = child.stdout.take() {
+        for line in BufReader::new(stdout).split(b'\n') {
+            let line = line?;
+            let line = String::from_utf8_lossy(&line);
+            println!("{line}");
+            tally += Tally::parse(&line).unwrap_or_default();
+        }
+    }
+    // Nothing compiled, or a test program died before it could count.
+    if !child.wait()?.success() && tally.failed == 0 {
+        tally.failed = 1;
+    }
+    Ok(tally)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ignored_tests_count_as_failed() {
+        let line =
+            "test result: ok. 12 passed; 0 failed; 2 ignored; 0 measured; 3 filtered out; finished in 0.01s";
+        assert_eq!(Tally::parse(line), Some(Tally { passed: 12, failed: 2 }));
+    }
+
+    #[test]
+    fn failures_are_counted() {
+        let line =
+            "test result: FAILED. 1 passed; 4 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1s";
+        assert_eq!(Tally::parse(line), Some(Tally { passed: 1, failed: 4 }));
+    }
+
+    #[test]
+    fn other_lines_count_nothing() {
+        assert_eq!(Tally::parse("test model::plan ... ok"), None);
+    }
+}
