@@ -2,9 +2,9 @@
 //!
 //! Reads the Service alone, so that its claims do not move when its endpoints do. Never decides between two Services.
 
-use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::net::SocketAddr;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
 
 use super::claims::Claim;
 use super::input::{Family, Protocol, Service, ServicePort};
@@ -33,28 +33,25 @@ impl<'a> Ask<'a> {
 /// The frontends that a Service asks for, sorted by port plan and then as port plans sort theirs; no claim twice. Of
 /// two ports that the API would not let stand together, the first in the object's order counts, with a warning.
 pub(super) fn asks<'a>(service: &'a Service, warnings: &mut Vec<String>) -> Vec<Ask<'a>> {
-    let mut named = BTreeMap::new();
+    let cluster_ips: BTreeSet<IpAddr> = service.cluster_ips.iter().copied().collect();
+    let mut named = BTreeSet::new();
     let mut claimed = BTreeMap::new();
     let mut asks = Vec::new();
     for port in &service.ports {
-        if named.insert((port.protocol, &*port.name), ()).is_some() {
+        if !named.insert((port.protocol, &port.name)) {
             warnings.push(format!("a second {} port named {:?} is ignored", port.protocol, port.name));
             continue;
         }
-        for ask in asks_of_port(service, port) {
+        for ask in asks_of_port(&cluster_ips, port) {
             match claimed.entry(ask.claim()) {
                 Entry::Vacant(vacant) => {
-                    vacant.insert(port);
+                    vacant.insert(&port.name);
                     asks.push(ask);
                 }
-                // The same cluster IP twice says nothing new.
-                Entry::Occupied(first) if std::ptr::eq(*first.get(), port) => {}
-                Entry::Occupied(first) => warnings.push(format!(
-                    "port {:?} is not at {}: port {:?} is",
-                    port.name,
-                    first.key(),
-                    first.get().name
-                )),
+                Entry::Occupied(first) => {
+                    let (claim, first) = (first.key(), first.get());
+                    warnings.push(format!("port {:?} is not at {claim}: port {first:?} is", port.name));
+                }
             }
         }
     }
@@ -62,17 +59,15 @@ pub(super) fn asks<'a>(service: &'a Service, warnings: &mut Vec<String>) -> Vec<
     asks
 }
 
-fn asks_of_port<'a>(service: &'a Service, port: &'a ServicePort) -> impl Iterator<Item = Ask<'a>> {
-    let cluster_ips = service.cluster_ips.iter().map(move |ip| Ask {
+fn asks_of_port<'a>(cluster_ips: &BTreeSet<IpAddr>, port: &'a ServicePort) -> impl Iterator<Item = Ask<'a>> {
+    let vips = cluster_ips.iter().map(|ip| Ask {
         family: Family::of(*ip),
         port,
         at: FrontendAddress::Vip(SocketAddr::new(*ip, port.port)),
         kind: FrontendKind::ClusterIp,
     });
-    let families = Family::ALL
-        .into_iter()
-        .filter(|family| service.cluster_ips.iter().any(|ip| Family::of(*ip) == *family));
-    let node_ports = families.filter_map(move |family| {
+    let families: BTreeSet<Family> = cluster_ips.iter().copied().map(Family::of).collect();
+    let node_ports = families.into_iter().filter_map(|family| {
         Some(Ask {
             family,
             port,
@@ -80,5 +75,5 @@ fn asks_of_port<'a>(service: &'a Service, port: &'a ServicePort) -> impl Iterato
             kind: FrontendKind::NodePort,
         })
     });
-    cluster_ips.chain(node_ports)
+    vips.chain(node_ports)
 }

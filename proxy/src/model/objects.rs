@@ -113,13 +113,14 @@ impl Objects {
         key: &ServiceKey,
         service: Option<Service>,
     ) -> Option<Replaced<Service>> {
+        let key = self.shared(key);
         let service = service.map(|mut service| {
-            service.key = self.shared(service.key);
+            service.key = key.clone();
             service.cluster_ips.shrink_to_fit();
             service.ports.shrink_to_fit();
             service
         });
-        self.services.set(origin, key, service, self.synced)
+        self.services.set(origin, &key, service, self.synced)
     }
 
     /// Stores or removes a slice. `None` where nothing that counts has changed.
@@ -166,7 +167,7 @@ impl Objects {
         let endpoints =
             slice.endpoints.iter().filter(|endpoint| Family::of(endpoint.address) == slice.family);
         Slice {
-            service: self.shared(slice.service),
+            service: self.shared(&slice.service),
             family: slice.family,
             endpoints: endpoints
                 .map(|endpoint| Endpoint {
@@ -181,12 +182,10 @@ impl Objects {
         }
     }
 
-    /// The copy of a Service's key that the index or the Service has, so that a Service and its slices share one.
-    fn shared(&self, key: ServiceKey) -> ServiceKey {
-        if let Some((shared, _)) = self.index.get_key_value(&key) {
-            return shared.clone();
-        }
-        self.service(&key).map_or(key, |(_, service)| service.key.clone())
+    /// The copy of a Service's key that is already kept, so that a Service and its slices share one.
+    fn shared(&self, key: &ServiceKey) -> ServiceKey {
+        let linked = self.index.get_key_value(key).map(|(kept, _)| kept);
+        linked.or_else(|| self.services.kept(key)).unwrap_or(key).clone()
     }
 
     fn link(&mut self, service: Option<ServiceKey>, key: &SliceKey, origin: Origin) {
@@ -222,6 +221,11 @@ impl<V> Default for Layers<V> {
 impl<V: PartialEq> Layers<V> {
     fn get(&self, origin: Origin, key: &ObjectKey) -> Option<&Arc<V>> {
         self.0[origin as usize].get(key)
+    }
+
+    /// The copy of a key that either layer keeps.
+    fn kept(&self, key: &ObjectKey) -> Option<&ObjectKey> {
+        self.0.iter().find_map(|layer| layer.get_key_value(key)).map(|(kept, _)| kept)
     }
 
     fn winner(&self, key: &ObjectKey, open: Latches) -> Option<(Origin, &Arc<V>)> {

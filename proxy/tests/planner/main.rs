@@ -1,0 +1,9 @@
+//! The planner told by hand-made events: what it plans again, what it reports, and that history leaves no trace.
+
+#[cfg(test)]
+mod build;
+mod claims;
+mod incremental;
+mod latches;
+#[cfg(test)]
+mod random;
