@@ -5,14 +5,14 @@
 //! counted before a change and what counts after it.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
 use smallvec::SmallVec;
 
 use super::input::{
-    EndpointSlice, Family, Node, ObjectKey, Origin, Service, ServiceKey, SliceKey, SlicePort,
+    self, EndpointSlice, Family, Node, ObjectKey, Origin, Service, ServiceKey, SliceKey, SlicePort,
 };
 
 /// Everything that the sources have said.
@@ -45,19 +45,103 @@ pub(super) struct Replaced<V> {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Slice {
     pub(super) service: ServiceKey,
-    pub(super) family: Family,
     pub(super) ports: Box<[SlicePort]>,
-    pub(super) endpoints: Box<[Endpoint]>,
+    endpoints: Endpoints,
 }
 
-/// An endpoint as it is kept: of its node, only whether it is this one.
+/// The endpoints of a slice, in no more room than its family needs.
+#[derive(Debug, PartialEq, Eq)]
+enum Endpoints {
+    V4(Box<[Endpoint<Ipv4Addr>]>),
+    V6(Box<[Endpoint<Ipv6Addr>]>),
+}
+
+/// An endpoint as it is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Endpoint {
-    pub(super) address: IpAddr,
-    pub(super) ready: bool,
-    pub(super) serving: bool,
-    pub(super) terminating: bool,
-    pub(super) local: bool,
+struct Endpoint<A> {
+    address: A,
+    state: State,
+}
+
+/// What counts of an endpoint beside its address: of its node, only whether it is this one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct State(u8);
+
+impl State {
+    const READY: u8 = 1;
+    const SERVING: u8 = 2;
+    const TERMINATING: u8 = 4;
+    const LOCAL: u8 = 8;
+
+    fn new(endpoint: &input::Endpoint, node_name: &str) -> Self {
+        let bit = |is: bool, bit: u8| if is { bit } else { 0 };
+        Self(
+            bit(endpoint.ready, Self::READY)
+                | bit(endpoint.serving, Self::SERVING)
+                | bit(endpoint.terminating, Self::TERMINATING)
+                | bit(endpoint.node.as_deref() == Some(node_name), Self::LOCAL),
+        )
+    }
+
+    pub(super) fn ready(self) -> bool {
+        self.0 & Self::READY != 0
+    }
+
+    pub(super) fn serving(self) -> bool {
+        self.0 & Self::SERVING != 0
+    }
+
+    pub(super) fn terminating(self) -> bool {
+        self.0 & Self::TERMINATING != 0
+    }
+
+    pub(super) fn local(self) -> bool {
+        self.0 & Self::LOCAL != 0
+    }
+}
+
+impl Slice {
+    /// Keeps what planning reads; endpoints of another family than the slice's are not read.
+    fn new(slice: EndpointSlice, service: ServiceKey, node_name: &str) -> Self {
+        let endpoints =
+            slice.endpoints.iter().map(|endpoint| (endpoint.address, State::new(endpoint, node_name)));
+        let endpoints = match slice.family {
+            Family::V4 => Endpoints::V4(
+                endpoints
+                    .filter_map(|(address, state)| match address {
+                        IpAddr::V4(address) => Some(Endpoint { address, state }),
+                        IpAddr::V6(_) => None,
+                    })
+                    .collect(),
+            ),
+            Family::V6 => Endpoints::V6(
+                endpoints
+                    .filter_map(|(address, state)| match address {
+                        IpAddr::V4(_) => None,
+                        IpAddr::V6(address) => Some(Endpoint { address, state }),
+                    })
+                    .collect(),
+            ),
+        };
+        Self { service, ports: slice.ports.into_boxed_slice(), endpoints }
+    }
+
+    pub(super) fn family(&self) -> Family {
+        match self.endpoints {
+            Endpoints::V4(_) => Family::V4,
+            Endpoints::V6(_) => Family::V6,
+        }
+    }
+
+    /// The endpoints, in the object's order.
+    pub(super) fn endpoints(&self) -> impl Iterator<Item = (IpAddr, State)> {
+        let (v4, v6): (&[_], &[_]) = match &self.endpoints {
+            Endpoints::V4(endpoints) => (endpoints, &[]),
+            Endpoints::V6(endpoints) => (&[], endpoints),
+        };
+        let v4 = v4.iter().map(|endpoint| (endpoint.address.into(), endpoint.state));
+        v4.chain(v6.iter().map(|endpoint| (endpoint.address.into(), endpoint.state)))
+    }
 }
 
 impl Objects {
@@ -130,7 +214,10 @@ impl Objects {
         key: &SliceKey,
         slice: Option<EndpointSlice>,
     ) -> Option<Replaced<Slice>> {
-        let slice = slice.map(|slice| self.compact(slice));
+        let slice = slice.map(|slice| {
+            let service = self.shared(&slice.service);
+            Slice::new(slice, service, &self.node_name)
+        });
         let old = self.slices.get(origin, key).map(|slice| slice.service.clone());
         let new = slice.as_ref().map(|slice| slice.service.clone());
         if old != new {
@@ -159,27 +246,11 @@ impl Objects {
     ) {
         let before = self.synced;
         self.synced[origin as usize] = true;
+        self.services.pack(origin);
+        self.slices.pack(origin);
+        self.index = std::mem::take(&mut self.index).into_iter().collect();
         self.services.opened(origin, before, self.synced).for_each(service);
         self.slices.opened(origin, before, self.synced).for_each(slice);
-    }
-
-    fn compact(&self, slice: EndpointSlice) -> Slice {
-        let endpoints =
-            slice.endpoints.iter().filter(|endpoint| Family::of(endpoint.address) == slice.family);
-        Slice {
-            service: self.shared(&slice.service),
-            family: slice.family,
-            endpoints: endpoints
-                .map(|endpoint| Endpoint {
-                    address: endpoint.address,
-                    ready: endpoint.ready,
-                    serving: endpoint.serving,
-                    terminating: endpoint.terminating,
-                    local: endpoint.node.as_deref() == Some(&*self.node_name),
-                })
-                .collect(),
-            ports: slice.ports.into_boxed_slice(),
-        }
     }
 
     /// The copy of a Service's key that is already kept, so that a Service and its slices share one.
@@ -221,6 +292,12 @@ impl<V> Default for Layers<V> {
 impl<V: PartialEq> Layers<V> {
     fn get(&self, origin: Origin, key: &ObjectKey) -> Option<&Arc<V>> {
         self.0[origin as usize].get(key)
+    }
+
+    /// Rebuilds a layer with full nodes: a list in the order of its keys leaves them half empty.
+    fn pack(&mut self, origin: Origin) {
+        let layer = &mut self.0[origin as usize];
+        *layer = std::mem::take(layer).into_iter().collect();
     }
 
     /// The copy of a key that either layer keeps.

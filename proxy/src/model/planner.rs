@@ -128,17 +128,26 @@ impl Planner {
         let mut services = Vec::new();
         for key in std::mem::take(&mut self.dirty) {
             let next = self.plan_service(&key);
-            if self.plans.get(&key).map(Arc::as_ref) == next.as_ref() {
-                continue;
+            if self.plans.get(&key).map(Arc::as_ref) != next.as_ref() {
+                services.push((key, next.map(Arc::new)));
             }
-            let next = next.map(Arc::new);
-            match &next {
-                Some(plan) => self.plans.insert(plan.service.clone(), Arc::clone(plan)),
-                None => self.plans.remove(&key),
-            };
-            services.push((key, next));
         }
+        self.adopt(&services);
         Changes { services, node: self.replan_node() }
+    }
+
+    fn adopt(&mut self, services: &[(ServiceKey, Option<Arc<Plan>>)]) {
+        let plans = services.iter().filter_map(|(_, plan)| plan.as_ref());
+        let plans = plans.map(|plan| (plan.service.clone(), Arc::clone(plan)));
+        for (key, _) in services.iter().filter(|(_, plan)| plan.is_none()) {
+            self.plans.remove(key);
+        }
+        if services.len() > self.plans.len() {
+            // Rebuilds the map, with full nodes: worth its cost for the first plans, which come in order.
+            self.plans.append(&mut plans.collect());
+        } else {
+            self.plans.extend(plans);
+        }
     }
 
     /// All configured origins have listed their objects: what has no plan does not exist.
