@@ -97,6 +97,7 @@ pub enum Verdict {
 #[serde(rename_all = "camelCase")]
 pub struct NodePlan {
     /// The addresses that NodePorts answer on: sorted, unique.
+    #[serde(rename = "nodePortAddresses")]
     pub nodeport_addresses: Vec<IpAddr>,
     /// The ServiceCIDRs: an address inside one that no Service has is dropped. Sorted, disjoint.
     pub service_cidrs: Vec<IpNetwork>,

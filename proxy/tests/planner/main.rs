@@ -4,6 +4,7 @@
 mod build;
 mod claims;
 mod incremental;
+mod json;
 mod latches;
 #[cfg(test)]
 mod random;
