@@ -1,0 +1,339 @@
+//! Clients: new connections, flows that stay open, and what they meet.
+//!
+//! Owns the client's half of the echo protocol (the server's is in `echo`): a request is one line or datagram
+//! `<tag> <bytes>`, the answer `<tag> <identity> <client address seen>` and a newline, followed by that many bytes.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::time::{Duration, Instant};
+
+use nix::sys::socket::{setsockopt, sockopt};
+use socket2::{Domain, Socket, Type};
+
+use crate::error::{Error, Result};
+use crate::host::Host;
+
+/// A transport protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Proto {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+impl fmt::Display for Proto {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+        })
+    }
+}
+
+/// What a client met.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Outcome {
+    /// An echo server answered.
+    Answered {
+        /// The server's identity: the name of its host.
+        by: String,
+        /// The client's address as the server saw it.
+        seen: SocketAddr,
+    },
+    /// ECONNREFUSED: a TCP reset, or ICMP port unreachable.
+    Refused,
+    /// EHOSTUNREACH or ENETUNREACH: another ICMP unreachable, or no route at the client itself.
+    Unreachable,
+    /// Nothing came in time.
+    TimedOut,
+    /// The connection ended before the answer.
+    Reset,
+    /// Any other error, in the system's words.
+    Failed(String),
+}
+
+impl Outcome {
+    /// Who answered.
+    pub fn by(&self) -> Option<&str> {
+        match self {
+            Self::Answered { by, .. } => Some(by),
+            _ => None,
+        }
+    }
+
+    /// The client's address as the server saw it.
+    pub fn seen(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Answered { seen, .. } => Some(*seen),
+            _ => None,
+        }
+    }
+}
+
+impl From<io::Error> for Outcome {
+    fn from(error: io::Error) -> Self {
+        use io::ErrorKind as Kind;
+        match error.kind() {
+            Kind::ConnectionRefused => Self::Refused,
+            Kind::HostUnreachable | Kind::NetworkUnreachable => Self::Unreachable,
+            Kind::TimedOut | Kind::WouldBlock => Self::TimedOut,
+            Kind::ConnectionReset | Kind::BrokenPipe | Kind::UnexpectedEof => Self::Reset,
+            _ => Self::Failed(error.to_string()),
+        }
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Answered { by, seen } => write!(f, "answered by {by}, which saw {seen}"),
+            Self::Refused => f.write_str("refused"),
+            Self::Unreachable => f.write_str("unreachable"),
+            Self::TimedOut => f.write_str("timed out"),
+            Self::Reset => f.write_str("reset"),
+            Self::Failed(error) => write!(f, "failed: {error}"),
+        }
+    }
+}
+
+/// How often each outcome came.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Answers by identity.
+    pub answered: BTreeMap<String, usize>,
+    /// [`Outcome::Refused`].
+    pub refused: usize,
+    /// [`Outcome::Unreachable`].
+    pub unreachable: usize,
+    /// [`Outcome::TimedOut`].
+    pub timed_out: usize,
+    /// [`Outcome::Reset`].
+    pub reset: usize,
+    /// [`Outcome::Failed`], by message.
+    pub failed: BTreeMap<String, usize>,
+}
+
+impl Tally {
+    /// Counts one outcome.
+    pub fn add(&mut self, outcome: Outcome) {
+        *match outcome {
+            Outcome::Answered { by, .. } => self.answered.entry(by).or_default(),
+            Outcome::Refused => &mut self.refused,
+            Outcome::Unreachable => &mut self.unreachable,
+            Outcome::TimedOut => &mut self.timed_out,
+            Outcome::Reset => &mut self.reset,
+            Outcome::Failed(error) => self.failed.entry(error).or_default(),
+        } += 1;
+    }
+
+    /// How many were answered, by whomever.
+    pub fn answers(&self) -> usize {
+        self.answered.values().sum()
+    }
+
+    /// How many were not answered.
+    pub fn failures(&self) -> usize {
+        self.refused + self.unreachable + self.timed_out + self.reset + self.failed.values().sum::<usize>()
+    }
+}
+
+impl FromIterator<Outcome> for Tally {
+    fn from_iter<I: IntoIterator<Item = Outcome>>(outcomes: I) -> Self {
+        let mut tally = Self::default();
+        outcomes.into_iter().for_each(|outcome| tally.add(outcome));
+        tally
+    }
+}
+
+/// One new connection (or connected UDP socket) to be made.
+#[derive(Clone, Copy, Debug)]
+pub struct Dial {
+    proto: Proto,
+    to: SocketAddr,
+    from: Option<SocketAddr>,
+    timeout: Duration,
+}
+
+impl Dial {
+    /// From any address and port, waiting for one second in each step.
+    pub fn new(proto: Proto, to: SocketAddr) -> Self {
+        Self { proto, to, from: None, timeout: Duration::from_secs(1) }
+    }
+
+    /// From this address, and from this port unless it is 0.
+    pub fn from(mut self, from: SocketAddr) -> Self {
+        self.from = Some(from);
+        self
+    }
+
+    /// How long to wait for the connection, and again for each answer.
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
+    /// Dials from the calling thread's namespace, asks once, and closes. A TCP connection is reset rather than
+    /// closed, so that its port is free again at once.
+    pub fn ask(&self) -> Outcome {
+        Flow::open(self).map_or_else(|outcome| outcome, |mut flow| flow.ask())
+    }
+
+    fn socket(&self) -> io::Result<Socket> {
+        let kind = match self.proto {
+            Proto::Tcp => Type::STREAM,
+            Proto::Udp => Type::DGRAM,
+        };
+        let socket = Socket::new(Domain::for_address(self.to), kind, None)?;
+        match self.proto {
+            Proto::Tcp => {
+                socket.set_linger(Some(Duration::ZERO))?;
+                socket.set_tcp_nodelay(true)?;
+                socket.set_reuse_address(true)?;
+            }
+            // Otherwise the kernel keeps "host unreachable" from UDP sockets.
+            Proto::Udp if self.to.is_ipv4() => setsockopt(&socket, sockopt::Ipv4RecvErr, &true)?,
+            Proto::Udp => setsockopt(&socket, sockopt::Ipv6RecvErr, &true)?,
+        }
+        if let Some(from) = self.from {
+            socket.bind(&from.into())?;
+        }
+        socket.connect_timeout(&self.to.into(), self.timeout)?;
+        socket.set_read_timeout(Some(self.timeout))?;
+        socket.set_write_timeout(Some(self.timeout))?;
+        Ok(socket)
+    }
+}
+
+/// A connection that stays open (of UDP: a connected socket).
+#[derive(Debug)]
+pub struct Flow {
+    transport: Transport,
+    timeout: Duration,
+    tag: u64,
+}
+
+#[derive(Debug)]
+enum Transport {
+    Tcp(BufReader<TcpStream>),
+    Udp(UdpSocket),
+}
+
+impl Flow {
+    fn open(dial: &Dial) -> std::result::Result<Self, Outcome> {
+        let socket = dial.socket()?;
+        let transport = match dial.proto {
+            Proto::Tcp => Transport::Tcp(BufReader::new(socket.into())),
+            Proto::Udp => Transport::Udp(socket.into()),
+        };
+        Ok(Self { transport, timeout: dial.timeout, tag: 0 })
+    }
+
+    /// Asks the server who it is and whom it sees.
+    pub fn ask(&mut self) -> Outcome {
+        self.fetch(0)
+    }
+
+    /// The same, with an answer of at least this many bytes (of UDP: in one datagram).
+    pub fn fetch(&mut self, bytes: usize) -> Outcome {
+        self.exchange(bytes).map_or_else(Outcome::from, |(by, seen)| Outcome::Answered { by, seen })
+    }
+
+    /// The client's own address.
+    ///
+    /// # Errors
+    /// When the socket does not say.
+    pub fn local(&self) -> io::Result<SocketAddr> {
+        match &self.transport {
+            Transport::Tcp(stream) => stream.get_ref().local_addr(),
+            Transport::Udp(socket) => socket.local_addr(),
+        }
+    }
+
+    fn exchange(&mut self, bytes: usize) -> io::Result<(String, SocketAddr)> {
+        self.tag += 1;
+        let request = format!("{} {bytes}\n", self.tag);
+        let deadline = Instant::now() + self.timeout;
+        match &mut self.transport {
+            Transport::Tcp(stream) => stream.get_mut().write_all(request.as_bytes())?,
+            Transport::Udp(socket) => drop(socket.send(request.as_bytes())?),
+        }
+        loop {
+            let answer = match &mut self.transport {
+                Transport::Tcp(stream) => read_stream(stream, bytes)?,
+                Transport::Udp(socket) => read_datagram(socket, deadline)?,
+            };
+            let (tag, by, seen) = parse(&answer)?;
+            // Not an answer that came too late for an earlier request.
+            if tag == self.tag {
+                return Ok((by, seen));
+            }
+        }
+    }
+}
+
+fn read_stream(stream: &mut BufReader<TcpStream>, bytes: usize) -> io::Result<String> {
+    let mut line = String::new();
+    stream.read_line(&mut line)?;
+    if !line.ends_with('\n') {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    let read = io::copy(&mut stream.take(bytes as u64), &mut io::sink())?;
+    if read < bytes as u64 { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(line) }
+}
+
+fn read_datagram(socket: &UdpSocket, deadline: Instant) -> io::Result<String> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return Err(io::ErrorKind::TimedOut.into());
+    }
+    socket.set_read_timeout(Some(left))?;
+    let mut buffer = vec![0; 65536];
+    let length = socket.recv(&mut buffer)?;
+    buffer.truncate(length);
+    String::from_utf8(buffer).map_err(|_| io::ErrorKind::InvalidData.into())
+}
+
+fn parse(answer: &str) -> io::Result<(u64, String, SocketAddr)> {
+    let mut words = answer.lines().next().unwrap_or_default().split(' ');
+    let mut parse =
+        || Some((words.next()?.parse().ok()?, words.next()?.to_owned(), words.next()?.parse().ok()?));
+    parse().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "not the answer of an echo server"))
+}
+
+impl Host {
+    /// Makes one new connection, asks, and closes it.
+    ///
+    /// # Errors
+    /// When no thread can be started; what the connection meets is the [`Outcome`].
+    pub fn dial(&self, proto: Proto, to: SocketAddr) -> Result<Outcome> {
+        self.dial_with(Dial::new(proto, to))
+    }
+
+    /// The same with a source or a timeout of choice.
+    ///
+    /// # Errors
+    /// As [`dial`](Self::dial).
+    pub fn dial_with(&self, dial: Dial) -> Result<Outcome> {
+        self.run(move || dial.ask())
+    }
+
+    /// Makes new connections one after the other, and counts who answered.
+    ///
+    /// # Errors
+    /// As [`dial`](Self::dial).
+    pub fn dial_many(&self, proto: Proto, to: SocketAddr, times: usize) -> Result<Tally> {
+        let dial = Dial::new(proto, to);
+        self.run(move || (0..times).map(|_| dial.ask()).collect())
+    }
+
+    /// Opens a connection that stays open until it is dropped.
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    pub fn flow(&self, dial: Dial) -> Result<Flow> {
+        self.run(move || Flow::open(&dial))?.map_err(|outcome| Error::Flow { to: dial.to, outcome })
+    }
+}

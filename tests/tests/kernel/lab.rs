@@ -1,0 +1,314 @@
+//! The lab itself: every other test here believes what it reports.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use kube_lane_lab::{Dial, Error, Filter, Host, Lab, Load, Outcome, Proto, topology};
+
+const PROTOS: [Proto; 2] = [Proto::Tcp, Proto::Udp];
+
+fn at(ip: IpAddr, port: u16) -> SocketAddr {
+    (ip, port).into()
+}
+
+/// The names under `/run/netns` and the cgroups that a lab has.
+fn traces(lab: &str) -> usize {
+    let named = std::fs::read_dir("/run/netns").into_iter().flatten().flatten();
+    let named = named.filter(|entry| entry.file_name().to_string_lossy().starts_with(lab)).count();
+    let cgroups = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"];
+    named + cgroups.iter().filter(|root| Path::new(root).join("kube-lane-lab").join(lab).exists()).count()
+}
+
+fn everyone_reaches_everyone(bridge: bool) {
+    let lab = Lab::builder().nodes(2).bridge(bridge).build().unwrap();
+    let pods = [
+        lab.node(0).add_pod("a").unwrap(),
+        lab.node(0).add_pod("b").unwrap(),
+        lab.node(1).add_pod("c").unwrap(),
+    ];
+    let hosts: Vec<&Host> =
+        pods.iter().map(|pod| &**pod).chain([&**lab.node(0), lab.node(1), lab.outside()]).collect();
+    for proto in PROTOS {
+        for server in &hosts {
+            let echo = server.serve(proto, 8080).unwrap();
+            for client in &hosts {
+                for (to, from) in [(echo.v4(), client.v4()), (echo.v6(), client.v6())] {
+                    let outcome = client.dial(proto, to).unwrap();
+                    let what = format!("{proto} from {} to {to}", client.name());
+                    assert_eq!(outcome.by(), Some(server.name()), "{what}: {outcome}");
+                    // Of a node's several addresses the kernel picks one; all others have only one.
+                    if !(bridge && client.name().starts_with("node")) {
+                        assert_eq!(outcome.seen().map(|seen| seen.ip()), Some(from), "{what}");
+                    }
+                }
+            }
+            assert_eq!(echo.count(), 2 * hosts.len() as u64);
+        }
+    }
+}
+
+#[test]
+fn everyone_reaches_everyone_over_routed_links() {
+    everyone_reaches_everyone(false);
+}
+
+#[test]
+fn everyone_reaches_everyone_over_a_bridge() {
+    everyone_reaches_everyone(true);
+}
+
+#[test]
+fn clients_tell_refused_from_unreachable_from_silence() {
+    let lab = Lab::builder().nodes(2).build().unwrap();
+    let pod = lab.node(1).add_pod("a").unwrap();
+    let outside = lab.outside();
+    for proto in PROTOS {
+        for net in topology::pod_cidrs(1) {
+            let nobody = at(net.iter().nth(200).unwrap(), 80);
+            assert_eq!(outside.dial(proto, nobody).unwrap(), Outcome::Unreachable, "{proto} {nobody}");
+        }
+        for host in [outside as &Host, lab.node(0), lab.node(1)] {
+            for closed in [at(pod.v4(), 81), at(pod.v6(), 81)] {
+                // More often than the kernel's default limit of ICMP errors would let pass.
+                let tally = host.dial_many(proto, closed, 20).unwrap();
+                assert_eq!((tally.refused, tally.failures()), (20, 20), "{proto} {closed}: {tally:?}");
+            }
+        }
+        // Without a proxy a Service address leads to the outside host, which drops it.
+        for net in topology::service_cidrs() {
+            let vip = at(net.iter().nth(10).unwrap(), 80);
+            let dial = Dial::new(proto, vip).timeout(Duration::from_millis(100));
+            assert_eq!(lab.node(0).dial_with(dial).unwrap(), Outcome::TimedOut, "{proto} {vip}");
+        }
+    }
+}
+
+#[test]
+fn a_dropped_server_refuses_at_once_and_a_dropped_pod_is_unreachable() {
+    let lab = Lab::builder().build().unwrap();
+    let pod = lab.node(0).add_pod("a").unwrap();
+    for proto in PROTOS {
+        let echo = pod.serve(proto, 80).unwrap();
+        let to = echo.v6();
+        let mut flow = lab.outside().flow(Dial::new(proto, to)).unwrap();
+        assert_eq!(flow.ask().by(), Some("a"));
+        drop(echo);
+        assert_eq!(lab.outside().dial(proto, to).unwrap(), Outcome::Refused, "{proto}");
+        assert_ne!(flow.ask().by(), Some("a"));
+    }
+    let to = at(pod.v4(), 80);
+    drop(pod);
+    assert_eq!(lab.outside().dial(Proto::Tcp, to).unwrap(), Outcome::Unreachable);
+}
+
+#[test]
+fn flows_stay_open_and_carry_large_and_late_answers() {
+    let lab = Lab::builder().build().unwrap();
+    let pod = lab.node(0).add_pod("a").unwrap();
+    for (proto, bytes) in [(Proto::Tcp, 3_000_000), (Proto::Udp, 30_000)] {
+        let echo = pod.serve(proto, 80).unwrap();
+        let source = at(lab.outside().v4(), 7777);
+        let dial = Dial::new(proto, echo.v4()).from(source).timeout(Duration::from_millis(300));
+        let mut flow = lab.outside().flow(dial).unwrap();
+        let answered = Outcome::Answered { by: "a".into(), seen: source };
+        assert_eq!(
+            (flow.ask(), flow.fetch(bytes), flow.ask()),
+            (answered.clone(), answered.clone(), answered.clone())
+        );
+        echo.pause();
+        assert_eq!(flow.ask(), Outcome::TimedOut);
+        echo.resume();
+        echo.delay(Duration::from_millis(20));
+        let begun = Instant::now();
+        // Not the answer to the question that timed out.
+        assert_eq!(flow.ask(), answered);
+        assert!(begun.elapsed() >= Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn several_addresses_answer_each_as_itself() {
+    let lab = Lab::builder().build().unwrap();
+    let extra: IpAddr = "192.168.77.150".parse().unwrap();
+    lab.node(0).add_address(extra).unwrap();
+    for proto in PROTOS {
+        let echo = lab.node(0).serve(proto, 80).unwrap();
+        assert_eq!(lab.outside().dial(proto, at(extra, 80)).unwrap().by(), Some("node0"), "{proto}");
+        assert_eq!(echo.count(), 1);
+    }
+}
+
+#[test]
+fn load_counts_answers_and_the_longest_gap() {
+    let lab = Lab::builder().build().unwrap();
+    let pod = lab.node(0).add_pod("a").unwrap();
+    let echo = pod.serve(Proto::Tcp, 80).unwrap();
+    let load =
+        Load::start(lab.outside(), Dial::new(Proto::Tcp, echo.v4()), 2, Duration::from_millis(1)).unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    drop(echo);
+    std::thread::sleep(Duration::from_millis(100));
+    let echo = pod.serve(Proto::Tcp, 80).unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    let report = load.stop();
+    assert!(report.tally.answers() > 20 && report.tally.refused > 5, "{report}");
+    assert!(report.max_gap >= Duration::from_millis(95), "{report}");
+    assert!(echo.count() > 10 && echo.connections() >= echo.count());
+}
+
+#[test]
+fn sniffing_counts_only_what_the_filter_names() {
+    let lab = Lab::builder().nodes(2).build().unwrap();
+    let pod = lab.node(1).add_pod("a").unwrap();
+    let echo = pod.serve(Proto::Udp, 53).unwrap();
+    let vip = topology::vip_cidrs()[0].iter().nth(7).unwrap();
+    for (to, other) in [(echo.v4(), echo.v6()), (echo.v6(), echo.v4())] {
+        let uplink = lab.node(1).sniff(Filter::new().to(to.ip()).on(topology::UPLINK)).unwrap();
+        let replies = lab.node(1).sniff(Filter::new().from(to.ip()).on(topology::UPLINK).leaving()).unwrap();
+        let net = topology::cluster_cidrs()[usize::from(to.is_ipv6())];
+        let crossing = lab.fabric().sniff(Filter::new().to(net).port(53).protocol(17)).unwrap();
+        let port = lab.fabric().sniff(Filter::new().to(net).port(54)).unwrap();
+        let foreign = lab.fabric().sniff(Filter::new().to(vip)).unwrap();
+        assert_eq!(lab.outside().dial_many(Proto::Udp, to, 50).unwrap().answers(), 50);
+        assert_eq!(lab.outside().dial_many(Proto::Udp, other, 5).unwrap().answers(), 5);
+        let counts = [&uplink, &replies, &crossing, &port, &foreign].map(|sniff| sniff.count().unwrap());
+        assert_eq!(counts, [50, 50, 50, 0, 0], "{to}");
+        let packet = crossing.packets()[0];
+        assert_eq!((packet.protocol, packet.destination), (17, to));
+        assert_eq!(packet.source.ip(), if to.is_ipv4() { lab.outside().v4() } else { lab.outside().v6() });
+    }
+}
+
+#[test]
+fn the_outside_host_sends_service_traffic_to_the_node_it_is_told() {
+    let lab = Lab::builder().nodes(2).build().unwrap();
+    let outside = lab.outside();
+    for node in [1, 0] {
+        outside.route_via(lab.node(node)).unwrap();
+        for net in topology::service_cidrs().into_iter().chain(topology::vip_cidrs()) {
+            let sniffs = [0, 1].map(|node| {
+                lab.node(node).sniff(Filter::new().to(net).on(topology::UPLINK).arriving()).unwrap()
+            });
+            let to = at(net.iter().nth(9).unwrap(), 80);
+            outside.dial_with(Dial::new(Proto::Udp, to).timeout(Duration::from_millis(20))).unwrap();
+            let counts = sniffs.map(|sniff| sniff.count().unwrap());
+            assert_eq!(counts.map(|count| count > 0), [node == 0, node == 1], "{net} {counts:?}");
+        }
+    }
+}
+
+#[test]
+fn processes_and_sockets_belong_to_their_node() {
+    let lab = Lab::builder().nodes(2).build().unwrap();
+    let pod = lab.node(1).add_pod("a").unwrap();
+    let ends_with =
+        |path: &Path| format!("/kube-lane-lab/{}/{}\n", lab.name(), path.file_name().unwrap().display());
+    for host in [lab.node(0) as &Host, lab.node(1), &pod] {
+        // Of a thread (its client's sockets are its cgroup's) and of a process.
+        let thread = host.run(|| std::fs::read_to_string("/proc/thread-self/cgroup").unwrap()).unwrap();
+        assert!(thread.ends_with(&ends_with(host.cgroup())), "{thread}");
+        let mut command = Command::new("cat");
+        command.args(["/proc/self/cgroup", "/proc/net/fib_trie"]).stdout(std::process::Stdio::piped());
+        let mut process = host.spawn(command).unwrap();
+        let output = std::io::read_to_string(process.stdout().unwrap()).unwrap();
+        assert!(process.wait_timeout(Duration::from_secs(5)).unwrap().unwrap().success());
+        assert!(output.contains(&ends_with(host.cgroup())), "{output}");
+        assert!(output.contains(&host.v4().to_string()), "{output}");
+    }
+    assert_eq!(pod.cgroup(), lab.node(1).cgroup());
+}
+
+#[test]
+fn a_process_can_be_signalled_measured_and_ends_with_its_handle() {
+    let lab = Lab::builder().build().unwrap();
+    let start = || {
+        let mut command = Command::new("sleep");
+        command.arg("100");
+        lab.node(0).spawn(command).unwrap()
+    };
+    let mut process = start();
+    assert!(process.rss().unwrap() > 100_000);
+    assert_eq!(process.wait_timeout(Duration::from_millis(20)).unwrap(), None);
+    process.signal(nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert!(!process.wait_timeout(Duration::from_secs(5)).unwrap().unwrap().success());
+    let pid = start().id();
+    assert!(!Path::new(&format!("/proc/{pid}")).exists());
+}
+
+#[test]
+fn labs_are_apart_and_leave_nothing() {
+    let build = || {
+        let lab = Lab::builder().nodes(2).build().unwrap();
+        let pod = lab.node(1).add_pod(&format!("in-{}", lab.name())).unwrap();
+        let echo = pod.serve(Proto::Tcp, 80).unwrap();
+        let outcome = lab.outside().dial(Proto::Tcp, echo.v4()).unwrap();
+        assert_eq!(outcome.by(), Some(pod.name()));
+        assert!(traces(lab.name()) > 0);
+        let name = lab.name().to_owned();
+        // In the unusual order: what hangs on a lab may outlive it.
+        drop(lab);
+        drop(pod);
+        drop(echo);
+        name
+    };
+    let names: Vec<_> = std::thread::scope(|scope| {
+        let builds: Vec<_> = (0..4).map(|_| scope.spawn(build)).collect();
+        builds.into_iter().map(|build| build.join().unwrap()).collect()
+    });
+    for name in names {
+        assert_eq!(traces(&name), 0, "{name}");
+    }
+}
+
+#[test]
+fn a_panic_and_a_process_left_behind_leave_nothing_either() {
+    let name = std::thread::spawn(|| {
+        let lab = Lab::builder().build().unwrap();
+        let name = lab.name().to_owned();
+        let mut command = Command::new("sh");
+        command.args(["-c", "sleep 100 & exec true"]);
+        let mut process = lab.node(0).spawn(command).unwrap();
+        process.wait_timeout(Duration::from_secs(5)).unwrap();
+        std::panic::panic_any(name);
+    });
+    let name = *name.join().unwrap_err().downcast::<String>().unwrap();
+    assert_eq!(traces(&name), 0);
+}
+
+#[test]
+fn the_next_lab_sweeps_what_a_dead_process_left() {
+    // As a process that started in another century with the pid of init.
+    let name = "lane-1-999999999999-0";
+    let file = format!("/run/netns/{name}-node0");
+    let cgroup = {
+        let lab = Lab::builder().build().unwrap();
+        let cgroup = lab.node(0).cgroup().ancestors().nth(2).unwrap().join(name).join("node0");
+        std::fs::write(&file, "").unwrap();
+        std::fs::create_dir_all(&cgroup).unwrap();
+        let kept = Lab::builder().build().unwrap();
+        assert!(traces(lab.name()) > 0 && traces(kept.name()) > 0);
+        cgroup
+    };
+    assert!(!Path::new(&file).exists());
+    assert!(!cgroup.exists());
+}
+
+#[test]
+fn a_name_is_taken_once() {
+    let lab = Lab::builder().build().unwrap();
+    let _pod = lab.node(0).add_pod("a").unwrap();
+    assert!(matches!(lab.node(0).add_pod("a"), Err(Error::Io { .. })));
+}
+
+#[test]
+fn two_nodes_and_four_pods_are_quick() {
+    let begun = Instant::now();
+    let lab = Lab::builder().nodes(2).build().unwrap();
+    let pods: Vec<_> = (0..4).map(|i| lab.node(i % 2).add_pod(&format!("pod{i}")).unwrap()).collect();
+    let built = begun.elapsed();
+    drop(pods);
+    drop(lab);
+    println!("built in {built:?}, removed in {:?}", begun.elapsed() - built);
+}
