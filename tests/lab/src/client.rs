@@ -9,9 +9,9 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
-use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Socket, Type};
 
+use crate::connect::{connect, report_icmp};
 use crate::error::{Error, Result};
 use crate::host::Host;
 
@@ -194,13 +194,12 @@ impl Dial {
                 socket.set_reuse_address(true)?;
             }
             // Otherwise the kernel keeps "host unreachable" from UDP sockets.
-            Proto::Udp if self.to.is_ipv4() => setsockopt(&socket, sockopt::Ipv4RecvErr, &true)?,
-            Proto::Udp => setsockopt(&socket, sockopt::Ipv6RecvErr, &true)?,
+            Proto::Udp => report_icmp(&socket, self.to)?,
         }
         if let Some(from) = self.from {
             socket.bind(&from.into())?;
         }
-        socket.connect_timeout(&self.to.into(), self.timeout)?;
+        connect(&socket, self.to, self.timeout)?;
         socket.set_read_timeout(Some(self.timeout))?;
         socket.set_write_timeout(Some(self.timeout))?;
         Ok(socket)

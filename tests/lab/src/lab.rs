@@ -183,13 +183,16 @@ impl Fabric {
         let near = End { name: host.to_owned(), index: UPLINK_INDEX + 1 + u32::from(port), mac: None };
         let far = End { name: UPLINK.to_owned(), index: UPLINK_INDEX, mac: None };
         let fd = to.fd();
+        let link = near.index;
         self.namespace.netlink(move |netlink| netlink.veth(near, Some(UPLINK_INDEX), far, fd))?;
         to.netlink(move |netlink| {
+            netlink.up(UPLINK_INDEX)?;
             for (address, net) in addresses.into_iter().zip(topology::fabric_cidrs()) {
                 netlink.address(UPLINK_INDEX, address, net.prefix())?;
             }
-            Ok(())
-        })
+            netlink.settle(UPLINK_INDEX)
+        })?;
+        self.namespace.netlink(move |netlink| netlink.settle(link))
     }
 
     /// Counts packets that cross the fabric, each once: where it comes in.
@@ -266,6 +269,7 @@ impl Node {
         };
         let routed = !self.bridge;
         namespace.netlink(move |netlink| {
+            netlink.up(UPLINK_INDEX)?;
             for (address, gateway) in addresses.into_iter().zip(gateways) {
                 // Alone on its link: what goes to another pod goes through the node's routing, never beside it.
                 netlink.address(UPLINK_INDEX, address, if address.is_ipv4() { 32 } else { 128 })?;
@@ -274,7 +278,11 @@ impl Node {
                 }
                 netlink.route(anywhere(gateway), Via::Gateway(gateway, UPLINK_INDEX))?;
             }
-            Ok(())
+            netlink.settle(UPLINK_INDEX)
+        })?;
+        self.namespace().netlink(move |netlink| {
+            netlink.settle(link)?;
+            if routed { Ok(()) } else { netlink.settle(BRIDGE_INDEX) }
         })?;
         let cgroup = self.cgroup().to_owned();
         let host = Host::new(name, addresses, namespace, cgroup, self.servers().clone());

@@ -19,6 +19,7 @@
 
 mod cgroup;
 mod client;
+mod connect;
 mod echo;
 mod error;
 mod host;

@@ -5,9 +5,12 @@
 use std::fmt::Display;
 use std::net::IpAddr;
 use std::os::fd::RawFd;
+use std::time::{Duration, Instant};
+use std::{fs, io, thread};
 
+use futures::TryStreamExt;
 use ipnetwork::IpNetwork;
-use rtnetlink::packet_route::link::{InfoData, InfoVeth};
+use rtnetlink::packet_route::link::{InfoData, InfoVeth, LinkAttribute, State};
 use rtnetlink::packet_route::route::RouteType;
 use rtnetlink::{
     Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder, new_connection,
@@ -18,6 +21,9 @@ use crate::error::{Doing, Error, Result};
 
 /// The index of `lo` in every namespace.
 pub(crate) const LOOPBACK: u32 = 1;
+
+/// How long a link may take until it carries packets.
+const SETTLE_LIMIT: Duration = Duration::from_secs(10);
 
 /// One end of a veth pair. The lab gives the index itself, so that no link is ever looked up by name.
 pub(crate) struct End {
@@ -64,6 +70,26 @@ impl Netlink {
         self.wait(self.handle.link().set(message).execute(), || format!("set link {index} up"))
     }
 
+    /// Waits until a link carries packets and its addresses can be bound. The kernel leaves both to workers, and until
+    /// then drops what is sent.
+    pub(crate) fn settle(&self, index: u32) -> Result<()> {
+        let deadline = Instant::now() + SETTLE_LIMIT;
+        while !(self.is_operational(index)? && has_final_addresses(index)?) {
+            if Instant::now() > deadline {
+                return Err(io::Error::from(io::ErrorKind::TimedOut))
+                    .doing(|| format!("wait for link {index}"));
+            }
+            thread::sleep(Duration::from_micros(500));
+        }
+        Ok(())
+    }
+
+    fn is_operational(&self, index: u32) -> Result<bool> {
+        let mut links = self.handle.link().get().match_index(index).execute();
+        let link = self.wait(links.try_next(), || format!("read link {index}"))?;
+        Ok(link.is_some_and(|link| link.attributes.contains(&LinkAttribute::OperState(State::Up))))
+    }
+
     /// Removes a link.
     pub(crate) fn remove_link(&self, index: u32) -> Result<()> {
         self.wait(self.handle.link().del(index).execute(), || format!("remove link {index}"))
@@ -75,13 +101,14 @@ impl Netlink {
         self.wait(self.handle.link().add(message).execute(), || format!("add bridge {name}"))
     }
 
-    /// Makes a veth pair, both ends up: `near` here, in `bridge` if one is given, `far` in another namespace.
+    /// Makes a veth pair: `near` here and up, in `bridge` if one is given; `far` in another namespace and still down,
+    /// as the kernel refuses to open an end that has no other yet.
     pub(crate) fn veth(&self, near: End, bridge: Option<u32>, far: End, far_netns: RawFd) -> Result<()> {
         let far_name = far.name.clone();
         let what = format!("add veth {} with {far_name} in another namespace", near.name);
         let far = end(LinkMessageBuilder::<LinkUnspec>::new(), far).setns_by_fd(far_netns).build();
         let mut message =
-            end(LinkVeth::new("", &far_name), near).set_info_data(InfoData::Veth(InfoVeth::Peer(far)));
+            end(LinkVeth::new("", &far_name), near).up().set_info_data(InfoData::Veth(InfoVeth::Peer(far)));
         if let Some(bridge) = bridge {
             message = message.controller(bridge);
         }
@@ -120,19 +147,32 @@ impl Netlink {
         })
     }
 
-    fn wait(
+    fn wait<T>(
         &self,
-        request: impl Future<Output = std::result::Result<(), rtnetlink::Error>>,
+        request: impl Future<Output = std::result::Result<T, rtnetlink::Error>>,
         what: impl FnOnce() -> String,
-    ) -> Result<()> {
+    ) -> Result<T> {
         self.runtime
             .block_on(request)
             .map_err(|source| Error::Netlink { what: what(), source: Box::new(source) })
     }
 }
 
+/// Whether no IPv6 address of a link is tentative.
+fn has_final_addresses(index: u32) -> Result<bool> {
+    let path = "/proc/thread-self/net/if_inet6";
+    let addresses = fs::read_to_string(path).doing(|| format!("read {path}"))?;
+    // Address, link, prefix length, scope, flags (all hexadecimal), name.
+    let hex = |field: Option<&str>| field.and_then(|field| u32::from_str_radix(field, 16).ok());
+    Ok(addresses.lines().all(|line| {
+        let mut fields = line.split_whitespace().skip(1);
+        let (link, flags) = (hex(fields.next()), hex(fields.nth(2)));
+        link != Some(index) || flags.is_some_and(|flags| flags & libc::IFA_F_TENTATIVE == 0)
+    }))
+}
+
 fn end<T>(message: LinkMessageBuilder<T>, end: End) -> LinkMessageBuilder<T> {
-    let message = message.name(end.name).index(end.index).up();
+    let message = message.name(end.name).index(end.index);
     match end.mac {
         Some(mac) => message.address(mac.to_vec()),
         None => message,

@@ -38,6 +38,10 @@ const SYSCTLS: &[(&str, &str)] = &[
     ("ipv6/icmp/ratelimit", "0"),
 ];
 
+/// Limits of all ICMP errors together, of both families: since Linux 6.13 a namespace has its own.
+const OPTIONAL_SYSCTLS: &[(&str, &str)] =
+    &[("ipv4/icmp_msgs_per_sec", "1000000"), ("ipv4/icmp_msgs_burst", "1000000")];
+
 /// What a router needs beyond [`SYSCTLS`].
 const ROUTER_SYSCTLS: &[(&str, &str)] = &[("ipv4/ip_forward", "1"), ("ipv6/conf/all/forwarding", "1")];
 
@@ -159,6 +163,12 @@ fn set_up(cgroup: Option<&Path>, file: &Path, router: bool) -> Result<OwnedFd> {
     for (name, value) in SYSCTLS.iter().chain(if router { ROUTER_SYSCTLS } else { &[] }) {
         let path = Path::new("/proc/sys/net").join(name);
         fs::write(&path, value).doing(|| format!("write {value} to {}", path.display()))?;
+    }
+    for (name, value) in OPTIONAL_SYSCTLS {
+        let path = Path::new("/proc/sys/net").join(name);
+        if path.exists() {
+            fs::write(&path, value).doing(|| format!("write {value} to {}", path.display()))?;
+        }
     }
     Netlink::open()?.up(crate::netlink::LOOPBACK)?;
     let own = "/proc/thread-self/ns/net";
