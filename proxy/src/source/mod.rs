@@ -2,3 +2,12 @@
 //!
 //! Owns watching, decoding and relists. Never decides policy: a source hands over [`crate::model::input::Event`]s
 //! and knows nothing of plans or of the kernel.
+
+mod convert;
+mod intern;
+pub mod kube;
+pub mod manifest;
+mod problem;
+mod wire;
+
+pub use problem::{Place, Problem};

@@ -1,0 +1,161 @@
+//! One line when trouble with the API server starts, one when it is over.
+//!
+//! Owns what is said about the connection. Four watches fail together when a server goes: they speak as one.
+
+use std::collections::BTreeSet;
+use std::error::Error;
+use std::fmt::Write;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use kube::core::Status;
+use tracing::{debug, info, warn};
+
+/// Trouble of another kind is named too, once it has lasted so long: right after its start, a server refuses for a
+/// moment what it allows later.
+const SETTLE: Duration = Duration::from_secs(10);
+
+/// The kinds of trouble, each with a remedy of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// No connection, or one that broke.
+    Unreachable,
+    /// 401, or credentials that cannot be read.
+    Unauthorized,
+    /// 403.
+    Forbidden,
+    /// 404: the server does not know the resource.
+    NotFound,
+    /// 410: what is asked for is too old; not trouble, list again.
+    Expired,
+    /// 400, 422: the server does not take such a request.
+    Refused,
+    /// Everything else that it answers: too many requests, internal errors.
+    Failing,
+}
+
+impl Kind {
+    fn remedy(self) -> &'static str {
+        match self {
+            Self::Unreachable => {
+                "is the API server up, and its address in the kubeconfig (or --master) right?"
+            }
+            Self::Unauthorized => {
+                "are the credentials of the kubeconfig, or the service account's token, still valid?"
+            }
+            Self::Forbidden => "apply deploy/ again: its ClusterRole grants what is read",
+            Self::NotFound | Self::Refused => "does this API server serve the resource?",
+            Self::Expired | Self::Failing => "see the API server's own log",
+        }
+    }
+}
+
+/// Why a list or a watch failed.
+#[derive(Debug)]
+pub(super) struct Trouble {
+    pub(super) kind: Kind,
+    pub(super) message: String,
+}
+
+impl Trouble {
+    pub(super) fn new(kind: Kind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into() }
+    }
+
+    pub(super) fn of_status(status: &Status) -> Self {
+        let kind = match status.code {
+            400 | 422 => Kind::Refused,
+            401 => Kind::Unauthorized,
+            403 => Kind::Forbidden,
+            404 => Kind::NotFound,
+            410 => Kind::Expired,
+            _ => Kind::Failing,
+        };
+        Self::new(kind, format!("{} ({})", status.message, status.code))
+    }
+}
+
+impl From<kube::Error> for Trouble {
+    fn from(error: kube::Error) -> Self {
+        match &error {
+            kube::Error::Api(status) => Self::of_status(status),
+            kube::Error::Auth(_) => Self::new(Kind::Unauthorized, chain(&error)),
+            _ => Self::new(Kind::Unreachable, chain(&error)),
+        }
+    }
+}
+
+/// An error and its causes, those left out that the one before already quotes.
+pub(super) fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            let _ = write!(text, ": {more}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
+/// What the watches of one API server report.
+pub(super) struct Health {
+    server: String,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// The resources whose watch failed and has not succeeded since.
+    troubled: BTreeSet<&'static str>,
+    since: Option<Instant>,
+    said: Vec<Kind>,
+}
+
+impl Health {
+    pub(super) fn new(server: String) -> Self {
+        Self { server, state: Mutex::default() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A list or watch of `resource` failed.
+    pub(super) fn failed(&self, resource: &'static str, trouble: &Trouble) {
+        let mut state = self.state();
+        state.troubled.insert(resource);
+        let since = *state.since.get_or_insert_with(Instant::now);
+        let is_new =
+            state.said.is_empty() || (!state.said.contains(&trouble.kind) && since.elapsed() > SETTLE);
+        if !is_new {
+            debug!(
+                server = self.server,
+                resource,
+                error = trouble.message,
+                "the API server still cannot be watched"
+            );
+            return;
+        }
+        state.said.push(trouble.kind);
+        warn!(
+            server = self.server,
+            resource,
+            error = trouble.message,
+            hint = trouble.kind.remedy(),
+            "the API server cannot be watched: what is known stays in force, retrying",
+        );
+    }
+
+    /// A list or watch of `resource` is established.
+    pub(super) fn well(&self, resource: &'static str) {
+        let mut state = self.state();
+        if !state.troubled.remove(resource) || !state.troubled.is_empty() {
+            return;
+        }
+        let seconds = state.since.take().map_or(0, |since| since.elapsed().as_secs());
+        state.said.clear();
+        info!(server = self.server, seconds, "the API server is watched again");
+    }
+}

@@ -1,0 +1,391 @@
+//! One resource: list it, watch it, list it again when the server has forgotten where we were.
+//!
+//! Owns the resource version, the fallback from streaming lists to one plain list, and the backoff. Objects are
+//! decoded from the line they arrive in, without a copy. kube's own watcher is not used: it resumes a broken watch
+//! silently, so nobody can say when trouble is over, and it never falls back.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use futures::{AsyncBufRead, AsyncBufReadExt, FutureExt};
+use kube::Client;
+use kube::api::{ListParams, VersionMatch, WatchParams};
+use kube::core::{Request, Status};
+use serde::Deserialize;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep, timeout};
+use tracing::{debug, info, warn};
+
+use super::client::connect;
+use super::health::{Health, Kind, Trouble};
+use super::keeper::Keeper;
+use super::{KubeSourceConfig, api_event};
+use crate::model::input::{Change, Event};
+use crate::source::wire::{self, Object, Text};
+
+/// Changes sent in one message.
+const BATCH: usize = 256;
+/// The first pause after a failure; each further one is twice as long.
+const PAUSE: Duration = Duration::from_millis(200);
+/// The longest pause after a failure.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// A watch that lived so long was no failure.
+const LIVED: Duration = Duration::from_secs(10);
+/// How often a resource is asked for that the server did not have.
+const ABSENT: Duration = Duration::from_secs(60);
+/// How long a response may take to begin, and a plain list to arrive.
+const ANSWER: Duration = Duration::from_secs(60);
+/// A server sends a bookmark every minute: a watch that is silent for longer is resumed on a new connection.
+const SILENCE: Duration = Duration::from_secs(90);
+/// The server ends a watch after this many seconds, to which up to as many are added: not all nodes come at once.
+const WATCH_SECONDS: u32 = 140;
+
+/// What all watches of a source share.
+pub(super) struct Shared {
+    pub(super) config: KubeSourceConfig,
+    pub(super) health: Health,
+    pub(super) events: mpsc::Sender<Vec<Event>>,
+    /// Resources that have not been listed yet.
+    pub(super) unlisted: AtomicUsize,
+}
+
+/// The watch of one resource.
+pub(super) struct Watch<K> {
+    shared: Arc<Shared>,
+    client: Client,
+    keeper: K,
+    /// Where to go on; `None` where a list is due.
+    version: Option<String>,
+    listed: bool,
+    streams: bool,
+    absent: bool,
+    pauses: u32,
+}
+
+/// The receiver is gone, or the session came to an end that says why.
+enum End {
+    /// Nobody listens any more.
+    Unheard,
+    /// The watch ended as watches do: it is resumed.
+    Over,
+    /// It failed.
+    Trouble(Trouble),
+}
+
+impl From<Trouble> for End {
+    fn from(trouble: Trouble) -> Self {
+        Self::Trouble(trouble)
+    }
+}
+
+impl From<kube::Error> for End {
+    fn from(error: kube::Error) -> Self {
+        Self::Trouble(error.into())
+    }
+}
+
+/// One line of a watch.
+#[derive(Deserialize)]
+struct Line<'a, T> {
+    #[serde(borrow, rename = "type")]
+    kind: Text<'a>,
+    object: T,
+}
+
+/// A plain list.
+#[derive(Deserialize)]
+struct List<'a, T> {
+    #[serde(borrow)]
+    metadata: wire::Metadata<'a>,
+    items: Option<Vec<T>>,
+}
+
+impl<K: Keeper> Watch<K> {
+    pub(super) fn new(shared: Arc<Shared>, client: Client, keeper: K) -> Self {
+        Self { shared, client, keeper, version: None, listed: false, streams: true, absent: false, pauses: 0 }
+    }
+
+    /// Runs until the receiver is gone.
+    pub(super) async fn run(mut self) {
+        loop {
+            let began = Instant::now();
+            let end = self.session().await;
+            if began.elapsed() > LIVED {
+                self.pauses = 0;
+            }
+            let pause = match end {
+                End::Unheard => return,
+                End::Over if began.elapsed() > Duration::from_secs(1) => Duration::ZERO,
+                End::Over => self.pause(),
+                End::Trouble(trouble) => match self.consider(trouble).await {
+                    Ok(pause) => pause,
+                    Err(End::Unheard) => return,
+                    Err(_) => self.pause(),
+                },
+            };
+            tokio::select! {
+                () = self.shared.events.closed() => return,
+                () = sleep(pause) => {}
+            }
+        }
+    }
+
+    /// What to do about trouble, and how long to wait before the next attempt.
+    async fn consider(&mut self, trouble: Trouble) -> Result<Duration, End> {
+        match trouble.kind {
+            Kind::Expired => {
+                info!(
+                    resource = K::RESOURCE,
+                    "the API server has forgotten where this watch was: listing again"
+                );
+                self.version = None;
+                return Ok(self.pause());
+            }
+            Kind::Refused if self.streams && self.version.is_none() => {
+                debug!(
+                    resource = K::RESOURCE,
+                    error = trouble.message,
+                    "no streaming lists here: listing plainly"
+                );
+                self.streams = false;
+                return Ok(Duration::ZERO);
+            }
+            Kind::Refused if self.version.is_some() => self.version = None,
+            Kind::Forbidden | Kind::NotFound if K::OPTIONAL => {
+                if !std::mem::replace(&mut self.absent, true) {
+                    warn!(
+                        resource = K::RESOURCE,
+                        error = trouble.message,
+                        "the API server does not give this resource: going on without"
+                    );
+                }
+                self.shared.health.well(K::RESOURCE);
+                if !self.listed {
+                    self.keeper.list_begins();
+                    let mut changes = Vec::new();
+                    self.keeper.list_ends(&mut changes);
+                    self.list_is_whole(changes).await?;
+                }
+                return Ok(ABSENT);
+            }
+            _ => {}
+        }
+        self.shared.health.failed(K::RESOURCE, &trouble);
+        // Credentials, certificates and even the server's address may be others now.
+        match connect(&self.shared.config).await {
+            Ok((client, _)) => self.client = client,
+            Err(error) => debug!(%error, "the credentials cannot be renewed"),
+        }
+        Ok(self.pause())
+    }
+
+    /// The next pause: exponential, half of it random.
+    fn pause(&mut self) -> Duration {
+        let pause = PAUSE.saturating_mul(1 << self.pauses.min(16)).min(LONGEST_PAUSE);
+        self.pauses = self.pauses.saturating_add(1);
+        pause.mul_f64(0.5 + 0.5 * fastrand::f64())
+    }
+
+    /// Lists if need be, then watches until it ends.
+    async fn session(&mut self) -> End {
+        if self.version.is_none() && !self.streams {
+            match self.list().await {
+                Ok(()) => {}
+                Err(end) => return end,
+            }
+        }
+        match self.watch().await {
+            Ok(()) => End::Over,
+            Err(end) => end,
+        }
+    }
+
+    /// The version to ask a list for: at start whatever the server's cache has, later what is newest, so that no
+    /// server that lags behind takes us back in time.
+    fn oldest(&self) -> Option<&'static str> {
+        (!self.listed).then_some("0")
+    }
+
+    async fn list(&mut self) -> Result<(), End> {
+        let (fields, labels) = self.keeper.selectors();
+        let oldest = self.oldest();
+        let params = ListParams {
+            field_selector: fields,
+            label_selector: labels.map(str::to_owned),
+            resource_version: oldest.map(str::to_owned),
+            version_match: oldest.map(|_| VersionMatch::NotOlderThan),
+            ..ListParams::default()
+        };
+        let request = Request::new(K::PATH).list(&params).map_err(kube::Error::BuildRequest)?;
+        let text = timeout(ANSWER, self.client.request_text(request)).await.map_err(|_| silent("list"))??;
+        let mut changes = Vec::new();
+        let list: List<'_, K::Object<'_>> =
+            serde_json::from_str(&text).map_err(|error| undecodable(&error))?;
+        self.keeper.list_begins();
+        for object in list.items.iter().flatten() {
+            self.keeper.put(object, &mut changes);
+            if changes.len() >= BATCH {
+                self.send(&mut changes).await?;
+            }
+        }
+        self.keeper.list_ends(&mut changes);
+        let version = list.metadata.resource_version.as_deref().unwrap_or_default().to_owned();
+        drop(list);
+        self.version = Some(version);
+        self.list_is_whole(changes).await
+    }
+
+    async fn watch(&mut self) -> Result<(), End> {
+        let (fields, labels) = self.keeper.selectors();
+        let params = WatchParams {
+            field_selector: fields,
+            label_selector: labels.map(str::to_owned),
+            timeout: Some(WATCH_SECONDS + fastrand::u32(0..WATCH_SECONDS)),
+            bookmarks: true,
+            send_initial_events: self.version.is_none(),
+        };
+        let version = self.version.as_deref().unwrap_or(self.oldest().unwrap_or_default());
+        let request = Request::new(K::PATH).watch(&params, version).map_err(kube::Error::BuildRequest)?;
+        let response =
+            timeout(ANSWER, self.client.request_stream(request)).await.map_err(|_| silent("watch"))??;
+        let mut response = std::pin::pin!(response);
+        if self.version.is_some() {
+            self.is_well();
+        } else {
+            self.keeper.list_begins();
+        }
+        let mut changes = Vec::new();
+        let mut line = Vec::new();
+        loop {
+            line.clear();
+            if !self.next_line(&mut response, &mut line, &mut changes).await? {
+                self.send(&mut changes).await?;
+                return Ok(());
+            }
+            if self.take(&line, &mut changes)? {
+                self.list_is_whole(std::mem::take(&mut changes)).await?;
+            } else if changes.len() >= BATCH {
+                self.send(&mut changes).await?;
+            }
+        }
+    }
+
+    /// Reads a line; while it waits, what was read before is on its way. False where the stream ended.
+    async fn next_line(
+        &self,
+        response: &mut (impl AsyncBufRead + Unpin),
+        line: &mut Vec<u8>,
+        changes: &mut Vec<Change>,
+    ) -> Result<bool, End> {
+        // A read that is dropped leaves what it has in `line`, and the next goes on behind it.
+        let read = match response.read_until(b'\n', line).now_or_never() {
+            Some(read) => read,
+            None => {
+                self.send(changes).await?;
+                tokio::select! {
+                    () = self.shared.events.closed() => return Err(End::Unheard),
+                    read = timeout(SILENCE, response.read_until(b'\n', line)) => match read {
+                        Ok(read) => read,
+                        // A new connection tells whether the server is still there.
+                        Err(_) => return Ok(false),
+                    },
+                }
+            }
+        };
+        match read {
+            Ok(_) => Ok(line.ends_with(b"\n")),
+            // Servers and load balancers cut watches off at any point; whether that is trouble shows when the watch
+            // is resumed.
+            Err(error) if self.version.is_some() => {
+                debug!(resource = K::RESOURCE, %error, "the watch was cut off");
+                Ok(false)
+            }
+            Err(error) => Err(Trouble::new(Kind::Unreachable, error.to_string()).into()),
+        }
+    }
+
+    /// Takes one line in. True where it ends the list.
+    fn take(&mut self, line: &[u8], changes: &mut Vec<Change>) -> Result<bool, End> {
+        let decoded: Line<'_, K::Object<'_>> = match serde_json::from_slice(line) {
+            Ok(decoded) => decoded,
+            Err(error) => {
+                // An error's object is a Status, which need not read as an object of this kind.
+                let status = serde_json::from_slice::<Line<'_, Status>>(line);
+                return Err(status
+                    .map_or_else(|_| undecodable(&error), |line| Trouble::of_status(&line.object))
+                    .into());
+            }
+        };
+        let metadata = decoded.object.metadata();
+        let version = metadata.and_then(|metadata| metadata.resource_version.as_deref());
+        match &*decoded.kind {
+            "ADDED" | "MODIFIED" => self.keeper.put(&decoded.object, changes),
+            "DELETED" => self.keeper.remove(&decoded.object, changes),
+            "BOOKMARK" => {
+                let ends = metadata
+                    .and_then(|metadata| metadata.annotations.as_ref())
+                    .is_some_and(|annotations| annotations.initial_events_end.is_some());
+                let version = version.map(str::to_owned);
+                if self.version.is_none() {
+                    if ends {
+                        self.version = version;
+                        self.keeper.list_ends(changes);
+                    }
+                    return Ok(ends);
+                }
+            }
+            "ERROR" => {
+                let line =
+                    serde_json::from_slice::<Line<'_, Status>>(line).map_err(|error| undecodable(&error))?;
+                return Err(Trouble::of_status(&line.object).into());
+            }
+            other => debug!(resource = K::RESOURCE, kind = other, "a watch event of unknown type"),
+        }
+        // While a list streams in, its versions are those of the objects, in no order.
+        if let (Some(current), Some(version)) = (&mut self.version, version) {
+            version.clone_into(current);
+        }
+        Ok(false)
+    }
+
+    async fn send(&self, changes: &mut Vec<Change>) -> Result<(), End> {
+        if changes.is_empty() {
+            return Ok(());
+        }
+        let events = changes.drain(..).map(api_event).collect();
+        self.shared.events.send(events).await.map_err(|_| End::Unheard)
+    }
+
+    /// The list is whole: sends the rest of it, and that the source has synced where this was the last to come.
+    async fn list_is_whole(&mut self, mut changes: Vec<Change>) -> Result<(), End> {
+        if !std::mem::replace(&mut self.listed, true) {
+            // What this task knows is sent before the count falls, so `Synced` comes last.
+            self.send(&mut changes).await?;
+            if self.shared.unlisted.fetch_sub(1, Ordering::AcqRel) == 1 {
+                changes.push(Change::Synced);
+            }
+        }
+        self.send(&mut changes).await?;
+        if self.version.is_some() {
+            self.is_well();
+        }
+        Ok(())
+    }
+
+    /// The server answers with what was asked for.
+    fn is_well(&mut self) {
+        if std::mem::take(&mut self.absent) {
+            info!(resource = K::RESOURCE, "the API server gives this resource now");
+        }
+        self.shared.health.well(K::RESOURCE);
+    }
+}
+
+fn silent(what: &str) -> Trouble {
+    Trouble::new(Kind::Unreachable, format!("no answer to a {what} for {} s", ANSWER.as_secs()))
+}
+
+fn undecodable(error: &serde_json::Error) -> Trouble {
+    Trouble::new(Kind::Failing, format!("an answer that cannot be read: {error}"))
+}

@@ -1,0 +1,309 @@
+//! What a manifest folder holds, file by file and object by object.
+//!
+//! Owns which content is in force: a file that does not parse keeps its last good one, and of two files that name
+//! the same object the first by name wins. Never watches: its caller says what to look at again.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, Metadata};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::document::{Content, Contents, Format, Id, Reader};
+use crate::model::input::{Change, Event, Origin};
+use crate::source::problem::{Place, Problem};
+
+/// A file larger than this is reported and not read: no one writes such a manifest on purpose.
+const LARGEST_FILE: u64 = 256 << 20;
+
+/// The folder as it was last read.
+pub(super) struct Folder {
+    dir: PathBuf,
+    reader: Reader,
+    files: BTreeMap<Arc<str>, File>,
+    /// Every object and the files that name it: the first is in force.
+    objects: BTreeMap<Id, BTreeMap<Arc<str>, Content>>,
+    /// Whether the folder itself could be listed, so that trouble is reported once.
+    listed: bool,
+}
+
+#[derive(Default)]
+struct File {
+    /// `None` where the file could not be read.
+    stamp: Option<Stamp>,
+    ids: BTreeSet<Id>,
+    failed: bool,
+}
+
+/// What tells one version of a file from another without reading it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Stamp {
+    device: u64,
+    inode: u64,
+    size: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl Stamp {
+    fn of(metadata: &Metadata) -> Self {
+        Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            size: metadata.size(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        }
+    }
+}
+
+/// What to look at again.
+pub(super) enum Scope {
+    /// Every file whose stamp is another one.
+    Folder,
+    /// These files, whatever their stamps say.
+    Files(BTreeSet<String>),
+}
+
+/// What was found.
+#[derive(Default)]
+pub(super) struct Found {
+    pub(super) events: Vec<Event>,
+    pub(super) problems: Vec<Problem>,
+    /// Files that failed before and are good now.
+    pub(super) recovered: Vec<PathBuf>,
+}
+
+/// What each touched object was before.
+type Touched = BTreeMap<Id, Option<Content>>;
+
+impl Folder {
+    pub(super) fn new(dir: PathBuf, node: Option<String>) -> Self {
+        let reader = Reader::new(node);
+        Self { dir, reader, files: BTreeMap::new(), objects: BTreeMap::new(), listed: true }
+    }
+
+    /// Reads what changed and says what that means.
+    pub(super) fn scan(&mut self, scope: Scope) -> Found {
+        let mut found = Found::default();
+        let mut touched = Touched::new();
+        match scope {
+            Scope::Files(names) => {
+                for name in names {
+                    self.refresh(&name.into(), true, &mut touched, &mut found);
+                }
+            }
+            Scope::Folder => match self.list() {
+                Ok(names) => {
+                    self.listed = true;
+                    let known: Vec<Arc<str>> = self.files.keys().cloned().collect();
+                    for name in known.into_iter().filter(|name| !names.contains(name)) {
+                        self.forget(&name, &mut touched);
+                    }
+                    for name in names {
+                        self.refresh(&name, false, &mut touched, &mut found);
+                    }
+                }
+                Err(error) => self.unlisted(&error, &mut touched, &mut found),
+            },
+        }
+        found.problems.append(&mut self.reader.problems);
+        self.report_doubles(&touched, &mut found);
+        found.events = self.events(touched);
+        found
+    }
+
+    /// The names of the manifest files.
+    fn list(&self) -> io::Result<BTreeSet<Arc<str>>> {
+        let mut names = BTreeSet::new();
+        for entry in fs::read_dir(&self.dir)? {
+            if let Some(name) = entry?.file_name().to_str()
+                && format_of(name).is_some()
+            {
+                names.insert(name.into());
+            }
+        }
+        Ok(names)
+    }
+
+    fn unlisted(&mut self, error: &io::Error, touched: &mut Touched, found: &mut Found) {
+        let absent = error.kind() == io::ErrorKind::NotFound;
+        if absent {
+            let known: Vec<Arc<str>> = self.files.keys().cloned().collect();
+            for name in known {
+                self.forget(&name, touched);
+            }
+        }
+        if self.listed {
+            let remedy = if absent {
+                "the folder does not exist: its objects are read when it is created".to_owned()
+            } else {
+                format!("the folder cannot be listed: {error}; its last content stays in force")
+            };
+            found.problems.push(at_file(&Arc::new(self.dir.clone()), remedy));
+        }
+        self.listed = false;
+    }
+
+    /// Looks at one file again.
+    fn refresh(&mut self, name: &Arc<str>, force: bool, touched: &mut Touched, found: &mut Found) {
+        let Some(format) = format_of(name) else { return };
+        let path = Arc::new(self.dir.join(&**name));
+        // Stamped before it is read: a change while it is read gives another stamp the next time.
+        let stamp = match fs::metadata(&*path) {
+            Ok(metadata) if metadata.is_dir() => return self.forget(name, touched),
+            Ok(metadata) => Ok(metadata),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return self.forget(name, touched),
+            Err(error) => Err(error),
+        };
+        let read = stamp.and_then(|metadata| {
+            let stamp = Stamp::of(&metadata);
+            let known = self.files.get(name).is_some_and(|file| file.stamp == Some(stamp));
+            if known && !force {
+                return Ok(None);
+            }
+            if !metadata.is_file() {
+                return Err(io::Error::other("it is not a regular file"));
+            }
+            if metadata.size() > LARGEST_FILE {
+                return Err(io::Error::other("it is larger than 256 MiB"));
+            }
+            Ok(Some((stamp, fs::read(&*path)?)))
+        });
+        let (stamp, contents) = match read {
+            Ok(None) => return,
+            Ok(Some((stamp, bytes))) => match std::str::from_utf8(&bytes) {
+                Ok(text) => (Some(stamp), self.reader.read(&path, text, format)),
+                Err(error) => {
+                    let line = bytes[..error.valid_up_to()].split(|byte| *byte == b'\n').count() as u64;
+                    let remedy = "not UTF-8; the last good content stays in force".to_owned();
+                    let place = Place { file: Arc::clone(&path), line, column: 0 };
+                    (Some(stamp), Err(Problem { place: Some(place), ..at_file(&path, remedy) }))
+                }
+            },
+            Err(error) => {
+                let remedy = format!("cannot be read: {error}; the last good content stays in force");
+                (None, Err(at_file(&path, remedy)))
+            }
+        };
+        let file = self.files.entry(Arc::clone(name)).or_default();
+        file.stamp = stamp;
+        match contents {
+            Ok(contents) => {
+                if std::mem::take(&mut file.failed) {
+                    found.recovered.push(path.to_path_buf());
+                }
+                self.replace(name, contents, touched);
+            }
+            Err(problem) => {
+                file.failed = true;
+                found.problems.push(problem);
+            }
+        }
+    }
+
+    /// Puts a file's new content in force.
+    fn replace(&mut self, name: &Arc<str>, contents: Contents, touched: &mut Touched) {
+        let Contents { objects, bad, unknown } = contents;
+        let file = self.files.entry(Arc::clone(name)).or_default();
+        let before = std::mem::take(&mut file.ids);
+        let kept = |id: &Id| objects.contains_key(id) || bad.contains(id) || unknown;
+        let (kept, dropped): (BTreeSet<Id>, BTreeSet<Id>) = before.into_iter().partition(kept);
+        file.ids = kept;
+        file.ids.extend(objects.keys().cloned());
+        for id in dropped {
+            self.drop_object(id, name, touched);
+        }
+        for (id, content) in objects {
+            let holders = self.objects.entry(id.clone()).or_default();
+            touched.entry(id).or_insert_with(|| holders.values().next().cloned());
+            holders.insert(Arc::clone(name), content);
+        }
+    }
+
+    /// Drops a file that is no more.
+    fn forget(&mut self, name: &Arc<str>, touched: &mut Touched) {
+        for id in self.files.remove(name).unwrap_or_default().ids {
+            self.drop_object(id, name, touched);
+        }
+    }
+
+    fn drop_object(&mut self, id: Id, name: &Arc<str>, touched: &mut Touched) {
+        if let Some(holders) = self.objects.get_mut(&id) {
+            let before = holders.values().next().cloned();
+            holders.remove(name);
+            if holders.is_empty() {
+                self.objects.remove(&id);
+            }
+            touched.entry(id).or_insert(before);
+        }
+    }
+
+    fn report_doubles(&self, touched: &Touched, found: &mut Found) {
+        for id in touched.keys() {
+            let Some(holders) = self.objects.get(id).filter(|holders| holders.len() > 1) else { continue };
+            let mut names = holders.keys();
+            let Some(winner) = names.next().map(|name| self.dir.join(&**name)) else { continue };
+            // A file that is being renamed is there under both names for a moment.
+            if !winner.exists() {
+                continue;
+            }
+            for loser in names {
+                let remedy = format!("also in {}, which wins: remove one of them", winner.display());
+                let problem = at_file(&Arc::new(self.dir.join(&**loser)), remedy);
+                found.problems.push(Problem { object: Some(id.to_string()), ..problem });
+            }
+        }
+    }
+
+    fn events(&self, touched: Touched) -> Vec<Event> {
+        let mut changes = Vec::with_capacity(touched.len());
+        let mut cidrs_changed = false;
+        for (id, before) in touched {
+            let now = self.objects.get(&id).and_then(|holders| holders.values().next());
+            if now == before.as_ref() {
+                continue;
+            }
+            changes.push(match (id, now) {
+                (_, Some(Content::Service(service))) => Change::Service(service.clone()),
+                (_, Some(Content::Slice(slice))) => Change::Slice(slice.clone()),
+                (_, Some(Content::Node(node))) => Change::Node(Some(node.clone())),
+                (Id::Service(key), None) => Change::ServiceGone(key),
+                (Id::Slice(key), None) => Change::SliceGone(key),
+                (Id::Node, None) => Change::Node(None),
+                (Id::ServiceCidr(_), None) | (_, Some(Content::ServiceCidr(_))) => {
+                    cidrs_changed = true;
+                    continue;
+                }
+            });
+        }
+        if cidrs_changed {
+            let mut cidrs = Vec::new();
+            for holders in self.objects.values() {
+                if let Some(Content::ServiceCidr(some)) = holders.values().next() {
+                    cidrs.extend_from_slice(some);
+                }
+            }
+            changes.push(Change::ServiceCidrs(cidrs));
+        }
+        changes.into_iter().map(|change| Event::Source { origin: Origin::Static, change }).collect()
+    }
+}
+
+/// How to read a file of this name; `None` where it is no manifest: editors' temporary files, dotfiles, others.
+pub(super) fn format_of(name: &str) -> Option<Format> {
+    if name.starts_with(['.', '#']) {
+        return None;
+    }
+    match Path::new(name).extension()?.to_str()? {
+        "yaml" | "yml" => Some(Format::Yaml),
+        "json" => Some(Format::Json),
+        _ => None,
+    }
+}
+
+fn at_file(path: &Arc<PathBuf>, remedy: String) -> Problem {
+    let place = Place { file: Arc::clone(path), line: 0, column: 0 };
+    Problem { place: Some(place), object: None, field: String::new(), value: None, remedy }
+}
