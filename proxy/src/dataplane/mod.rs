@@ -3,6 +3,8 @@
 //! Owns kernel state of ours and nothing else. Never decides policy: it programs what the plan says, or reports the
 //! Service it could not program.
 
+pub mod nftables;
+
 use std::sync::Arc;
 
 use crate::model::input::ServiceKey;
@@ -32,6 +34,17 @@ pub struct Outcome {
     pub messages: usize,
     /// Bytes of those messages.
     pub bytes: usize,
+}
+
+impl Outcome {
+    /// Adds what another commit did.
+    pub fn absorb(&mut self, other: Self) {
+        self.failed.extend(other.failed);
+        self.added += other.added;
+        self.removed += other.removed;
+        self.messages += other.messages;
+        self.bytes += other.bytes;
+    }
 }
 
 /// A dataplane: `apply` what changed, `cleanup` everything of ours.

@@ -1,0 +1,356 @@
+//! One batch: the node's elements, Services in bounded parts, the sweep of what is stale.
+//!
+//! Owns how refusals are dealt with: a Service that the kernel refuses is left out and reported; a refusal that shows
+//! that the kernel holds something else than was programmed makes the caller read the truth back.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+
+use super::element::{Element, Key, Place, ranges};
+use super::lower::{Empty, Lowered, Shared, lower};
+use super::message::{ELEMENTS_PER_MESSAGE, Transaction};
+use super::netlink::{CommitError, Refusal};
+use super::schema::Set;
+use super::{Nftables, NftablesError};
+use crate::dataplane::{Batch, Outcome};
+use crate::model::input::{Family, ServiceKey};
+use crate::model::plan::{NodePlan, Plan};
+
+/// Elements of one part: a transaction stays at a few megabytes.
+const ELEMENTS_PER_PART: usize = 20_000;
+
+/// From how many Services on a batch is written without notifications.
+const BULK: usize = 500;
+
+/// Whose a message is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Owner {
+    /// The constant part.
+    Ruleset,
+    /// The node's own elements, and the sweep.
+    Node,
+    /// The Service at this position of the part.
+    Service(usize),
+}
+
+/// Why a batch was not committed to its end.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// The kernel holds something else than was programmed; in words, what.
+    Disagreement(String),
+    /// Nothing can be done at all.
+    Error(NftablesError),
+}
+
+impl From<NftablesError> for Failure {
+    fn from(error: NftablesError) -> Self {
+        Self::Error(error)
+    }
+}
+
+/// A Service on its way: what it should be, and what that means for the kernel.
+struct Staged<'a> {
+    key: &'a ServiceKey,
+    lowered: Lowered,
+}
+
+impl Nftables {
+    /// Commits a batch on top of what is programmed.
+    pub(super) fn commit_batch(&mut self, batch: &Batch, outcome: &mut Outcome) -> Result<(), Failure> {
+        if batch.services.len() >= BULK {
+            self.expect_bulk()?;
+        }
+        self.commit_node(batch.node.as_ref(), batch.sweep || self.swept, outcome)?;
+        self.commit_services(&batch.services, outcome)?;
+        if batch.sweep { self.sweep(outcome) } else { Ok(()) }
+    }
+
+    /// The node's own elements. What an earlier run left stays until the sources have synced (`exact`).
+    fn commit_node(
+        &mut self,
+        node: Option<&NodePlan>,
+        exact: bool,
+        outcome: &mut Outcome,
+    ) -> Result<(), Failure> {
+        if node.is_none() && self.found.is_none() {
+            return Ok(());
+        }
+        let node = node.unwrap_or(&self.node).clone();
+        let (mut removed, mut added, mut owned) = (Vec::new(), Vec::new(), self.node_places.clone());
+        for (family, set, wanted) in node_elements(&node, &self.settings.cluster_cidrs) {
+            let found = self.found.as_ref().map(|found| found.places_in(family, set)).unwrap_or_default();
+            if !exact && !found.is_empty() && set != Set::PodCidrs {
+                continue;
+            }
+            let have: BTreeSet<_> = owned.remove(&(family, set)).into_iter().flatten().chain(found).collect();
+            let want: BTreeSet<_> = wanted.iter().map(|element| element.place).collect();
+            // The elements of a set of ranges depend on each other: it is written as a whole.
+            let keep = if set.is_interval() && have != want { BTreeSet::new() } else { &have & &want };
+            removed.extend(have.difference(&keep));
+            added.extend(wanted.into_iter().filter(|element| !keep.contains(&element.place)));
+            owned.insert((family, set), want);
+        }
+        let mut transaction = self.netlink.begin();
+        write_removals(&mut transaction, &removed, Owner::Node);
+        write_additions(&mut transaction, &added, Owner::Node);
+        match self.send(&mut transaction, removed.len(), added.len(), outcome) {
+            Ok(()) => {}
+            Err(CommitError::Refused(refusals)) if refusals.iter().any(disagrees) => {
+                return Err(Failure::Disagreement(words(&refusals)));
+            }
+            Err(CommitError::Refused(refusals)) => return Err(NftablesError::Node(words(&refusals)).into()),
+            Err(CommitError::TooLarge) => return Err(NftablesError::Node(TOO_LARGE.into()).into()),
+            Err(CommitError::Io(error)) => return Err(NftablesError::Socket(error).into()),
+        }
+        if let Some(found) = &mut self.found {
+            owned.values().flatten().chain(&removed).for_each(|place| found.settle(place));
+        }
+        self.node = node;
+        self.node_places = owned;
+        Ok(())
+    }
+
+    /// All Services of a batch. Together where they fit one transaction; else first what goes, then what changes,
+    /// then what is new, so that an address which moves from one Service to another is free when it is claimed.
+    fn commit_services(
+        &mut self,
+        services: &[(ServiceKey, Option<Arc<Plan>>)],
+        outcome: &mut Outcome,
+    ) -> Result<(), Failure> {
+        let mut ordered: Vec<_> = services.iter().collect();
+        ordered.sort_by_key(|(key, plan)| match (plan, self.applied.contains_key(key)) {
+            (None, _) => 0,
+            (Some(_), true) => 1,
+            (Some(_), false) => 2,
+        });
+        let mut part = Vec::new();
+        let mut elements = 0;
+        for (key, plan) in ordered {
+            let (previous, plan) = (self.applied.get(key), plan.as_ref());
+            let lowered = match &self.found {
+                Some(found) => lower(previous, plan, found),
+                None => lower(previous, plan, &Empty),
+            };
+            elements += lowered.removed.len() + lowered.added.len();
+            part.push(Staged { key, lowered });
+            if elements >= ELEMENTS_PER_PART {
+                self.commit_part(std::mem::take(&mut part), outcome)?;
+                elements = 0;
+            }
+        }
+        self.commit_part(part, outcome)
+    }
+
+    /// One transaction of Services; those that the kernel refuses are left out, and the others sent again.
+    fn commit_part(&mut self, mut part: Vec<Staged<'_>>, outcome: &mut Outcome) -> Result<(), Failure> {
+        while !part.is_empty() {
+            let refused = match self.try_part(&part, outcome) {
+                Ok(()) => {
+                    self.take_over(part);
+                    return Ok(());
+                }
+                Err((CommitError::Io(error), _)) => return Err(NftablesError::Socket(error).into()),
+                Err((CommitError::TooLarge, _)) if part.len() > 1 => {
+                    let rest = part.split_off(part.len() / 2);
+                    self.commit_part(part, outcome)?;
+                    part = rest;
+                    continue;
+                }
+                Err((CommitError::TooLarge, _)) => BTreeMap::from([(0, TOO_LARGE.to_owned())]),
+                Err((CommitError::Refused(refusals), owners)) => blame(&refusals, &owners)?,
+            };
+            let mut position = 0;
+            part.retain(|staged| {
+                let words = refused.get(&position);
+                position += 1;
+                if let Some(words) = words {
+                    outcome.failed.push((staged.key.clone(), words.clone()));
+                }
+                words.is_none()
+            });
+        }
+        Ok(())
+    }
+
+    /// Sends what a part means: all removals first. Shared elements go with the Services that gain or lose them.
+    /// With an error comes who owns each refused message.
+    fn try_part(
+        &mut self,
+        part: &[Staged<'_>],
+        outcome: &mut Outcome,
+    ) -> Result<(), (CommitError, Vec<Option<Owner>>)> {
+        let (lost, gained) = self.shared.preview(&shared_delta(part));
+        let (mut removed, mut added) = (lost.len(), 0);
+        let mut transaction = self.netlink.begin();
+        let mut additions = Vec::with_capacity(part.len() + 1);
+        write_removals(&mut transaction, &lost, Owner::Node);
+        for (position, staged) in part.iter().enumerate() {
+            let owner = Owner::Service(position);
+            let (clear, add) = self.against_found(&staged.lowered.added);
+            let removals: Vec<_> = staged.lowered.removed.iter().copied().chain(clear).collect();
+            write_removals(&mut transaction, &removals, owner);
+            removed += removals.len();
+            additions.push((add, owner));
+        }
+        additions.push((self.against_found(&gained).1, Owner::Node));
+        for (elements, owner) in &additions {
+            write_additions(&mut transaction, elements.iter().copied(), *owner);
+            added += elements.len();
+        }
+        drop(additions);
+        self.send(&mut transaction, removed, added, outcome).map_err(|error| {
+            let owners = match &error {
+                CommitError::Refused(refusals) => refusals.iter().map(|r| transaction.owner(r.seq)).collect(),
+                _ => Vec::new(),
+            };
+            (error, owners)
+        })
+    }
+
+    /// What the kernel already holds need not be added, and what it holds with other data goes first.
+    fn against_found<'a>(&self, elements: &'a [Element]) -> (Vec<Place>, Vec<&'a Element>) {
+        let Some(found) = &self.found else { return (Vec::new(), elements.iter().collect()) };
+        let add: Vec<_> = elements.iter().filter(|element| !found.has(element)).collect();
+        let clear = add.iter().map(|element| element.place).filter(|place| found.contains(place)).collect();
+        (clear, add)
+    }
+
+    /// A part is committed: it is what is programmed now.
+    fn take_over(&mut self, part: Vec<Staged<'_>>) {
+        self.shared.commit(&shared_delta(&part));
+        for Staged { key, lowered } in part {
+            if let Some(found) = &mut self.found {
+                lowered.removed.iter().for_each(|place| found.settle(place));
+                lowered.added.iter().for_each(|element| found.settle(&element.place));
+                lowered.gained.iter().for_each(|shared| found.settle(&shared.place()));
+            }
+            match lowered.applied {
+                Some(applied) => self.applied.insert(key.clone(), applied),
+                None => self.applied.remove(key),
+            };
+        }
+    }
+
+    /// Removes what the kernel was found to hold and nobody has claimed: all sources have synced.
+    fn sweep(&mut self, outcome: &mut Outcome) -> Result<(), Failure> {
+        let stale = self.found.as_ref().map(super::observe::Found::places).unwrap_or_default();
+        for part in stale.chunks(ELEMENTS_PER_PART) {
+            let mut transaction = self.netlink.begin();
+            write_removals(&mut transaction, part, Owner::Node);
+            match self.send(&mut transaction, part.len(), 0, outcome) {
+                Ok(()) => {}
+                Err(CommitError::Refused(refusals)) => return Err(Failure::Disagreement(words(&refusals))),
+                Err(CommitError::TooLarge) => return Err(NftablesError::Node(TOO_LARGE.into()).into()),
+                Err(CommitError::Io(error)) => return Err(NftablesError::Socket(error).into()),
+            }
+        }
+        self.found = None;
+        self.swept = true;
+        Ok(())
+    }
+
+    /// Commits a transaction that removes and adds so many elements; an empty one is not sent.
+    fn send(
+        &mut self,
+        transaction: &mut Transaction<Owner>,
+        removed: usize,
+        added: usize,
+        outcome: &mut Outcome,
+    ) -> Result<(), CommitError> {
+        if transaction.messages() == 0 {
+            return Ok(());
+        }
+        self.netlink.commit(transaction)?;
+        self.committed();
+        outcome.removed += removed;
+        outcome.added += added;
+        outcome.messages += transaction.messages();
+        outcome.bytes += transaction.len();
+        Ok(())
+    }
+}
+
+const TOO_LARGE: &str = "it does not fit a netlink message";
+
+/// The sets that belong to the node rather than to Services, and what is wanted in them.
+fn node_elements(node: &NodePlan, pod_cidrs: &[ipnetwork::IpNetwork]) -> Vec<(Family, Set, Vec<Element>)> {
+    let mut sets = Vec::new();
+    for family in Family::ALL {
+        let of_family = node.nodeport_addresses.iter().filter(|address| Family::of(**address) == family);
+        let addresses = of_family.map(|address| Element {
+            place: Place { family, set: Set::NodeportIps, key: Key::address(*address) },
+            data: None,
+            comment: None,
+        });
+        sets.push((family, Set::NodeportIps, addresses.collect()));
+        sets.push((family, Set::ServiceCidrs, ranges(Set::ServiceCidrs, family, &node.service_cidrs)));
+        sets.push((family, Set::PodCidrs, ranges(Set::PodCidrs, family, pod_cidrs)));
+    }
+    sets
+}
+
+fn shared_delta(part: &[Staged<'_>]) -> BTreeMap<Shared, i64> {
+    let mut delta = BTreeMap::new();
+    for staged in part {
+        staged.lowered.lost.iter().for_each(|shared| *delta.entry(*shared).or_default() -= 1);
+        staged.lowered.gained.iter().for_each(|shared| *delta.entry(*shared).or_default() += 1);
+    }
+    delta
+}
+
+/// Which Services of a part were refused, and why, in words.
+fn blame(refusals: &[Refusal], owners: &[Option<Owner>]) -> Result<BTreeMap<usize, String>, Failure> {
+    if refusals.iter().any(disagrees) {
+        return Err(Failure::Disagreement(words(refusals)));
+    }
+    let mut refused = BTreeMap::new();
+    for (refusal, owner) in refusals.iter().zip(owners) {
+        let Some(Owner::Service(position)) = owner else {
+            return Err(NftablesError::Node(words(refusals)).into());
+        };
+        refused.entry(*position).or_insert_with(|| refusal.to_string());
+    }
+    Ok(refused)
+}
+
+/// Whether a refusal says that an element was not there to be removed, or was there already.
+fn disagrees(refusal: &Refusal) -> bool {
+    matches!(refusal.errno, Errno::ENOENT | Errno::EEXIST | Errno::EBUSY)
+}
+
+/// Refusals in words; the first few say it all.
+pub(super) fn words(refusals: &[Refusal]) -> String {
+    let words: BTreeSet<_> = refusals.iter().map(ToString::to_string).take(3).collect();
+    words.into_iter().collect::<Vec<_>>().join("; ")
+}
+
+fn write_removals(transaction: &mut Transaction<Owner>, places: &[Place], owner: Owner) {
+    for (family, set, places) in by_set(places.iter().map(|place| (place, place))) {
+        for chunk in places.chunks(ELEMENTS_PER_MESSAGE) {
+            transaction.remove(set, family, chunk.iter().copied(), owner);
+        }
+    }
+}
+
+fn write_additions<'a>(
+    transaction: &mut Transaction<Owner>,
+    elements: impl IntoIterator<Item = &'a Element>,
+    owner: Owner,
+) {
+    for (family, set, elements) in by_set(elements.into_iter().map(|element| (&element.place, element))) {
+        for chunk in elements.chunks(ELEMENTS_PER_MESSAGE) {
+            transaction.add(set, family, chunk.iter().copied(), owner);
+        }
+    }
+}
+
+/// Groups by set, as a message takes them; the order within a set stays.
+fn by_set<'a, T>(items: impl Iterator<Item = (&'a Place, T)>) -> impl Iterator<Item = (Family, Set, Vec<T>)> {
+    let mut sets: BTreeMap<_, Vec<T>> = BTreeMap::new();
+    for (place, item) in items {
+        sets.entry((place.family, place.set)).or_default().push(item);
+    }
+    sets.into_iter().map(|((family, set), items)| (family, set, items))
+}

@@ -1,0 +1,309 @@
+//! The nftables dataplane: a constant ruleset in our own tables, a handful of elements for each Service.
+//!
+//! Owns the tables `ip kube-lane` and `ip6 kube-lane`. Never touches any other table, never runs `nft`, never lists
+//! a table to make a change. One Service that the kernel refuses is left out; the others go in.
+//!
+//! | file | owns |
+//! |---|---|
+//! | `schema`, `rules`, `expr` | the constant part: sets, chains and rules as data, and libnftnl's form of them |
+//! | `element`, `lower` | a Service's part: elements, and what a change adds and removes (pure) |
+//! | `message`, `netlink` | transactions as netlink messages, the socket, refusals |
+//! | `observe`, `monitor` | reading the truth back, noticing foreign changes |
+//! | `commit` | one batch: parts, refusals, retries |
+
+mod commit;
+mod element;
+mod expr;
+mod lower;
+mod message;
+mod monitor;
+mod netlink;
+mod observe;
+mod rules;
+mod schema;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::os::fd::OwnedFd;
+
+use ipnetwork::IpNetwork;
+use nftnl::MsgType;
+use nix::errno::Errno;
+use tracing::{info, warn};
+
+use self::commit::Owner;
+use self::element::Place;
+use self::expr::c_name;
+use self::lower::{Applied, SharedCounts};
+use self::message::{Transaction, table};
+use self::monitor::Monitor;
+use self::netlink::{CommitError, Netlink};
+use self::observe::{Found, TableState};
+use self::rules::ClusterIpSnat;
+use self::schema::Set;
+use super::{Batch, Dataplane, Outcome};
+use crate::model::input::{Family, ServiceKey};
+use crate::model::plan::NodePlan;
+
+/// What the ruleset depends on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Settings {
+    /// Where pods have their addresses (`clusterCIDR`): who dials a cluster IP from elsewhere is masqueraded.
+    pub cluster_cidrs: Vec<IpNetwork>,
+    /// Masquerade everybody who dials a cluster IP.
+    pub masquerade_all: bool,
+}
+
+/// Why the nftables dataplane could not do anything.
+#[derive(Debug, thiserror::Error)]
+pub enum NftablesError {
+    /// The netlink socket could not be had or failed.
+    #[error("nf_tables netlink socket: {0} (kube-lane needs CAP_NET_ADMIN and a kernel with nf_tables)")]
+    Socket(#[from] io::Error),
+    /// Reading our tables back failed.
+    #[error("reading the tables `kube-lane` back: {0}")]
+    ReadBack(Errno),
+    /// The kernel refused the constant part of the ruleset.
+    #[error("the kernel refused the ruleset of table `kube-lane`: {0}")]
+    Ruleset(String),
+    /// Somebody changes our tables faster than they can be read back.
+    #[error("somebody else keeps changing the tables `kube-lane`: {0}")]
+    Unstable(String),
+    /// The kernel refused the node's own elements.
+    #[error("the kernel refused the node's elements: {0}")]
+    Node(String),
+}
+
+/// The nftables dataplane.
+pub struct Nftables {
+    netlink: Netlink,
+    monitor: Monitor,
+    settings: Settings,
+    /// What is programmed, by Service.
+    applied: BTreeMap<ServiceKey, Applied>,
+    shared: SharedCounts,
+    node: NodePlan,
+    /// Where the node's own elements are, as programmed.
+    node_places: BTreeMap<(Family, Set), BTreeSet<Place>>,
+    /// What the kernel was found to hold and nobody has claimed; `None` once swept.
+    found: Option<Found>,
+    /// What has to be applied again since reading back succeeded and applying did not.
+    owed: Option<Batch>,
+    /// Whether the constant part is in place.
+    ready: bool,
+    /// Whether stale elements were removed once: from then on, what nobody claims is stale.
+    swept: bool,
+    /// The generation that the ruleset has if nobody but us changed it; `None` while notifications tell.
+    expected_generation: Option<u32>,
+}
+
+impl Nftables {
+    /// Opens the dataplane of the current network namespace. The kernel is first changed by the first commit.
+    ///
+    /// # Errors
+    /// [`NftablesError::Socket`].
+    pub fn open(settings: Settings) -> Result<Self, NftablesError> {
+        let netlink = Netlink::open()?;
+        let monitor = Monitor::open(netlink.port())?;
+        Ok(Self {
+            netlink,
+            monitor,
+            settings,
+            applied: BTreeMap::new(),
+            shared: SharedCounts::default(),
+            node: NodePlan::default(),
+            node_places: BTreeMap::new(),
+            found: None,
+            owed: None,
+            ready: false,
+            swept: false,
+            expected_generation: None,
+        })
+    }
+
+    /// A descriptor that becomes readable when somebody else may have changed our tables: then call
+    /// [`Dataplane::repair`].
+    ///
+    /// # Errors
+    /// When the process is out of descriptors.
+    pub fn descriptor(&self) -> io::Result<OwnedFd> {
+        self.monitor.descriptor()
+    }
+
+    /// Reads back what the kernel holds and puts the constant part in place, in one transaction. Afterwards nothing
+    /// counts as programmed: applying everything again changes only what differs.
+    fn adopt(&mut self) -> Result<Outcome, NftablesError> {
+        self.applied.clear();
+        self.shared = SharedCounts::default();
+        self.node_places.clear();
+        self.expected_generation = Some(self.netlink.generation().map_err(NftablesError::ReadBack)?);
+        let mut found = Found::default();
+        let mut transaction = self.netlink.begin::<Owner>();
+        for family in Family::ALL {
+            let state = found.read(&mut self.netlink, family).map_err(NftablesError::ReadBack)?;
+            if state == TableState::Foreign {
+                warn!(?family, "table `kube-lane` has another layout than this build's: it is replaced");
+                transaction.object(&table(family), MsgType::Del, Owner::Ruleset);
+            }
+            ruleset(&mut transaction, family, &self.settings);
+        }
+        let outcome =
+            Outcome { messages: transaction.messages(), bytes: transaction.len(), ..Outcome::default() };
+        self.netlink.commit(&mut transaction).map_err(|error| match error {
+            CommitError::Io(error) => NftablesError::Socket(error),
+            CommitError::TooLarge => NftablesError::Ruleset("it does not fit a netlink message".into()),
+            CommitError::Refused(refusals) => NftablesError::Ruleset(commit::words(&refusals)),
+        })?;
+        self.committed();
+        self.found = Some(found);
+        self.ready = true;
+        Ok(outcome)
+    }
+
+    /// A transaction of ours took effect.
+    fn committed(&mut self) {
+        if let Some(generation) = &mut self.expected_generation {
+            *generation = generation.wrapping_add(1);
+        }
+    }
+
+    /// Goes without notifications for a while, since many elements are about to be written.
+    fn expect_bulk(&mut self) -> Result<(), NftablesError> {
+        if self.monitor.is_subscribed() {
+            self.expected_generation = Some(self.netlink.generation().map_err(NftablesError::ReadBack)?);
+            self.monitor.subscribe(false)?;
+        }
+        Ok(())
+    }
+
+    /// Asks for notifications again; tells whether somebody else changed the ruleset in the meantime.
+    fn listen(&mut self) -> Result<bool, NftablesError> {
+        if self.monitor.is_subscribed() {
+            return Ok(false);
+        }
+        self.monitor.subscribe(true)?;
+        let generation = self.netlink.generation().map_err(NftablesError::ReadBack)?;
+        Ok(self.expected_generation.take().is_some_and(|expected| expected != generation))
+    }
+
+    /// Everything that should be programmed: what is, or is owed, with a batch on top.
+    fn everything(&mut self, batch: &Batch) -> Batch {
+        let mut services: BTreeMap<_, _> =
+            self.applied.iter().map(|(key, applied)| (key.clone(), Some(applied.plan().clone()))).collect();
+        let owed = self.owed.take().unwrap_or_default();
+        services.extend(owed.services);
+        services.extend(batch.services.iter().cloned());
+        Batch {
+            node: Some(batch.node.clone().or(owed.node).unwrap_or_else(|| self.node.clone())),
+            services: services.into_iter().collect(),
+            sweep: batch.sweep || owed.sweep || self.swept,
+        }
+    }
+
+    /// Reads the truth back, then applies everything that should be there.
+    fn reconcile(&mut self, batch: &Batch) -> Result<Outcome, NftablesError> {
+        let everything = self.everything(batch);
+        let result =
+            self.adopt().and_then(|mut outcome| match self.commit_batch(&everything, &mut outcome) {
+                Ok(()) => Ok(outcome),
+                Err(commit::Failure::Disagreement(what)) => Err(NftablesError::Unstable(what)),
+                Err(commit::Failure::Error(error)) => Err(error),
+            });
+        if result.is_err() {
+            self.owed = Some(everything);
+        }
+        result
+    }
+}
+
+impl Dataplane for Nftables {
+    type Error = NftablesError;
+
+    fn apply(&mut self, batch: &Batch) -> Result<Outcome, NftablesError> {
+        let mut outcome = Outcome::default();
+        if !self.ready || self.owed.is_some() {
+            outcome = self.reconcile(batch)?;
+        } else {
+            match self.commit_batch(batch, &mut outcome) {
+                Ok(()) => {}
+                Err(commit::Failure::Disagreement(what)) => {
+                    info!(what, "the kernel holds something else than was programmed: reading it back");
+                    outcome = self.reconcile(batch)?;
+                }
+                Err(commit::Failure::Error(error)) => return Err(error),
+            }
+        }
+        if self.listen()? {
+            let again = self.reconcile(&Batch::default())?;
+            outcome.absorb(again);
+            self.listen()?;
+        }
+        Ok(outcome)
+    }
+
+    fn repair(&mut self) -> Result<Option<Outcome>, NftablesError> {
+        if !self.monitor.drain()? || !self.ready {
+            return Ok(None);
+        }
+        info!("somebody else changed our tables: reading them back");
+        self.expect_bulk()?;
+        let outcome = self.reconcile(&Batch::default())?;
+        self.listen()?;
+        Ok(Some(outcome))
+    }
+}
+
+/// Puts the constant part of one family's table into a transaction: what exists stays, rules are written anew.
+fn ruleset(transaction: &mut Transaction<Owner>, family: Family, settings: &Settings) {
+    let owner = Owner::Ruleset;
+    let table = table(family);
+    transaction.object(&table, MsgType::Add, owner);
+    for set in Set::ALL {
+        transaction.set(set, family, owner);
+    }
+    let has_detector = settings.cluster_cidrs.iter().any(|cidr| Family::of(cidr.ip()) == family);
+    let snat = match (settings.masquerade_all, has_detector) {
+        (true, _) => ClusterIpSnat::Always,
+        (false, true) => ClusterIpSnat::NonLocal,
+        (false, false) => ClusterIpSnat::Never,
+    };
+    let specs = rules::chains(family, snat);
+    let chains: Vec<_> = specs
+        .iter()
+        .map(|spec| {
+            let mut chain = nftnl::Chain::new(c_name(&spec.name), &table);
+            if let Some(base) = spec.base {
+                chain.set_type(base.kind);
+                chain.set_hook(base.hook, base.priority);
+                chain.set_policy(nftnl::Policy::Accept);
+            }
+            chain
+        })
+        .collect();
+    for chain in &chains {
+        transaction.object(chain, MsgType::Add, owner);
+    }
+    for (chain, spec) in chains.iter().zip(&specs) {
+        transaction.rules(chain, spec, family, owner);
+    }
+}
+
+/// Removes all that is ours from the current network namespace. Established flows lose their translation unless another
+/// proxy's NAT rules are in place.
+///
+/// # Errors
+/// [`NftablesError`].
+pub fn cleanup() -> Result<(), NftablesError> {
+    let mut netlink = Netlink::open()?;
+    let mut transaction = netlink.begin::<Owner>();
+    for family in Family::ALL {
+        // Adding it first makes the removal succeed also where there is none.
+        transaction.object(&table(family), MsgType::Add, Owner::Ruleset);
+        transaction.object(&table(family), MsgType::Del, Owner::Ruleset);
+    }
+    netlink.commit(&mut transaction).map_err(|error| match error {
+        CommitError::Io(error) => NftablesError::Socket(error),
+        CommitError::TooLarge => NftablesError::Ruleset("the removal does not fit a netlink message".into()),
+        CommitError::Refused(refusals) => NftablesError::Ruleset(commit::words(&refusals)),
+    })
+}

@@ -1,0 +1,298 @@
+//! The netlink socket to nf_tables: sends transactions, reads refusals, dumps what the kernel holds.
+//!
+//! Owns the socket. Never decides what to send, and never lists anything unless asked to read the truth back.
+
+use std::fmt;
+use std::io;
+use std::os::fd::RawFd;
+
+use nftnl::nftnl_sys::libc;
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv};
+
+use super::message::{Transaction, dump_request};
+use super::schema::Set;
+use crate::model::input::Family;
+
+/// A transaction of ours is bounded well below this; netlink takes a message of at most the send buffer's size.
+const SEND_BUFFER: libc::c_int = 64 << 20;
+/// Room for a refusal of every message of a transaction.
+const RECEIVE_BUFFER: libc::c_int = 16 << 20;
+/// What one read can bring: the kernel fills a dump's parts up to 32 KiB.
+const READ_WORDS: usize = 8192;
+/// Offset and size of `struct nlmsghdr` and of `struct nlmsgerr` behind it.
+const HEADER: usize = size_of::<libc::nlmsghdr>();
+/// `NLMSGERR_ATTR_MSG`.
+const ATTR_MSG: u16 = 1;
+
+/// The kernel's answer to one message that it refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Refusal {
+    /// The message's sequence number.
+    pub(crate) seq: u32,
+    /// Why.
+    pub(crate) errno: Errno,
+    /// The kernel's own words, where it has some.
+    pub(crate) text: Option<String>,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.text {
+            Some(text) => write!(f, "{} ({text})", self.errno),
+            None => fmt::Display::fmt(&self.errno, f),
+        }
+    }
+}
+
+/// Why a transaction did not take effect. Nothing of it did.
+#[derive(Debug)]
+pub(crate) enum CommitError {
+    /// The kernel refused these messages.
+    Refused(Vec<Refusal>),
+    /// It is larger than netlink takes: send it in parts.
+    TooLarge,
+    /// The socket failed.
+    Io(io::Error),
+}
+
+/// A netlink socket.
+pub(crate) struct Netlink {
+    socket: mnl::Socket,
+    seq: u32,
+    read: Box<[u64]>,
+}
+
+impl Netlink {
+    /// Opens the socket.
+    ///
+    /// # Errors
+    /// When the kernel has no nf_netlink, or the process may not open it.
+    pub(crate) fn open() -> io::Result<Self> {
+        let socket = mnl::Socket::new(mnl::Bus::Netfilter)?;
+        let netlink = Self { socket, seq: 1, read: vec![0; READ_WORDS].into() };
+        // The forced sizes need CAP_NET_ADMIN, as everything here does.
+        netlink.option(libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, SEND_BUFFER)?;
+        netlink.option(libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, RECEIVE_BUFFER)?;
+        // Refusals with the kernel's words and without a copy of the message.
+        netlink.option(libc::SOL_NETLINK, libc::NETLINK_EXT_ACK, 1)?;
+        netlink.option(libc::SOL_NETLINK, libc::NETLINK_CAP_ACK, 1)?;
+        Ok(netlink)
+    }
+
+    /// The socket's netlink address: what the kernel says who made a change.
+    pub(crate) fn port(&self) -> u32 {
+        self.socket.portid()
+    }
+
+    fn fd(&self) -> RawFd {
+        // SAFETY: the socket is open; mnl_socket_get_fd only reads it.
+        unsafe { mnl::mnl_sys::mnl_socket_get_fd(self.socket.as_raw_socket()) }
+    }
+
+    fn option(&self, level: libc::c_int, name: libc::c_int, value: libc::c_int) -> io::Result<()> {
+        set_option(self.fd(), level, name, value)
+    }
+
+    /// Starts a transaction.
+    pub(crate) fn begin<Owner: Copy>(&self) -> Transaction<Owner> {
+        Transaction::new(self.seq)
+    }
+
+    /// Sends a transaction; returns when the kernel has taken or refused it.
+    ///
+    /// # Errors
+    /// [`CommitError`]; the kernel's state is then as before.
+    pub(crate) fn commit<Owner: Copy>(
+        &mut self,
+        transaction: &mut Transaction<Owner>,
+    ) -> Result<(), CommitError> {
+        let (bytes, next) = transaction.finish();
+        self.seq = next;
+        match self.socket.send(bytes) {
+            Ok(_) => {}
+            Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => return Err(CommitError::TooLarge),
+            Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => return Err(CommitError::TooLarge),
+            Err(error) => return Err(CommitError::Io(error)),
+        }
+        // nf_tables works through a batch inside of the send: every refusal is waiting by now.
+        let refusals = self.drain_refusals().map_err(CommitError::Io)?;
+        if refusals.is_empty() { Ok(()) } else { Err(CommitError::Refused(refusals)) }
+    }
+
+    fn drain_refusals(&mut self) -> io::Result<Vec<Refusal>> {
+        let mut refusals = Vec::new();
+        loop {
+            match self.receive(MsgFlags::MSG_DONTWAIT) {
+                Ok(bytes) => messages(bytes, |message| refusals.extend(refusal(message))),
+                Err(Errno::EAGAIN) => return Ok(refusals),
+                Err(Errno::EINTR) => {}
+                // More refusals than room: those that were kept are reported, the others when these are left out.
+                Err(Errno::ENOBUFS) if !refusals.is_empty() => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+
+    fn receive(&mut self, flags: MsgFlags) -> Result<&[u8], Errno> {
+        let fd = self.fd();
+        let len = recv(fd, bytes_of(&mut self.read), flags)?;
+        Ok(&bytes_of(&mut self.read)[..len])
+    }
+
+    /// Reads all sets of a table (`set` is `None`) or all elements of one; calls `each` with every message.
+    ///
+    /// # Errors
+    /// `ENOENT` where the table or set does not exist; `EINTR` where it changed meanwhile and must be read again.
+    pub(crate) fn dump(
+        &mut self,
+        family: Family,
+        set: Option<Set>,
+        mut each: impl FnMut(&[u8]),
+    ) -> Result<(), Errno> {
+        let kind = if set.is_some() { libc::NFT_MSG_GETSETELEM } else { libc::NFT_MSG_GETSET };
+        let seq = self.seq;
+        self.seq = self.seq.wrapping_add(1);
+        self.request(&dump_request(kind, family, set, seq), seq, &mut each)
+    }
+
+    /// The number of the kernel's current ruleset generation.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked.
+    pub(crate) fn generation(&mut self) -> Result<u32, Errno> {
+        /// `NFTA_GEN_ID`.
+        const GEN_ID: u16 = 1;
+        const FAMILY_HEADER: usize = 4;
+        let seq = self.seq;
+        self.seq = self.seq.wrapping_add(1);
+        let mut request = Vec::with_capacity(HEADER + FAMILY_HEADER);
+        let kind = (libc::NFNL_SUBSYS_NFTABLES << 8 | libc::NFT_MSG_GETGEN) as u16;
+        request.extend(((HEADER + FAMILY_HEADER) as u32).to_ne_bytes());
+        request.extend(kind.to_ne_bytes());
+        request.extend(((libc::NLM_F_REQUEST | libc::NLM_F_ACK) as u16).to_ne_bytes());
+        request.extend(seq.to_ne_bytes());
+        request.extend([0; 4 + FAMILY_HEADER]);
+        let mut id = None;
+        self.request(&request, seq, &mut |message| {
+            let found = attribute(message.get(HEADER + FAMILY_HEADER..).unwrap_or_default(), GEN_ID);
+            id = found.and_then(|value| value.first_chunk()).map(|bytes| u32::from_be_bytes(*bytes)).or(id);
+        })?;
+        id.ok_or(Errno::EPROTO)
+    }
+
+    /// Sends a request and reads its answer up to its end (`NLMSG_DONE` or the acknowledgement).
+    fn request(&mut self, request: &[u8], seq: u32, each: &mut impl FnMut(&[u8])) -> Result<(), Errno> {
+        self.socket
+            .send(request)
+            .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))?;
+        let mut interrupted = false;
+        loop {
+            let bytes = match self.receive(MsgFlags::empty()) {
+                Err(Errno::EINTR) => continue,
+                other => other?,
+            };
+            let mut end = None;
+            messages(bytes, |message| {
+                let Some(header) = Header::of(message) else { return };
+                if header.seq != seq {
+                    return;
+                }
+                interrupted |= header.flags & libc::NLM_F_DUMP_INTR as u16 != 0;
+                match i32::from(header.kind) {
+                    libc::NLMSG_DONE => end = Some(Ok(())),
+                    libc::NLMSG_ERROR => {
+                        end = Some(refusal(message).map_or(Ok(()), |refusal| Err(refusal.errno)));
+                    }
+                    _ => each(message),
+                }
+            });
+            match end {
+                Some(Ok(())) if interrupted => return Err(Errno::EINTR),
+                Some(result) => return result,
+                None => {}
+            }
+        }
+    }
+}
+
+/// A message's header.
+pub(crate) struct Header {
+    /// `nlmsg_type`.
+    pub(crate) kind: u16,
+    /// `nlmsg_flags`.
+    pub(crate) flags: u16,
+    /// `nlmsg_seq`.
+    pub(crate) seq: u32,
+}
+
+impl Header {
+    /// Reads the header of a message.
+    pub(crate) fn of(message: &[u8]) -> Option<Self> {
+        let u16_at = |at: usize| message.get(at..)?.first_chunk().map(|b| u16::from_ne_bytes(*b));
+        let seq = message.get(8..)?.first_chunk().map(|b| u32::from_ne_bytes(*b))?;
+        Some(Self { kind: u16_at(4)?, flags: u16_at(6)?, seq })
+    }
+}
+
+/// Calls `each` with every message in the bytes of one read.
+pub(crate) fn messages(mut bytes: &[u8], mut each: impl FnMut(&[u8])) {
+    while let Some(len) = bytes.first_chunk().map(|len| u32::from_ne_bytes(*len) as usize) {
+        let Some(message) = bytes.get(..len).filter(|_| len >= HEADER) else { return };
+        each(message);
+        bytes = bytes.get(len.next_multiple_of(4)..).unwrap_or_default();
+    }
+}
+
+/// The value of the first attribute of this kind.
+pub(crate) fn attribute(mut bytes: &[u8], kind: u16) -> Option<&[u8]> {
+    /// `NLA_TYPE_MASK`.
+    const TYPE_MASK: u16 = 0x3fff;
+    loop {
+        let len = usize::from(u16::from_ne_bytes(*bytes.first_chunk()?));
+        let found = u16::from_ne_bytes(*bytes.get(2..)?.first_chunk()?) & TYPE_MASK;
+        let value = bytes.get(4..len)?;
+        if found == kind {
+            return Some(value);
+        }
+        bytes = bytes.get(len.next_multiple_of(4)..)?;
+    }
+}
+
+/// A refusal, if the message is one (an `NLMSG_ERROR` that is no acknowledgement).
+fn refusal(message: &[u8]) -> Option<Refusal> {
+    let header = Header::of(message)?;
+    let code = message.get(HEADER..)?.first_chunk().map(|code| i32::from_ne_bytes(*code))?;
+    if i32::from(header.kind) != libc::NLMSG_ERROR || code == 0 {
+        return None;
+    }
+    // Behind the code: the header of the refused message, then attributes (its body is left out).
+    let words = message.get(HEADER + 4 + HEADER..).and_then(|attributes| attribute(attributes, ATTR_MSG));
+    let text = words.map(|text| String::from_utf8_lossy(text).trim_end_matches('\0').to_owned());
+    Some(Refusal { seq: header.seq, errno: Errno::from_raw(-code), text })
+}
+
+/// Sets an integer option of a socket.
+pub(crate) fn set_option(
+    fd: RawFd,
+    level: libc::c_int,
+    name: libc::c_int,
+    value: libc::c_int,
+) -> io::Result<()> {
+    // SAFETY: `value` is an integer, as these options want it, and outlives the call.
+    let result = unsafe {
+        libc::setsockopt(
+            fd,
+            level,
+            name,
+            (&raw const value).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    Errno::result(result).map(drop).map_err(io::Error::from)
+}
+
+fn bytes_of(words: &mut [u64]) -> &mut [u8] {
+    // SAFETY: any bytes make valid `u64`s and the other way round; the length is the same memory's.
+    unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast(), size_of_val(words)) }
+}
