@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use socket2::{Domain, Socket, Type};
@@ -14,6 +15,7 @@ use socket2::{Domain, Socket, Type};
 use crate::connect::{connect, report_icmp};
 use crate::error::{Error, Result};
 use crate::host::Host;
+use crate::sctp;
 
 /// A transport protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -22,6 +24,9 @@ pub enum Proto {
     Tcp,
     /// UDP.
     Udp,
+    /// SCTP, as far as an INIT and its answer: no association is made. A host without an SCTP server says
+    /// "unreachable"; on one with a server, its other ports are silent.
+    Sctp,
 }
 
 impl fmt::Display for Proto {
@@ -29,6 +34,7 @@ impl fmt::Display for Proto {
         f.write_str(match self {
             Self::Tcp => "TCP",
             Self::Udp => "UDP",
+            Self::Sctp => "SCTP",
         })
     }
 }
@@ -45,7 +51,7 @@ pub enum Outcome {
     },
     /// ECONNREFUSED: a TCP reset, or ICMP port unreachable.
     Refused,
-    /// EHOSTUNREACH or ENETUNREACH: another ICMP unreachable, or no route at the client itself.
+    /// EHOSTUNREACH, ENETUNREACH, ENOPROTOOPT, EPROTO: another ICMP error, or no route at the client itself.
     Unreachable,
     /// Nothing came in time.
     TimedOut,
@@ -76,6 +82,10 @@ impl Outcome {
 impl From<io::Error> for Outcome {
     fn from(error: io::Error) -> Self {
         use io::ErrorKind as Kind;
+        // ICMP's "protocol unreachable", and ICMPv6's parameter problem.
+        if matches!(error.raw_os_error(), Some(libc::ENOPROTOOPT | libc::EPROTO)) {
+            return Self::Unreachable;
+        }
         match error.kind() {
             Kind::ConnectionRefused => Self::Refused,
             Kind::HostUnreachable | Kind::NetworkUnreachable => Self::Unreachable,
@@ -181,29 +191,49 @@ impl Dial {
         Flow::open(self).map_or_else(|outcome| outcome, |mut flow| flow.ask())
     }
 
-    fn socket(&self) -> io::Result<Socket> {
-        let kind = match self.proto {
-            Proto::Tcp => Type::STREAM,
-            Proto::Udp => Type::DGRAM,
-        };
-        let socket = Socket::new(Domain::for_address(self.to), kind, None)?;
-        match self.proto {
+    fn connect(&self) -> io::Result<Transport> {
+        let domain = Domain::for_address(self.to);
+        let transport = match self.proto {
             Proto::Tcp => {
+                let socket = Socket::new(domain, Type::STREAM, None)?;
                 socket.set_linger(Some(Duration::ZERO))?;
                 socket.set_tcp_nodelay(true)?;
                 socket.set_reuse_address(true)?;
+                self.bind(&socket, self.from)?;
+                connect(&socket, self.to, self.timeout)?;
+                socket.set_read_timeout(Some(self.timeout))?;
+                socket.set_write_timeout(Some(self.timeout))?;
+                Transport::Tcp(BufReader::new(socket.into()))
             }
-            // Otherwise the kernel keeps "host unreachable" from UDP sockets.
-            Proto::Udp => report_icmp(&socket, self.to)?,
-        }
-        if let Some(from) = self.from {
-            socket.bind(&from.into())?;
-        }
-        connect(&socket, self.to, self.timeout)?;
-        socket.set_read_timeout(Some(self.timeout))?;
-        socket.set_write_timeout(Some(self.timeout))?;
-        Ok(socket)
+            Proto::Udp => {
+                let socket = Socket::new(domain, Type::DGRAM, None)?;
+                self.bind(&socket, self.from)?;
+                report_icmp(&socket, self.to)?;
+                socket.connect(&self.to.into())?;
+                Transport::Udp(socket.into())
+            }
+            Proto::Sctp => {
+                let socket = sctp::socket(self.to.ip())?;
+                let portless = |address: SocketAddr| SocketAddr::new(address.ip(), 0);
+                self.bind(&socket, self.from.map(portless))?;
+                report_icmp(&socket, self.to)?;
+                socket.connect(&portless(self.to).into())?;
+                let port = self.from.map(|from| from.port()).filter(|port| *port != 0);
+                Transport::Sctp(sctp::Client::new(socket, self.to, port.unwrap_or_else(ephemeral_port)))
+            }
+        };
+        Ok(transport)
     }
+
+    fn bind(&self, socket: &Socket, from: Option<SocketAddr>) -> io::Result<()> {
+        from.map_or(Ok(()), |from| socket.bind(&from.into()))
+    }
+}
+
+/// A port that was not given for a while: the kernel gives none to raw sockets.
+fn ephemeral_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    32768 + NEXT.fetch_add(1, Ordering::Relaxed) % 28000
 }
 
 /// A connection that stays open (of UDP: a connected socket).
@@ -211,23 +241,19 @@ impl Dial {
 pub struct Flow {
     transport: Transport,
     timeout: Duration,
-    tag: u64,
+    tag: u32,
 }
 
 #[derive(Debug)]
 enum Transport {
     Tcp(BufReader<TcpStream>),
     Udp(UdpSocket),
+    Sctp(sctp::Client),
 }
 
 impl Flow {
     fn open(dial: &Dial) -> std::result::Result<Self, Outcome> {
-        let socket = dial.socket()?;
-        let transport = match dial.proto {
-            Proto::Tcp => Transport::Tcp(BufReader::new(socket.into())),
-            Proto::Udp => Transport::Udp(socket.into()),
-        };
-        Ok(Self { transport, timeout: dial.timeout, tag: 0 })
+        Ok(Self { transport: dial.connect()?, timeout: dial.timeout, tag: 0 })
     }
 
     /// Asks the server who it is and whom it sees.
@@ -235,7 +261,7 @@ impl Flow {
         self.fetch(0)
     }
 
-    /// The same, with an answer of at least this many bytes (of UDP: in one datagram).
+    /// The same, with an answer of at least this many bytes (of UDP: in one datagram; of SCTP: without them).
     pub fn fetch(&mut self, bytes: usize) -> Outcome {
         self.exchange(bytes).map_or_else(Outcome::from, |(by, seen)| Outcome::Answered { by, seen })
     }
@@ -248,6 +274,7 @@ impl Flow {
         match &self.transport {
             Transport::Tcp(stream) => stream.get_ref().local_addr(),
             Transport::Udp(socket) => socket.local_addr(),
+            Transport::Sctp(client) => client.local(),
         }
     }
 
@@ -257,12 +284,14 @@ impl Flow {
         let deadline = Instant::now() + self.timeout;
         match &mut self.transport {
             Transport::Tcp(stream) => stream.get_mut().write_all(request.as_bytes())?,
-            Transport::Udp(socket) => drop(socket.send(request.as_bytes())?),
+            Transport::Udp(socket) => send(socket, request.as_bytes())?,
+            Transport::Sctp(client) => send(client.socket(), &client.init(self.tag))?,
         }
         loop {
             let answer = match &mut self.transport {
                 Transport::Tcp(stream) => read_stream(stream, bytes)?,
                 Transport::Udp(socket) => read_datagram(socket, deadline)?,
+                Transport::Sctp(client) => read_cookie(client, self.tag, deadline)?,
             };
             let (tag, by, seen) = parse(&answer)?;
             // Not an answer that came too late for an earlier request.
@@ -283,19 +312,44 @@ fn read_stream(stream: &mut BufReader<TcpStream>, bytes: usize) -> io::Result<St
     if read < bytes as u64 { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(line) }
 }
 
-fn read_datagram(socket: &UdpSocket, deadline: Instant) -> io::Result<String> {
-    let left = deadline.saturating_duration_since(Instant::now());
-    if left.is_zero() {
-        return Err(io::ErrorKind::TimedOut.into());
+/// Sends a datagram. One that the own host's rules reject is "not permitted" to the sender, who hears of the ICMP error
+/// besides: that is what matters.
+fn send(socket: &UdpSocket, datagram: &[u8]) -> io::Result<()> {
+    match socket.send(datagram) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            Err(socket.take_error()?.unwrap_or(error))
+        }
+        other => other.map(drop),
     }
-    socket.set_read_timeout(Some(left))?;
+}
+
+fn read_datagram(socket: &UdpSocket, deadline: Instant) -> io::Result<String> {
+    await_until(socket, deadline)?;
     let mut buffer = vec![0; 65536];
     let length = socket.recv(&mut buffer)?;
     buffer.truncate(length);
     String::from_utf8(buffer).map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
-fn parse(answer: &str) -> io::Result<(u64, String, SocketAddr)> {
+fn read_cookie(client: &sctp::Client, tag: u32, deadline: Instant) -> io::Result<String> {
+    loop {
+        await_until(client.socket(), deadline)?;
+        if let Some(cookie) = client.receive(tag)? {
+            return String::from_utf8(cookie).map_err(|_| io::ErrorKind::InvalidData.into());
+        }
+    }
+}
+
+/// Has the next read wait until then at most.
+fn await_until(socket: &UdpSocket, deadline: Instant) -> io::Result<()> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return Err(io::ErrorKind::TimedOut.into());
+    }
+    socket.set_read_timeout(Some(left))
+}
+
+fn parse(answer: &str) -> io::Result<(u32, String, SocketAddr)> {
     let mut words = answer.lines().next().unwrap_or_default().split(' ');
     let mut parse =
         || Some((words.next()?.parse().ok()?, words.next()?.to_owned(), words.next()?.parse().ok()?));

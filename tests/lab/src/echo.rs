@@ -18,6 +18,7 @@ use tokio::task::JoinSet;
 use crate::client::Proto;
 use crate::error::{Doing, Result};
 use crate::host::Host;
+use crate::sctp;
 
 /// A running echo server. Dropping it closes its sockets before the drop returns; connections end a moment later.
 #[derive(Debug)]
@@ -54,6 +55,7 @@ struct Answerer {
 enum Listener {
     Tcp(TcpListener),
     Udp(UdpSocket),
+    Sctp(UdpSocket, u16),
 }
 
 impl Host {
@@ -65,7 +67,7 @@ impl Host {
         match proto {
             Proto::Tcp => self.serve_at(proto, &[(Ipv6Addr::UNSPECIFIED, port).into()]),
             // A socket for each address, so that each answer leaves from the address that was asked.
-            Proto::Udp => {
+            Proto::Udp | Proto::Sctp => {
                 let at: Vec<_> = self.addresses().into_iter().map(|ip| (ip, port).into()).collect();
                 self.serve_at(proto, &at)
             }
@@ -105,6 +107,10 @@ impl Host {
                 Listener::Udp(socket) => {
                     let socket = net::UdpSocket::from_std(socket).doing(|| "watch a socket".into())?;
                     tasks.spawn(answer_datagrams(socket, answerer));
+                }
+                Listener::Sctp(socket, port) => {
+                    let socket = net::UdpSocket::from_std(socket).doing(|| "watch a socket".into())?;
+                    tasks.spawn(answer_inits(socket, port, answerer));
                 }
             }
         }
@@ -167,13 +173,14 @@ impl Drop for Echo {
 }
 
 fn listen(proto: Proto, at: SocketAddr) -> io::Result<Listener> {
-    let kind = match proto {
-        Proto::Tcp => Type::STREAM,
-        Proto::Udp => Type::DGRAM,
+    let socket = match proto {
+        Proto::Tcp => Socket::new(Domain::for_address(at), Type::STREAM, None)?,
+        Proto::Udp => Socket::new(Domain::for_address(at), Type::DGRAM, None)?,
+        Proto::Sctp => sctp::socket(at.ip())?,
     };
-    let socket = Socket::new(Domain::for_address(at), kind, None)?;
     socket.set_nonblocking(true)?;
-    if at.is_ipv6() {
+    // A raw socket is of one family anyway.
+    if at.is_ipv6() && proto != Proto::Sctp {
         socket.set_only_v6(!at.ip().is_unspecified())?;
     }
     Ok(match proto {
@@ -186,6 +193,10 @@ fn listen(proto: Proto, at: SocketAddr) -> io::Result<Listener> {
         Proto::Udp => {
             socket.bind(&at.into())?;
             Listener::Udp(socket.into())
+        }
+        Proto::Sctp => {
+            socket.bind(&SocketAddr::new(at.ip(), 0).into())?;
+            Listener::Sctp(socket.into(), at.port())
         }
     })
 }
@@ -253,5 +264,27 @@ async fn answer_datagrams(socket: net::UdpSocket, mut answerer: Answerer) {
             let answer = answerer.answer(&request, peer).await;
             let _ = socket.send_to(&answer, peer).await;
         }
+    }
+}
+
+async fn answer_inits(socket: net::UdpSocket, port: u16, mut answerer: Answerer) {
+    let mut buffer = [0; 2048];
+    loop {
+        let Ok((length, peer)) = socket.recv_from(&mut buffer).await else { continue };
+        let init = sctp::Packet::decode(&buffer[..length], peer.is_ipv4());
+        // A raw socket receives what goes to other ports, too.
+        let Some(init) = init.filter(|init| init.destination == port && init.cookie.is_none()) else {
+            continue;
+        };
+        let seen = SocketAddr::new(peer.ip(), init.source);
+        let answer = answerer.answer(&init.initiate_tag.to_string(), seen).await;
+        let ack = sctp::Packet {
+            source: port,
+            destination: init.source,
+            verification_tag: init.initiate_tag,
+            initiate_tag: 1,
+            cookie: Some(answer),
+        };
+        let _ = socket.send_to(&ack.encode(), SocketAddr::new(peer.ip(), 0)).await;
     }
 }

@@ -30,6 +30,7 @@ mod load;
 mod netlink;
 mod netns;
 mod process;
+mod sctp;
 mod sniff;
 pub mod topology;
 

@@ -38,9 +38,14 @@ const SYSCTLS: &[(&str, &str)] = &[
     ("ipv6/icmp/ratelimit", "0"),
 ];
 
-/// Limits of all ICMP errors together, of both families: since Linux 6.13 a namespace has its own.
-const OPTIONAL_SYSCTLS: &[(&str, &str)] =
-    &[("ipv4/icmp_msgs_per_sec", "1000000"), ("ipv4/icmp_msgs_burst", "1000000")];
+/// Settings that not every kernel has for each namespace: the limits of all ICMP errors together, and whether bridged
+/// packets meet IP rules (`br_netfilter`). The lab routes between pods in any case, so that they do without it.
+const OPTIONAL_SYSCTLS: &[(&str, &str)] = &[
+    ("ipv4/icmp_msgs_per_sec", "1000000"),
+    ("ipv4/icmp_msgs_burst", "1000000"),
+    ("bridge/bridge-nf-call-iptables", "0"),
+    ("bridge/bridge-nf-call-ip6tables", "0"),
+];
 
 /// What a router needs beyond [`SYSCTLS`].
 const ROUTER_SYSCTLS: &[(&str, &str)] = &[("ipv4/ip_forward", "1"), ("ipv6/conf/all/forwarding", "1")];
@@ -160,15 +165,11 @@ fn set_up(cgroup: Option<&Path>, file: &Path, router: bool) -> Result<OwnedFd> {
         cgroup::enter_thread(cgroup)?;
     }
     unshare(CloneFlags::CLONE_NEWNET).doing(|| "make a network namespace".into())?;
-    for (name, value) in SYSCTLS.iter().chain(if router { ROUTER_SYSCTLS } else { &[] }) {
-        let path = Path::new("/proc/sys/net").join(name);
-        fs::write(&path, value).doing(|| format!("write {value} to {}", path.display()))?;
+    for setting in SYSCTLS.iter().chain(if router { ROUTER_SYSCTLS } else { &[] }) {
+        set(setting)?;
     }
-    for (name, value) in OPTIONAL_SYSCTLS {
-        let path = Path::new("/proc/sys/net").join(name);
-        if path.exists() {
-            fs::write(&path, value).doing(|| format!("write {value} to {}", path.display()))?;
-        }
+    for setting in OPTIONAL_SYSCTLS.iter().filter(|(name, _)| sysctl(name).exists()) {
+        set(setting)?;
     }
     Netlink::open()?.up(crate::netlink::LOOPBACK)?;
     let own = "/proc/thread-self/ns/net";
@@ -179,4 +180,12 @@ fn set_up(cgroup: Option<&Path>, file: &Path, router: bool) -> Result<OwnedFd> {
         })
         .doing(|| format!("name the namespace {}", file.display()))?;
     File::open(own).map(Into::into).doing(|| format!("open {own}"))
+}
+
+fn sysctl(name: &str) -> PathBuf {
+    Path::new("/proc/sys/net").join(name)
+}
+
+fn set((name, value): &(&str, &str)) -> Result<()> {
+    fs::write(sysctl(name), value).doing(|| format!("set net/{name} to {value}"))
 }

@@ -2,8 +2,11 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use kube_lane_lab::{Dial, Error, Filter, Host, Lab, Load, Outcome, Proto, topology};
 
@@ -30,7 +33,7 @@ fn everyone_reaches_everyone(bridge: bool) {
     ];
     let hosts: Vec<&Host> =
         pods.iter().map(|pod| &**pod).chain([&**lab.node(0), lab.node(1), lab.outside()]).collect();
-    for proto in PROTOS {
+    for proto in [Proto::Tcp, Proto::Udp, Proto::Sctp] {
         for server in &hosts {
             let echo = server.serve(proto, 8080).unwrap();
             for client in &hosts {
@@ -210,7 +213,7 @@ fn processes_and_sockets_belong_to_their_node() {
         let thread = host.run(|| std::fs::read_to_string("/proc/thread-self/cgroup").unwrap()).unwrap();
         assert!(thread.ends_with(&ends_with(host.cgroup())), "{thread}");
         let mut command = Command::new("cat");
-        command.args(["/proc/self/cgroup", "/proc/net/fib_trie"]).stdout(std::process::Stdio::piped());
+        command.args(["/proc/self/cgroup", "/proc/net/fib_trie"]).stdout(Stdio::piped());
         let mut process = host.spawn(command).unwrap();
         let output = std::io::read_to_string(process.stdout().unwrap()).unwrap();
         assert!(process.wait_timeout(Duration::from_secs(5)).unwrap().unwrap().success());
@@ -231,10 +234,74 @@ fn a_process_can_be_signalled_measured_and_ends_with_its_handle() {
     let mut process = start();
     assert!(process.rss().unwrap() > 0);
     assert_eq!(process.wait_timeout(Duration::from_millis(20)).unwrap(), None);
-    process.signal(nix::sys::signal::Signal::SIGTERM).unwrap();
+    process.signal(Signal::SIGTERM).unwrap();
     assert!(!process.wait_timeout(Duration::from_secs(5)).unwrap().unwrap().success());
     let pid = start().id();
     assert!(!Path::new(&format!("/proc/{pid}")).exists());
+}
+
+#[test]
+fn sctp_tells_of_servers_and_of_their_absence() {
+    let lab = Lab::builder().build().unwrap();
+    let pod = lab.node(0).add_pod("a").unwrap();
+    for (ip, source) in [(pod.v4(), lab.outside().v4()), (pod.v6(), lab.outside().v6())] {
+        assert_eq!(lab.outside().dial(Proto::Sctp, at(ip, 36412)).unwrap(), Outcome::Unreachable);
+        let echo = pod.serve(Proto::Sctp, 36412).unwrap();
+        let sniff = pod.sniff(Filter::new().protocol(132).to(ip).port(36412).arriving()).unwrap();
+        let source = at(source, 5000);
+        let dial = Dial::new(Proto::Sctp, at(ip, 36412)).from(source).timeout(Duration::from_millis(200));
+        let mut flow = lab.outside().flow(dial).unwrap();
+        assert_eq!(flow.local().unwrap(), source);
+        assert_eq!([flow.ask(), flow.ask()].map(|outcome| outcome.seen()), [Some(source); 2]);
+        let other = Dial::new(Proto::Sctp, at(ip, 36413)).timeout(Duration::from_millis(50));
+        assert_eq!(lab.outside().dial_with(other).unwrap(), Outcome::TimedOut);
+        assert_eq!((echo.count(), sniff.count().unwrap()), (2, 2));
+        assert_eq!(sniff.packets()[0].source, source);
+    }
+}
+
+/// Runs one of the two tests below a second time, as a process that has a lab; kills it and says the name of its lab
+/// and how it ended.
+fn kill_process_with_lab(test: &str, signal: Signal) -> (String, ExitStatus) {
+    const FILE: &str = "KUBE_LANE_LAB_NAME_FILE";
+    if let Some(file) = std::env::var_os(FILE) {
+        let _guard = kube_lane_lab::on_interrupt().unwrap();
+        let lab = Lab::builder().build().unwrap();
+        let _pod = lab.node(0).add_pod("a").unwrap();
+        std::fs::write(file, lab.name()).unwrap();
+        std::thread::sleep(Duration::from_secs(60));
+        panic!("nobody killed this process");
+    }
+    let file = std::env::temp_dir().join(format!("kube-lane-lab-{}-{signal}", std::process::id()));
+    let mut child = Command::new(std::env::current_exe().unwrap());
+    child.args(["--exact", test]).env(FILE, &file).stdout(Stdio::null());
+    let mut child = child.spawn().unwrap();
+    let name = loop {
+        match std::fs::read_to_string(&file) {
+            Ok(name) if !name.is_empty() => break name,
+            _ => std::thread::sleep(Duration::from_millis(5)),
+        }
+        assert_eq!(child.try_wait().unwrap(), None);
+    };
+    std::fs::remove_file(&file).unwrap();
+    assert!(traces(&name) > 0);
+    kill(Pid::from_raw(child.id().cast_signed()), signal).unwrap();
+    (name, child.wait().unwrap())
+}
+
+#[test]
+fn ctrl_c_removes_the_lab() {
+    let (name, ended) = kill_process_with_lab("lab::ctrl_c_removes_the_lab", Signal::SIGINT);
+    assert_eq!(ended.code(), Some(130));
+    assert_eq!(traces(&name), 0);
+}
+
+#[test]
+fn the_lab_of_a_killed_process_is_swept() {
+    let (name, ended) = kill_process_with_lab("lab::the_lab_of_a_killed_process_is_swept", Signal::SIGKILL);
+    assert_eq!(ended.code(), None);
+    let _lab = Lab::builder().nodes(0).build().unwrap();
+    assert_eq!(traces(&name), 0);
 }
 
 #[test]
@@ -278,24 +345,6 @@ fn a_panic_and_a_process_left_behind_leave_nothing_either() {
 }
 
 #[test]
-fn the_next_lab_sweeps_what_a_dead_process_left() {
-    // As a process that started in another century with the pid of init.
-    let name = "lane-1-999999999999-0";
-    let file = format!("/run/netns/{name}-node0");
-    let cgroup = {
-        let lab = Lab::builder().build().unwrap();
-        let cgroup = lab.node(0).cgroup().ancestors().nth(2).unwrap().join(name).join("node0");
-        std::fs::write(&file, "").unwrap();
-        std::fs::create_dir_all(&cgroup).unwrap();
-        let kept = Lab::builder().build().unwrap();
-        assert!(traces(lab.name()) > 0 && traces(kept.name()) > 0);
-        cgroup
-    };
-    assert!(!Path::new(&file).exists());
-    assert!(!cgroup.exists());
-}
-
-#[test]
 fn a_name_is_taken_once() {
     let lab = Lab::builder().build().unwrap();
     let _pod = lab.node(0).add_pod("a").unwrap();
@@ -304,11 +353,69 @@ fn a_name_is_taken_once() {
 
 #[test]
 fn two_nodes_and_four_pods_are_quick() {
-    let begun = Instant::now();
-    let lab = Lab::builder().nodes(2).build().unwrap();
-    let pods: Vec<_> = (0..4).map(|i| lab.node(i % 2).add_pod(&format!("pod{i}")).unwrap()).collect();
-    let built = begun.elapsed();
-    drop(pods);
-    drop(lab);
-    println!("built in {built:?}, removed in {:?}", begun.elapsed() - built);
+    let build = || {
+        let begun = Instant::now();
+        let lab = Lab::builder().nodes(2).build().unwrap();
+        let _pods: Vec<_> = (0..4).map(|i| lab.node(i % 2).add_pod(&format!("pod{i}")).unwrap()).collect();
+        begun.elapsed()
+    };
+    // About 70 ms on an idle machine; a second means that something waits for a timer of the kernel.
+    let quickest = (0..3).map(|_| build()).min().unwrap();
+    assert!(quickest < Duration::from_millis(600), "{quickest:?}");
+}
+
+/// What a proxy might load: port 80 of a Service leads to one pod, port 81 is rejected.
+fn load_rules(node: &Host, vips: [IpAddr; 2], pod: &Host) {
+    let [vip4, vip6] = vips;
+    let (pod4, pod6) = (pod.v4(), pod.v6());
+    let dnat = format!(
+        "ip daddr {vip4} meta l4proto {{ tcp, udp, sctp }} th dport 80 dnat ip to {pod4}:80
+         ip6 daddr {vip6} meta l4proto {{ tcp, udp, sctp }} th dport 80 dnat ip6 to [{pod6}]:80"
+    );
+    let reject = format!("ip daddr {vip4} th dport 81 reject\n ip6 daddr {vip6} th dport 81 reject");
+    let rules = format!(
+        "table inet test {{
+           chain prerouting {{ type nat hook prerouting priority -100; {dnat}\n }}
+           chain output {{ type nat hook output priority -100; {dnat}\n }}
+           chain postrouting {{ type nat hook postrouting priority 100;
+             ip saddr {pod4} ip daddr {pod4} masquerade
+             ip6 saddr {pod6} ip6 daddr {pod6} masquerade\n }}
+           chain forward {{ type filter hook forward priority 0; {reject}\n }}
+           chain local {{ type filter hook output priority 0; {reject}\n }}
+         }}"
+    );
+    let mut nft = Command::new("nft");
+    nft.arg(rules);
+    assert!(node.spawn(nft).unwrap().wait_timeout(Duration::from_secs(10)).unwrap().unwrap().success());
+}
+
+fn rules_translate_and_reject(bridge: bool) {
+    let lab = Lab::builder().nodes(2).bridge(bridge).build().unwrap();
+    let pod = lab.node(0).add_pod("backend").unwrap();
+    let other = lab.node(0).add_pod("client").unwrap();
+    let vips = topology::service_cidrs().map(|net| net.iter().nth(10).unwrap());
+    load_rules(lab.node(0), vips, &pod);
+    for proto in [Proto::Tcp, Proto::Udp, Proto::Sctp] {
+        let _echo = pod.serve(proto, 80).unwrap();
+        for client in [&pod as &Host, &other, lab.node(0), lab.outside()] {
+            for vip in vips {
+                let what = format!("{proto} {vip} from {}, bridge {bridge}", client.name());
+                let outcome = client.dial(proto, at(vip, 80)).unwrap();
+                assert_eq!(outcome.by(), Some("backend"), "{what}: {outcome}");
+                let begun = Instant::now();
+                assert_eq!(client.dial(proto, at(vip, 81)).unwrap(), Outcome::Refused, "{what}");
+                assert!(begun.elapsed() < Duration::from_millis(500), "{what}");
+            }
+        }
+    }
+}
+
+#[test]
+fn rules_translate_and_reject_over_routed_links() {
+    rules_translate_and_reject(false);
+}
+
+#[test]
+fn rules_translate_and_reject_over_a_bridge() {
+    rules_translate_and_reject(true);
 }
