@@ -1,0 +1,134 @@
+//! Addresses, ports and the key of a frontend, all in network byte order: as a socket gives them.
+
+use core::mem::{align_of, offset_of};
+use core::net::{IpAddr, SocketAddr};
+
+/// The IANA protocol number of TCP.
+pub const TCP: u8 = 6;
+
+/// An IPv6 address, or an IPv4 address in its v4-mapped form (`::ffff:a.b.c.d`), in network byte order.
+///
+/// One form for both families: an IPv6 socket that dials a v4-mapped address asks for the same frontend.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Address([u32; 4]);
+
+impl Address {
+    /// From `bpf_sock_addr::user_ip4`, which is in network byte order.
+    #[inline]
+    pub const fn from_user_ip4(word: u32) -> Self {
+        Self([0, 0, 0xffff_u32.to_be(), word])
+    }
+}
+
+impl From<IpAddr> for Address {
+    fn from(address: IpAddr) -> Self {
+        let bits = match address {
+            IpAddr::V4(address) => address.to_ipv6_mapped(),
+            IpAddr::V6(address) => address,
+        }
+        .to_bits();
+        Self([96, 64, 32, 0].map(|shift| ((bits >> shift) as u32).to_be()))
+    }
+}
+
+/// A port in network byte order.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Port(u16);
+
+impl Port {
+    /// From a port in host byte order.
+    #[inline]
+    pub const fn from_host(port: u16) -> Self {
+        Self(port.to_be())
+    }
+
+    /// From `bpf_sock_addr::user_port`: 16 bits in network byte order, the upper half unused.
+    #[inline]
+    pub const fn from_user_port(port: u32) -> Self {
+        Self(port as u16)
+    }
+}
+
+/// What a client dials: the key of every map that is looked up by destination.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FrontendKey {
+    /// The destination address.
+    pub address: Address,
+    /// The destination port.
+    pub port: Port,
+    /// The IANA protocol number.
+    pub protocol: u8,
+    /// Always 0: a hash map compares every byte of its keys.
+    padding: u8,
+}
+
+impl FrontendKey {
+    /// The key of an address, a port and an IANA protocol number.
+    #[inline]
+    pub const fn new(address: Address, port: Port, protocol: u8) -> Self {
+        Self { address, port, protocol, padding: 0 }
+    }
+
+    /// The key of a TCP frontend.
+    pub fn tcp(at: SocketAddr) -> Self {
+        Self::new(at.ip().into(), Port::from_host(at.port()), TCP)
+    }
+}
+
+const _: () = {
+    assert!(size_of::<Address>() == 16 && align_of::<Address>() == 4);
+    assert!(size_of::<Port>() == 2);
+    assert!(size_of::<FrontendKey>() == 20 && align_of::<FrontendKey>() == 4);
+    assert!(offset_of!(FrontendKey, address) == 0);
+    assert!(offset_of!(FrontendKey, port) == 16);
+    assert!(offset_of!(FrontendKey, protocol) == 18);
+    assert!(offset_of!(FrontendKey, padding) == 19);
+};
+
+#[cfg(feature = "user")]
+// SAFETY: `repr(C)`, integers only, no padding but the named field (see the asserts above): every byte is initialised.
+unsafe impl aya::Pod for FrontendKey {}
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+
+    use core::net::{Ipv4Addr, Ipv6Addr};
+    use std::vec::Vec;
+
+    use super::*;
+
+    fn bytes(address: Address) -> Vec<u8> {
+        address.0.iter().flat_map(|word| word.to_ne_bytes()).collect()
+    }
+
+    #[test]
+    fn ipv6_keeps_its_octets() {
+        let address: Ipv6Addr = "2001:db8:1:2:3:4:5:6".parse().unwrap();
+        assert_eq!(bytes(IpAddr::V6(address).into()), address.octets());
+    }
+
+    #[test]
+    fn ipv4_is_v4_mapped() {
+        let address = Ipv4Addr::new(10, 96, 0, 1);
+        assert_eq!(bytes(IpAddr::V4(address).into()), address.to_ipv6_mapped().octets());
+        assert_eq!(Address::from(IpAddr::V4(address)), IpAddr::V6(address.to_ipv6_mapped()).into());
+    }
+
+    #[test]
+    fn a_socket_and_a_plan_give_the_same_key() {
+        let at: SocketAddr = "10.96.0.1:443".parse().unwrap();
+        let user_ip4 = u32::from_ne_bytes([10, 96, 0, 1]);
+        let user_port = u32::from(u16::from_ne_bytes([0x01, 0xbb]));
+        let key = FrontendKey::new(Address::from_user_ip4(user_ip4), Port::from_user_port(user_port), TCP);
+        assert_eq!(key, FrontendKey::tcp(at));
+    }
+
+    #[test]
+    fn ports_lie_in_network_byte_order() {
+        assert_eq!(Port::from_host(443).0.to_ne_bytes(), [0x01, 0xbb]);
+    }
+}
