@@ -7,7 +7,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::setup::{self, DENY, MACHETE, Need, go};
-use crate::{process, tidy};
+use crate::{ebpf, process, tidy};
 
 type Check = (&'static str, fn() -> Result<()>);
 
@@ -23,6 +23,7 @@ const CHECKS: &[Check] = &[
         let clippy = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
         process::run(process::cargo().args(clippy))
     }),
+    ("ebpf", ebpf::lint),
     ("doc", || {
         let doc = ["doc", "--quiet", "--workspace", "--no-deps", "--document-private-items"];
         process::run(process::cargo().env("RUSTDOCFLAGS", "-D warnings").args(doc))
@@ -34,7 +35,7 @@ const CHECKS: &[Check] = &[
 /// # Errors
 /// Names the checks that failed; each has printed what it found.
 pub(crate) fn run() -> Result<()> {
-    setup::ensure(&[Need::Build, Need::Lint])?;
+    setup::ensure(&[Need::Build, Need::Ebpf, Need::Lint])?;
     let mut failed = Vec::new();
     for (name, check) in CHECKS {
         println!("lint: {name}");

@@ -9,6 +9,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod build;
+mod ebpf;
 mod lint;
 mod process;
 mod setup;
@@ -27,6 +29,8 @@ struct Args {
 enum Task {
     /// Install what the other tasks need and this machine lacks.
     Setup,
+    /// Build kube-lane with its eBPF programs in it.
+    Build(build::Args),
     /// Check formatting, lints, documentation, dependencies, scripts and the project's own rules.
     Lint,
     /// Run the test lanes; the last line printed is "N passed, N failed".
@@ -36,6 +40,7 @@ enum Task {
 fn main() -> ExitCode {
     let result = match Args::parse().task {
         Task::Setup => setup::all(),
+        Task::Build(args) => build::run(&args),
         Task::Lint => lint::run(),
         Task::Test(args) => return test::run(&args),
     };

@@ -3,15 +3,14 @@
 use std::fmt;
 use std::io::{BufRead as _, BufReader};
 use std::ops::AddAssign;
-use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
 
-use crate::process;
 use crate::setup::{self, Need};
+use crate::{build, ebpf, process};
 
 /// What `cargo xtask test` is told.
 #[derive(clap::Args)]
@@ -133,24 +132,18 @@ fn run_lane(lane: Lane, filter: Option<&str>) -> Result<Tally> {
     ensure!(lane == Lane::Unit || process::is_root(), "it makes network namespaces, which takes root");
     setup::ensure(lane.needs())?;
     let mut tally = Tally::default();
-    let binary = if lane == Lane::Unit { None } else { Some(build_binary()?) };
+    // The lanes run the agent as users have it: with its eBPF programs in it.
+    let built = if lane == Lane::Unit { None } else { Some((build::agent(false)?, ebpf::build_object()?)) };
     for run in lane.runs() {
         let mut test = process::cargo();
         test.args(["test", "--no-fail-fast"]).args(*run);
-        if let Some(binary) = &binary {
-            test.env("KUBE_LANE_BIN", binary);
+        if let Some((binary, object)) = &built {
+            test.env("KUBE_LANE_BIN", binary).env(build::OBJECT_VARIABLE, object);
         }
         test.args(filter);
         tally += run_cargo_test(&mut test)?;
     }
     Ok(tally)
-}
-
-/// Builds the `kube-lane` that the lanes run, and says where it is.
-fn build_binary() -> Result<PathBuf> {
-    process::run(process::cargo().args(["build", "--package", "kube-lane"]))?;
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| process::target(""), PathBuf::from);
-    Ok(process::root().join(target).join("debug/kube-lane"))
 }
 
 /// Runs `cargo test`, passes its output on and counts.

@@ -4,6 +4,7 @@
 //! Service it could not program.
 
 pub mod nftables;
+pub mod socket;
 
 use std::sync::Arc;
 

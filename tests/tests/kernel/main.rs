@@ -2,6 +2,8 @@
 
 // Named test modules for clippy, which else forbids `unwrap` in the helpers.
 #[cfg(test)]
+mod ebpf;
+#[cfg(test)]
 mod lab;
 #[cfg(test)]
 mod nftables;

@@ -29,6 +29,16 @@ impl Tool {
         self.root().join("bin").join(self.name)
     }
 
+    /// The `cargo install` that makes it.
+    pub(super) fn install(&self) -> Command {
+        let mut install = process::cargo();
+        // Tools run for seconds: an unoptimised build costs less than it saves.
+        install.args(["install", "--locked", "--profile", "dev"]);
+        install.arg("--target-dir").arg(process::target("tools/build")).arg("--root").arg(self.root());
+        install.args(["--version", self.version, self.name]).args(self.arguments);
+        install
+    }
+
     fn root(&self) -> PathBuf {
         process::target("tools").join(format!("{}-{}", self.name, self.version))
     }
@@ -44,12 +54,7 @@ impl Step for Tool {
     }
 
     fn run(&self) -> Result<()> {
-        let mut install = process::cargo();
-        // Tools run for seconds: an unoptimised build costs less than it saves.
-        install.args(["install", "--locked", "--profile", "dev"]);
-        install.arg("--target-dir").arg(process::target("tools/build")).arg("--root").arg(self.root());
-        install.args(["--version", self.version, self.name]).args(self.arguments);
-        process::run_long(&format!("cargo install {}", self.name), &mut install)
+        process::run_long(&format!("cargo install {}", self.name), &mut self.install())
     }
 }
 

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{self, IsTerminal};
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Result, bail};
@@ -75,21 +76,41 @@ pub(super) fn install(packages: &[&str]) -> Result<()> {
     if !process::is_root() && !sudo {
         bail!("not root, and no sudo: please run apt-get install {list}");
     }
-    let apt_get = |arguments: &[&str]| {
-        let mut command;
-        if process::is_root() {
-            command = Command::new("env");
-        } else {
-            command = Command::new("sudo");
-            // Without a terminal nobody can type a password: fail, do not wait.
-            if !io::stdin().is_terminal() {
-                command.arg("--non-interactive");
-            }
-        }
-        command.args(["DEBIAN_FRONTEND=noninteractive", "apt-get", "-y"]).args(arguments);
-        command
-    };
-    process::run_long("apt-get update", &mut apt_get(&["update"]))?;
-    let mut install = apt_get(&["install", "--no-install-recommends"]);
+    update()?;
+    let mut install = apt_get();
+    install.args(["install", "--no-install-recommends"]);
     process::run_long("apt-get install", install.args(packages))
+}
+
+/// Fetches the archives of `packages` into the folder `to`; installs nothing.
+///
+/// # Errors
+/// Where Debian does not have them, also after its lists have been updated.
+pub(super) fn download(packages: &[&str], to: &Path) -> Result<()> {
+    let fetch = || {
+        let mut download = Command::new("apt-get");
+        process::run_long("apt-get download", download.current_dir(to).arg("download").args(packages))
+    };
+    // The lists may never have been fetched, or name a release that is gone.
+    fetch().or_else(|_| update().and_then(|()| fetch()))
+}
+
+fn update() -> Result<()> {
+    process::run_long("apt-get update", apt_get().arg("update"))
+}
+
+/// `apt-get -y` as root.
+fn apt_get() -> Command {
+    let mut command;
+    if process::is_root() {
+        command = Command::new("env");
+    } else {
+        command = Command::new("sudo");
+        // Without a terminal nobody can type a password: fail, do not wait.
+        if !io::stdin().is_terminal() {
+            command.arg("--non-interactive");
+        }
+    }
+    command.args(["DEBIAN_FRONTEND=noninteractive", "apt-get", "-y"]);
+    command
 }

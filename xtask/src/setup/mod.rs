@@ -6,6 +6,7 @@
 mod cargo_tools;
 mod controlplane;
 mod debian;
+pub(crate) mod ebpf;
 pub(crate) mod go;
 
 use anyhow::{Context, Result, ensure};
@@ -27,6 +28,8 @@ pub(crate) trait Step {
 pub(crate) enum Need {
     /// To build the workspace.
     Build,
+    /// To build the programs of `proxy-ebpf`.
+    Ebpf,
     /// To run kube-lane in network namespaces and to look at what it did.
     Kernel,
     /// etcd, kube-apiserver, kube-proxy and kubectl in `target/controlplane/bin`.
@@ -36,7 +39,7 @@ pub(crate) enum Need {
 }
 
 impl Need {
-    const ALL: [Need; 4] = [Need::Build, Need::Kernel, Need::ControlPlane, Need::Lint];
+    const ALL: [Need; 5] = [Need::Build, Need::Ebpf, Need::Kernel, Need::ControlPlane, Need::Lint];
 
     fn packages(self) -> &'static [Package] {
         const fn program(package: &'static str, name: &'static str) -> Package {
@@ -55,9 +58,15 @@ impl Need {
                     ]
                 }
             }
+            Need::Ebpf => &[],
             Need::Kernel => {
                 &const {
-                    [program("iproute2", "ip"), program("nftables", "nft"), program("conntrack", "conntrack")]
+                    [
+                        program("bpftool", "bpftool"),
+                        program("iproute2", "ip"),
+                        program("nftables", "nft"),
+                        program("conntrack", "conntrack"),
+                    ]
                 }
             }
             // kube-proxy calls nft or iptables, whichever mode it runs in.
@@ -69,6 +78,7 @@ impl Need {
     fn steps(self) -> Vec<Box<dyn Step>> {
         match self {
             Need::Build | Need::Kernel => vec![],
+            Need::Ebpf => vec![Box::new(ebpf::Compiler), Box::new(ebpf::Linker)],
             Need::ControlPlane => vec![Box::new(go::Toolchain), Box::new(controlplane::Programs)],
             Need::Lint => vec![
                 Box::new(go::Toolchain),

@@ -1,0 +1,66 @@
+//! The eBPF object: `proxy-ebpf`, built and checked by a toolchain of its own.
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use object::build::elf::{Builder, SectionData};
+use object::elf::SHT_STRTAB;
+
+use crate::process;
+use crate::setup::{self, Need};
+
+/// Builds the object, at `target/bpf/kube-lane.bpf.o`.
+///
+/// # Errors
+/// When there is no toolchain for it on this machine, or `proxy-ebpf` does not build.
+pub(crate) fn build_object() -> Result<PathBuf> {
+    setup::ensure(&[Need::Ebpf])?;
+    process::run(setup::ebpf::cargo("build").args(["--locked", "--quiet", "--release"]))?;
+    let built = process::target("ebpf/bpfel-unknown-none/release/kube-lane");
+    let built = fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
+    let stripped = strip(&built)?;
+
+    let object = process::target("bpf/kube-lane.bpf.o");
+    // Cargo looks at the time of change: the same object must not build the agent again.
+    if fs::read(&object).ok().as_ref() != Some(&stripped) {
+        fs::create_dir_all(process::target("bpf"))?;
+        fs::write(&object, stripped).with_context(|| format!("cannot write {}", object.display()))?;
+    }
+    Ok(object)
+}
+
+/// Checks the formatting and the lints of `proxy-ebpf`.
+///
+/// # Errors
+/// When one of them fails; it has printed what it found.
+pub(crate) fn lint() -> Result<()> {
+    let manifest = ["fmt", "--check", "--manifest-path", "proxy-ebpf/Cargo.toml"];
+    process::run(process::cargo().args(manifest))?;
+    process::run(setup::ebpf::cargo("clippy").args([
+        "--locked",
+        "--quiet",
+        "--release",
+        "--",
+        "-D",
+        "warnings",
+    ]))
+}
+
+/// Drops the DWARF, of which the linker has made BTF: neither the loader nor the kernel reads it.
+fn strip(object: &[u8]) -> Result<Vec<u8>> {
+    let mut elf = Builder::read64(object).context("what was built is no ELF object")?;
+    for section in &mut elf.sections {
+        let name = section.name.as_slice();
+        section.delete |= name.starts_with(b".debug_") || name.starts_with(b".rel.debug_");
+    }
+    elf.delete_orphan_symbols();
+    // LLVM keeps the names of sections among those of symbols, which the builder cannot write.
+    let names = elf.sections.add();
+    names.name = b".shstrtab"[..].into();
+    names.sh_type = SHT_STRTAB;
+    names.data = SectionData::SectionString;
+    let mut stripped = Vec::new();
+    elf.write(&mut stripped).context("cannot strip the object")?;
+    Ok(stripped)
+}
