@@ -1,0 +1,60 @@
+//! What can be wrong with a configuration: each error names the field, the value and the remedy.
+
+use std::fmt;
+use std::path::PathBuf;
+
+/// A configuration that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// A configuration file that cannot be read or written.
+    #[error("configuration file {}: {source}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        source: std::io::Error,
+    },
+    /// A configuration file that is no KubeProxyConfiguration.
+    #[error("configuration file {}, {place}: {problem}; {remedy}", path.display())]
+    Decode {
+        /// The file.
+        path: PathBuf,
+        /// The line, and the field where one is known.
+        place: String,
+        /// What is wrong there.
+        problem: String,
+        /// What to write instead.
+        remedy: &'static str,
+    },
+    /// Fields whose values cannot be used; never empty.
+    #[error("{}", Lines(.0))]
+    Invalid(Vec<InvalidField>),
+}
+
+/// One field whose value cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{field}: {value:?} {problem}; {remedy}")]
+pub struct InvalidField {
+    /// The field, as the file writes it, with the flag that sets it.
+    pub field: &'static str,
+    /// Its value.
+    pub value: String,
+    /// What is wrong with it.
+    pub problem: String,
+    /// What to write instead.
+    pub remedy: &'static str,
+}
+
+struct Lines<'a>(&'a [InvalidField]);
+
+impl fmt::Display for Lines<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, field) in self.0.iter().enumerate() {
+            if index > 0 {
+                f.write_str("\n")?;
+            }
+            fmt::Display::fmt(field, f)?;
+        }
+        Ok(())
+    }
+}

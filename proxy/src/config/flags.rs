@@ -1,0 +1,448 @@
+//! kube-proxy's command line, flag for flag, and the few flags of our own.
+//!
+//! A flag only says which field of `KubeProxyConfiguration` it sets; what the field means is `resolve`'s.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use clap::Args;
+use clap::builder::TypedValueParser;
+use serde_json::json;
+
+use super::duration::GoDuration;
+use super::error::ConfigError;
+use super::file::{KubeProxyConfiguration, LoggingSection, leaves, prune};
+use super::resolve::{Environment, Overrides, Resolved, resolve};
+use super::{LogFormat, Logging, parse};
+
+/// The flags of `kube-lane run`, which are those of kube-proxy.
+#[derive(Args, Clone, Debug, Default)]
+pub struct RunFlags {
+    #[command(flatten)]
+    log: LogFlags,
+    #[command(flatten)]
+    tolerated: ToleratedFlags,
+
+    /// Folder of static Services, EndpointSlices and Nodes, beside the API server or without one
+    #[arg(long, value_name = "DIR")]
+    manifests: Option<String>,
+
+    /// Configuration file (KubeProxyConfiguration v1alpha1, YAML or JSON)
+    #[arg(long, value_name = "FILE")]
+    config: Option<String>,
+    /// Write the resolved configuration to this file and exit
+    #[arg(long, value_name = "FILE")]
+    write_config_to: Option<String>,
+    /// Remove everything of kube-lane from the kernel and exit
+    #[arg(long, value_parser = go_bool(), num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    cleanup: Option<bool>,
+    /// Do only what needs full root privileges (nothing, for kube-lane) and exit
+    #[arg(long, value_parser = go_bool(), num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    init_only: Option<bool>,
+    /// Print the version and exit
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    version: Option<String>,
+
+    /// Kubeconfig file; without it and without --master, the pod's ServiceAccount
+    #[arg(long, value_name = "FILE")]
+    kubeconfig: Option<String>,
+    /// URL of the API server, in place of the kubeconfig's
+    #[arg(long, value_name = "URL")]
+    master: Option<String>,
+    /// Name of this machine's Node object, where it is not the host name
+    #[arg(long, value_name = "NAME")]
+    hostname_override: Option<String>,
+    /// nftables (default) or ebpf; iptables and ipvs are served by nftables
+    #[arg(long, value_name = "MODE")]
+    proxy_mode: Option<String>,
+    /// Networks of the pods: one CIDR, or one of each family
+    #[arg(long, value_name = "CIDR[,CIDR]")]
+    cluster_cidr: Option<String>,
+    /// How local traffic is told: ClusterCIDR
+    #[arg(long, value_name = "MODE")]
+    detect_local_mode: Option<String>,
+    /// Masquerade every connection to a cluster IP
+    #[arg(long, value_parser = go_bool(), num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    masquerade_all: Option<bool>,
+    /// Least time between two commits; commits are not delayed unless this is set
+    #[arg(long, value_name = "DURATION")]
+    iptables_min_sync_period: Option<GoDuration>,
+    /// Overrides the node's primary address; binds nothing
+    #[arg(long, value_name = "IP")]
+    bind_address: Option<String>,
+    /// Where /healthz and /livez are served; empty: nowhere [default: 0.0.0.0:10256]
+    #[arg(long, value_name = "IP:PORT")]
+    healthz_bind_address: Option<String>,
+    /// Where /metrics and /proxyMode are served; empty: nowhere [default: 127.0.0.1:10249]
+    #[arg(long, value_name = "IP:PORT")]
+    metrics_bind_address: Option<String>,
+    /// End the process when an address cannot be bound, instead of trying again
+    #[arg(long, value_parser = go_bool(), num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    bind_address_hard_fail: Option<bool>,
+    /// Port of --healthz-bind-address where that names none; 0: nowhere
+    #[arg(long, hide = true)]
+    healthz_port: Option<u16>,
+    /// Port of --metrics-bind-address where that names none; 0: nowhere
+    #[arg(long, hide = true)]
+    metrics_port: Option<u16>,
+}
+
+/// The flags about logs, which every subcommand has.
+#[derive(Args, Clone, Debug, Default)]
+pub struct LogFlags {
+    /// Verbosity as in kube-proxy: 4 and above debug, 6 and above trace
+    #[arg(short, long = "v", value_name = "N")]
+    v: Option<u32>,
+    /// Form of the log
+    #[arg(long, alias = "logging-format", value_name = "human|json")]
+    log_format: Option<String>,
+    /// A level (error, warn, info, debug, trace) or a filter like info,kube_lane::source=debug
+    #[arg(long, value_name = "LEVEL|FILTER")]
+    log_level: Option<String>,
+}
+
+/// kube-proxy's flags that have no effect here so far.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = None)]
+struct ToleratedFlags {
+    #[arg(long, hide = true, value_parser = feature_gates, value_name = "K=BOOL,...")]
+    feature_gates: Option<BTreeMap<String, bool>>,
+    #[arg(long, hide = true)]
+    kube_api_content_type: Option<String>,
+    #[arg(long, hide = true)]
+    kube_api_qps: Option<f32>,
+    #[arg(long, hide = true)]
+    kube_api_burst: Option<i32>,
+    #[arg(long, hide = true, value_parser = go_bool(), num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    profiling: Option<bool>,
+    #[arg(long, hide = true)]
+    show_hidden_metrics_for_version: Option<String>,
+    #[arg(long, hide = true)]
+    iptables_masquerade_bit: Option<i32>,
+    #[arg(long, hide = true, value_parser = go_bool(), num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    iptables_localhost_nodeports: Option<bool>,
+    #[arg(long, hide = true)]
+    iptables_sync_period: Option<GoDuration>,
+    #[arg(long, hide = true)]
+    ipvs_sync_period: Option<GoDuration>,
+    #[arg(long, hide = true)]
+    ipvs_min_sync_period: Option<GoDuration>,
+    #[arg(long, hide = true)]
+    ipvs_scheduler: Option<String>,
+    #[arg(long, hide = true, value_delimiter = ',')]
+    ipvs_exclude_cidrs: Option<Vec<String>>,
+    #[arg(long, hide = true, value_parser = go_bool(), num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    ipvs_strict_arp: Option<bool>,
+    #[arg(long, hide = true)]
+    ipvs_tcp_timeout: Option<GoDuration>,
+    #[arg(long, hide = true)]
+    ipvs_tcpfin_timeout: Option<GoDuration>,
+    #[arg(long, hide = true)]
+    ipvs_udp_timeout: Option<GoDuration>,
+    #[arg(long, hide = true)]
+    pod_bridge_interface: Option<String>,
+    #[arg(long, hide = true)]
+    pod_interface_name_prefix: Option<String>,
+    #[arg(long, hide = true, value_delimiter = ',')]
+    nodeport_addresses: Option<Vec<String>>,
+    #[arg(long, hide = true, allow_negative_numbers = true)]
+    oom_score_adj: Option<i32>,
+    #[arg(long, hide = true)]
+    conntrack_max_per_core: Option<i32>,
+    #[arg(long, hide = true)]
+    conntrack_min: Option<i32>,
+    #[arg(long, hide = true)]
+    conntrack_tcp_timeout_established: Option<GoDuration>,
+    #[arg(long, hide = true)]
+    conntrack_tcp_timeout_close_wait: Option<GoDuration>,
+    #[arg(long, hide = true, value_parser = go_bool(), num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    conntrack_tcp_be_liberal: Option<bool>,
+    #[arg(long, hide = true)]
+    conntrack_udp_timeout: Option<GoDuration>,
+    #[arg(long, hide = true)]
+    conntrack_udp_timeout_stream: Option<GoDuration>,
+    #[arg(long, hide = true)]
+    config_sync_period: Option<GoDuration>,
+    #[arg(long, hide = true)]
+    vmodule: Option<String>,
+    #[arg(long, hide = true)]
+    log_flush_frequency: Option<GoDuration>,
+    #[arg(long, hide = true, value_parser = go_bool(), num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    log_text_split_stream: Option<bool>,
+    #[arg(long, hide = true)]
+    log_text_info_buffer_size: Option<String>,
+    #[arg(long, hide = true, value_parser = go_bool(), num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    log_json_split_stream: Option<bool>,
+    #[arg(long, hide = true)]
+    log_json_info_buffer_size: Option<String>,
+}
+
+/// Which flag sets a field, where a message may have to name it.
+pub(super) const FLAGS: &[(&str, &str)] = &[
+    ("bindAddress", "bind-address"),
+    ("bindAddressHardFail", "bind-address-hard-fail"),
+    ("clientConnection.burst", "kube-api-burst"),
+    ("clientConnection.contentType", "kube-api-content-type"),
+    ("clientConnection.kubeconfig", "kubeconfig"),
+    ("clientConnection.qps", "kube-api-qps"),
+    ("clusterCIDR", "cluster-cidr"),
+    ("configSyncPeriod", "config-sync-period"),
+    ("conntrack.maxPerCore", "conntrack-max-per-core"),
+    ("conntrack.min", "conntrack-min"),
+    ("conntrack.tcpBeLiberal", "conntrack-tcp-be-liberal"),
+    ("conntrack.tcpCloseWaitTimeout", "conntrack-tcp-timeout-close-wait"),
+    ("conntrack.tcpEstablishedTimeout", "conntrack-tcp-timeout-established"),
+    ("conntrack.udpStreamTimeout", "conntrack-udp-timeout-stream"),
+    ("conntrack.udpTimeout", "conntrack-udp-timeout"),
+    ("detectLocal.bridgeInterface", "pod-bridge-interface"),
+    ("detectLocal.interfaceNamePrefix", "pod-interface-name-prefix"),
+    ("detectLocalMode", "detect-local-mode"),
+    ("enableProfiling", "profiling"),
+    ("featureGates", "feature-gates"),
+    ("healthzBindAddress", "healthz-bind-address"),
+    ("iptables.localhostNodePorts", "iptables-localhost-nodeports"),
+    ("iptables.masqueradeAll", "masquerade-all"),
+    ("iptables.masqueradeBit", "iptables-masquerade-bit"),
+    ("ipvs.excludeCIDRs", "ipvs-exclude-cidrs"),
+    ("ipvs.minSyncPeriod", "ipvs-min-sync-period"),
+    ("ipvs.scheduler", "ipvs-scheduler"),
+    ("ipvs.strictARP", "ipvs-strict-arp"),
+    ("ipvs.syncPeriod", "ipvs-sync-period"),
+    ("ipvs.tcpFinTimeout", "ipvs-tcpfin-timeout"),
+    ("ipvs.tcpTimeout", "ipvs-tcp-timeout"),
+    ("ipvs.udpTimeout", "ipvs-udp-timeout"),
+    ("logging.options.json.infoBufferSize", "log-json-info-buffer-size"),
+    ("logging.options.json.splitStream", "log-json-split-stream"),
+    ("logging.options.text.infoBufferSize", "log-text-info-buffer-size"),
+    ("logging.options.text.splitStream", "log-text-split-stream"),
+    ("logging.vmodule", "vmodule"),
+    ("metricsBindAddress", "metrics-bind-address"),
+    ("mode", "proxy-mode"),
+    ("nftables.masqueradeAll", "masquerade-all"),
+    ("nftables.minSyncPeriod", "iptables-min-sync-period"),
+    ("nftables.syncPeriod", "iptables-sync-period"),
+    ("nodePortAddresses", "nodeport-addresses"),
+    ("oomScoreAdj", "oom-score-adj"),
+    ("showHiddenMetricsForVersion", "show-hidden-metrics-for-version"),
+];
+
+/// What the flags ask for, apart from how it is configured.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Serve until a signal ends it.
+    Run,
+    /// Prepare what needs full privileges, and exit.
+    InitOnly,
+    /// Remove everything of ours from the kernel.
+    Cleanup,
+    /// Print the version.
+    Version,
+    /// Write the resolved configuration to a file.
+    WriteConfig(PathBuf),
+}
+
+impl RunFlags {
+    /// What to do: as in kube-proxy, `--version` goes before `--write-config-to`, and that before `--cleanup`.
+    pub fn action(&self) -> Action {
+        match (&self.version, &self.write_config_to) {
+            (Some(version), _) if version != "false" => Action::Version,
+            (_, Some(path)) if !path.is_empty() => Action::WriteConfig(path.into()),
+            _ if self.cleanup == Some(true) => Action::Cleanup,
+            _ if self.init_only == Some(true) => Action::InitOnly,
+            _ => Action::Run,
+        }
+    }
+
+    /// How `--cleanup` and other actions without a configuration log.
+    pub fn log(&self) -> &LogFlags {
+        &self.log
+    }
+
+    /// Reads the configuration file, if one is named, and resolves it together with the flags.
+    ///
+    /// # Errors
+    /// When the file cannot be read or decoded, or when a value cannot be used.
+    pub fn resolve(&self, environment: &Environment) -> Result<Resolved, ConfigError> {
+        match self.config.as_ref().filter(|path| !path.is_empty()) {
+            Some(path) => self.resolve_file(path.into(), environment),
+            None => {
+                let name_of = |path: &str| match FLAGS.iter().find(|(field, _)| *field == path) {
+                    Some((_, flag)) => format!("--{flag}"),
+                    None => path.to_owned(),
+                };
+                resolve(self.to_file(), &self.overrides(), environment, name_of)
+            }
+        }
+    }
+
+    /// With a file, only the host name, the master, the logs and our own flags still count.
+    fn resolve_file(&self, path: PathBuf, environment: &Environment) -> Result<Resolved, ConfigError> {
+        let text = std::fs::read_to_string(&path)
+            .map_err(|source| ConfigError::File { path: path.clone(), source })?;
+        let parse::Parsed { mut file, warnings } = parse::parse(&path, &text)?;
+        let flags = self.to_file();
+
+        let value = flags.to_value();
+        let set = leaves(&value);
+        let mut ignored: Vec<String> = FLAGS
+            .iter()
+            .filter(|(field, _)| !field.starts_with("logging."))
+            .filter(|(field, _)| set.iter().any(|(path, _)| path == field))
+            .map(|(_, flag)| format!("--{flag}"))
+            .collect();
+        ignored.sort();
+        ignored.dedup();
+
+        file.hostname_override = flags.hostname_override.or(file.hostname_override);
+        file.logging = LoggingSection {
+            format: flags.logging.format.or(file.logging.format),
+            flush_frequency: flags.logging.flush_frequency.or(file.logging.flush_frequency),
+            verbosity: flags.logging.verbosity.or(file.logging.verbosity),
+            vmodule: flags.logging.vmodule.or(file.logging.vmodule),
+            options: flags.logging.options.or(file.logging.options),
+        };
+        file.kube_lane.manifests = flags.kube_lane.manifests.or(file.kube_lane.manifests);
+        file.kube_lane.log_level = flags.kube_lane.log_level.or(file.kube_lane.log_level);
+
+        let overrides = Overrides { master: self.master.clone(), ..Overrides::default() };
+        let mut resolved = resolve(file, &overrides, environment, str::to_owned)?;
+        let mut all: Vec<String> =
+            warnings.into_iter().map(|warning| format!("{}, {warning}", path.display())).collect();
+        if !ignored.is_empty() {
+            all.push(format!("without effect beside --config: {}", ignored.join(", ")));
+        }
+        all.append(&mut resolved.warnings);
+        resolved.warnings = all;
+        Ok(resolved)
+    }
+
+    fn overrides(&self) -> Overrides {
+        let off = |address: &Option<String>, port| address.as_deref() == Some("") || port == Some(0);
+        Overrides {
+            master: self.master.clone(),
+            no_healthz: off(&self.healthz_bind_address, self.healthz_port),
+            no_metrics: off(&self.metrics_bind_address, self.metrics_port),
+        }
+    }
+
+    /// The flags in the form of a file.
+    fn to_file(&self) -> KubeProxyConfiguration {
+        let tolerated = self.tolerated.clone();
+        let mut file = KubeProxyConfiguration {
+            feature_gates: tolerated.feature_gates,
+            hostname_override: self.hostname_override.clone(),
+            bind_address: self.bind_address.clone(),
+            healthz_bind_address: self
+                .healthz_bind_address
+                .clone()
+                .map(|at| with_port(at, self.healthz_port)),
+            metrics_bind_address: self
+                .metrics_bind_address
+                .clone()
+                .map(|at| with_port(at, self.metrics_port)),
+            bind_address_hard_fail: self.bind_address_hard_fail,
+            enable_profiling: tolerated.profiling,
+            show_hidden_metrics_for_version: tolerated.show_hidden_metrics_for_version,
+            mode: self.proxy_mode.clone(),
+            detect_local_mode: self.detect_local_mode.clone(),
+            cluster_cidr: self.cluster_cidr.clone(),
+            node_port_addresses: tolerated.nodeport_addresses.map(not_empty),
+            oom_score_adj: tolerated.oom_score_adj,
+            config_sync_period: tolerated.config_sync_period,
+            ..KubeProxyConfiguration::default()
+        };
+        file.client_connection.kubeconfig = self.kubeconfig.clone();
+        file.client_connection.content_type = tolerated.kube_api_content_type;
+        file.client_connection.qps = tolerated.kube_api_qps;
+        file.client_connection.burst = tolerated.kube_api_burst;
+        file.nftables.masquerade_all = self.masquerade_all;
+        file.nftables.min_sync_period = self.iptables_min_sync_period;
+        file.nftables.sync_period = tolerated.iptables_sync_period;
+        file.iptables.masquerade_all = self.masquerade_all;
+        file.iptables.masquerade_bit = tolerated.iptables_masquerade_bit;
+        file.iptables.localhost_node_ports = tolerated.iptables_localhost_nodeports;
+        file.ipvs.sync_period = tolerated.ipvs_sync_period;
+        file.ipvs.min_sync_period = tolerated.ipvs_min_sync_period;
+        file.ipvs.scheduler = tolerated.ipvs_scheduler;
+        file.ipvs.exclude_cidrs = tolerated.ipvs_exclude_cidrs.map(not_empty);
+        file.ipvs.strict_arp = tolerated.ipvs_strict_arp;
+        file.ipvs.tcp_timeout = tolerated.ipvs_tcp_timeout;
+        file.ipvs.tcp_fin_timeout = tolerated.ipvs_tcpfin_timeout;
+        file.ipvs.udp_timeout = tolerated.ipvs_udp_timeout;
+        file.detect_local.bridge_interface = tolerated.pod_bridge_interface;
+        file.detect_local.interface_name_prefix = tolerated.pod_interface_name_prefix;
+        file.conntrack.max_per_core = tolerated.conntrack_max_per_core;
+        file.conntrack.min = tolerated.conntrack_min;
+        file.conntrack.tcp_established_timeout = tolerated.conntrack_tcp_timeout_established;
+        file.conntrack.tcp_close_wait_timeout = tolerated.conntrack_tcp_timeout_close_wait;
+        file.conntrack.tcp_be_liberal = tolerated.conntrack_tcp_be_liberal;
+        file.conntrack.udp_timeout = tolerated.conntrack_udp_timeout;
+        file.conntrack.udp_stream_timeout = tolerated.conntrack_udp_timeout_stream;
+        file.logging.format = self.log.log_format.clone();
+        file.logging.verbosity = self.log.v;
+        file.logging.vmodule = tolerated.vmodule.map(Into::into);
+        file.logging.flush_frequency = tolerated.log_flush_frequency.map(|period| period.to_string().into());
+        let mut options = json!({
+            "text": {
+                "splitStream": tolerated.log_text_split_stream,
+                "infoBufferSize": tolerated.log_text_info_buffer_size,
+            },
+            "json": {
+                "splitStream": tolerated.log_json_split_stream,
+                "infoBufferSize": tolerated.log_json_info_buffer_size,
+            },
+        });
+        prune(&mut options);
+        file.logging.options = (options != json!({})).then_some(options);
+        file.kube_lane.manifests = self.manifests.as_ref().map(PathBuf::from);
+        file.kube_lane.log_level = self.log.log_level.clone();
+        file
+    }
+}
+
+impl LogFlags {
+    /// How to log, for the subcommands that need no other configuration.
+    pub fn logging(&self) -> Logging {
+        Logging {
+            format: if self.log_format.as_deref() == Some("json") {
+                LogFormat::Json
+            } else {
+                LogFormat::Human
+            },
+            verbosity: self.v.unwrap_or_default(),
+            level: self.log_level.clone(),
+        }
+    }
+}
+
+/// An IP address alone takes the port of the flag that kube-proxy keeps for that.
+fn with_port(address: String, port: Option<u16>) -> String {
+    match (address.parse(), port) {
+        (Ok(ip), Some(port)) => std::net::SocketAddr::new(ip, port).to_string(),
+        _ => address,
+    }
+}
+
+/// `--flag=` is an empty list, not a list of one empty text.
+fn not_empty(list: Vec<String>) -> Vec<String> {
+    list.into_iter().filter(|item| !item.is_empty()).collect()
+}
+
+/// Go's `strconv.ParseBool`.
+fn go_bool() -> impl TypedValueParser<Value = bool> {
+    clap::builder::StringValueParser::new().try_map(|text| match text.as_str() {
+        "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
+        "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
+        _ => Err("write true or false"),
+    })
+}
+
+fn feature_gates(text: &str) -> Result<BTreeMap<String, bool>, String> {
+    text.split(',')
+        .filter(|gate| !gate.trim().is_empty())
+        .map(|gate| match gate.split_once('=').map(|(name, value)| (name, value.trim().parse())) {
+            Some((name, Ok(value))) => Ok((name.trim().to_owned(), value)),
+            _ => Err(format!("{gate:?} is not written like Gate=true")),
+        })
+        .collect()
+}

@@ -1,0 +1,116 @@
+//! What the user asked for: kube-proxy's flags and `KubeProxyConfiguration`, resolved into one plain [`Config`].
+//!
+//! ```text
+//! flags ────────────┐ (without --config)
+//!                   ├→ KubeProxyConfiguration → resolve → Config + warnings
+//! --config FILE ────┘ + the flags that still apply
+//! ```
+//!
+//! Owns reading, precedence, defaults and validation. Never touches the kernel, the API server or the logs: warnings
+//! are handed back as text, because how to log is itself configured here.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ipnetwork::IpNetwork;
+
+mod duration;
+mod error;
+mod file;
+pub mod flags;
+mod parse;
+mod resolve;
+#[cfg(test)]
+mod tests;
+
+pub use error::{ConfigError, InvalidField};
+pub use resolve::{Environment, Resolved};
+
+/// The resolved configuration of an agent.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// Which dataplanes run.
+    pub mode: Mode,
+    /// `metadata.name` of the own Node.
+    pub node_name: String,
+    /// How to reach the API server; `None`: Services come from the manifest folder alone.
+    pub api: Option<Api>,
+    /// The manifest folder.
+    pub manifests: Option<PathBuf>,
+    /// Tells pods from other clients.
+    pub detector: Detector,
+    /// Masquerade every connection to a cluster IP.
+    pub masquerade_all: bool,
+    /// The least time between two commits; zero: commit at once.
+    pub min_sync_period: Duration,
+    /// Overrides the node's primary address; it binds nothing.
+    pub node_address: Option<IpAddr>,
+    /// Where `/healthz` and `/livez` are served; `None`: nowhere.
+    pub healthz_address: Option<SocketAddr>,
+    /// Where `/metrics` and `/proxyMode` are served; `None`: nowhere.
+    pub metrics_address: Option<SocketAddr>,
+    /// An address that cannot be bound ends the process instead of being tried again.
+    pub bind_address_hard_fail: bool,
+    /// How to log.
+    pub logging: Logging,
+}
+
+/// Which dataplanes run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// nftables alone.
+    Nftables,
+    /// nftables, and eBPF in front of it.
+    Ebpf,
+}
+
+impl Mode {
+    /// As `--proxy-mode` and `/proxyMode` write it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Nftables => "nftables",
+            Self::Ebpf => "ebpf",
+        }
+    }
+}
+
+/// How to reach the API server. Neither field set: from inside the cluster, by the pod's ServiceAccount.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Api {
+    /// A kubeconfig file.
+    pub kubeconfig: Option<PathBuf>,
+    /// The server's URL, in place of the one that the kubeconfig names.
+    pub master: Option<String>,
+}
+
+/// Tells the cluster's pods from other clients (`detectLocalMode`).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Detector {
+    /// Nothing is known: no client is called non-local.
+    #[default]
+    None,
+    /// Pods have an address in one of these networks: one, or one of each family.
+    ClusterCidr(Vec<IpNetwork>),
+}
+
+/// How to log.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Logging {
+    /// For people or for machines.
+    pub format: LogFormat,
+    /// `-v`, klog's verbosity.
+    pub verbosity: u32,
+    /// `--log-level`: a level or a filter like `info,kube_lane::source=debug`; goes before `verbosity`.
+    pub level: Option<String>,
+}
+
+/// The form of a log line.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LogFormat {
+    /// Text.
+    #[default]
+    Human,
+    /// One JSON object a line.
+    Json,
+}

@@ -1,0 +1,392 @@
+//! From what was written to what it means: defaults, validation, and one warning for all that has no effect.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
+
+use ipnetwork::IpNetwork;
+use serde_json::{Value, json};
+
+use super::error::{ConfigError, InvalidField};
+use super::file::{KubeProxyConfiguration, leaves};
+use super::{Api, Config, Detector, LogFormat, Logging, Mode};
+
+const HEALTHZ_PORT: u16 = 10256;
+const METRICS_PORT: u16 = 10249;
+
+/// Fields that take effect, or that ask for what always holds here (no client-side rate limit, no log buffer).
+const HONOURED: &[&str] = &[
+    "apiVersion",
+    "kind",
+    "bindAddress",
+    "bindAddressHardFail",
+    "clientConnection.",
+    "clusterCIDR",
+    "detectLocalMode",
+    "healthzBindAddress",
+    "hostnameOverride",
+    "iptables.masqueradeAll",
+    "kubeLane.",
+    "logging.flushFrequency",
+    "logging.format",
+    "logging.verbosity",
+    "metricsBindAddress",
+    "mode",
+    "nftables.masqueradeAll",
+    "nftables.minSyncPeriod",
+    // kube-proxy on Linux ignores these as well.
+    "portRange",
+    "winkernel.",
+    "windowsRunAsService",
+];
+
+/// What only flags can say.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Overrides {
+    /// `--master`.
+    pub(super) master: Option<String>,
+    /// `--healthz-bind-address=` or `--healthz-port=0`.
+    pub(super) no_healthz: bool,
+    /// `--metrics-bind-address=` or `--metrics-port=0`.
+    pub(super) no_metrics: bool,
+}
+
+/// What the process finds around it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Environment {
+    /// The machine's host name.
+    pub hostname: String,
+    /// The process runs in a pod (`KUBERNETES_SERVICE_HOST` is set).
+    pub in_cluster: bool,
+}
+
+impl Environment {
+    /// Asks the system.
+    pub fn read() -> Self {
+        Self {
+            hostname: nix::unistd::gethostname()
+                .map(|name| name.to_string_lossy().into_owned())
+                .unwrap_or_default(),
+            in_cluster: std::env::var_os("KUBERNETES_SERVICE_HOST").is_some(),
+        }
+    }
+}
+
+/// A configuration, what to tell the user about it, and what it looks like in full.
+#[derive(Clone, Debug)]
+pub struct Resolved {
+    /// The configuration.
+    pub config: Config,
+    /// One line each, for the log.
+    pub warnings: Vec<String>,
+    pub(super) file: KubeProxyConfiguration,
+}
+
+impl Resolved {
+    /// The configuration as a KubeProxyConfiguration in YAML, with the defaults of the fields that take effect.
+    /// `--config` reads it back to the same [`Config`], except that a file cannot say an address is off.
+    pub fn to_yaml(&self) -> String {
+        let mut value = self.file.to_value();
+        let Config { healthz_address, metrics_address, min_sync_period, .. } = &self.config;
+        let address = |address: &Option<SocketAddr>| address.map(|address| address.to_string());
+        for (path, default) in [
+            ("/apiVersion", json!(super::file::API_VERSION)),
+            ("/kind", json!(super::file::KIND)),
+            ("/mode", json!(self.config.mode.as_str())),
+            ("/hostnameOverride", json!(self.config.node_name)),
+            ("/healthzBindAddress", json!(address(healthz_address))),
+            ("/metricsBindAddress", json!(address(metrics_address))),
+            ("/bindAddressHardFail", json!(self.config.bind_address_hard_fail)),
+            ("/nftables/masqueradeAll", json!(self.config.masquerade_all)),
+            ("/nftables/minSyncPeriod", json!(super::duration::GoDuration(*min_sync_period))),
+        ] {
+            set(&mut value, path, default);
+        }
+        serde_saphyr::to_string(&value).unwrap_or_default()
+    }
+}
+
+/// Sets one field, making the section it stands in.
+fn set(value: &mut Value, path: &str, field: Value) {
+    let mut at = value;
+    for name in path.split('/').skip(1) {
+        if !at.is_object() {
+            *at = json!({});
+        }
+        at = &mut at[name];
+    }
+    *at = field;
+}
+
+/// Resolves what was written. `name_of` gives the name by which the user wrote a field.
+///
+/// # Errors
+/// [`ConfigError::Invalid`], with every field whose value cannot be used.
+pub(super) fn resolve(
+    file: KubeProxyConfiguration,
+    overrides: &Overrides,
+    environment: &Environment,
+    name_of: impl Fn(&str) -> String,
+) -> Result<Resolved, ConfigError> {
+    let mut invalid = Vec::new();
+    let mut warnings = Vec::new();
+    let mut check = Checker(&mut invalid);
+
+    let written_mode = text(&file.mode);
+    let mode = match written_mode {
+        None | Some("nftables") => Mode::Nftables,
+        Some("ebpf") => Mode::Ebpf,
+        Some(mode @ ("iptables" | "ipvs")) => {
+            warnings.push(format!("mode {mode}: kube-lane serves with its nftables dataplane instead"));
+            Mode::Nftables
+        }
+        Some(mode) => {
+            check.invalid(
+                "mode (--proxy-mode)",
+                mode,
+                "is no proxy mode",
+                "use nftables (the default) or ebpf; iptables and ipvs are served by nftables",
+            );
+            Mode::Nftables
+        }
+    };
+    // Each mode of kube-proxy reads a section of its own. Without a mode kube-proxy runs iptables and we nftables:
+    // masquerading asked for in either section is meant.
+    let nftables_all = file.nftables.masquerade_all == Some(true);
+    let iptables_all = file.iptables.masquerade_all == Some(true);
+    let masquerade_all = match written_mode {
+        None => nftables_all || iptables_all,
+        Some("iptables" | "ipvs") => iptables_all,
+        Some(_) => nftables_all,
+    };
+
+    let bind_address = check.parse(
+        "bindAddress (--bind-address)",
+        text(&file.bind_address),
+        "is no IP address",
+        "write an address like 192.0.2.7 or 2001:db8::7, or leave it out",
+        |text| text.parse::<IpAddr>().ok(),
+    );
+    let (any, loopback): (IpAddr, IpAddr) = match bind_address {
+        Some(IpAddr::V6(_)) => (Ipv6Addr::UNSPECIFIED.into(), Ipv6Addr::LOCALHOST.into()),
+        _ => (Ipv4Addr::UNSPECIFIED.into(), Ipv4Addr::LOCALHOST.into()),
+    };
+    let healthz_address = check.address(
+        "healthzBindAddress (--healthz-bind-address)",
+        text(&file.healthz_bind_address),
+        SocketAddr::new(any, HEALTHZ_PORT),
+    );
+    let metrics_address = check.address(
+        "metricsBindAddress (--metrics-bind-address)",
+        text(&file.metrics_bind_address),
+        SocketAddr::new(loopback, METRICS_PORT),
+    );
+
+    let detector = check.detector(&file);
+    let node_name = check.node_name(file.hostname_override.as_deref(), &environment.hostname);
+
+    let manifests = file.kube_lane.manifests.clone().filter(|path| !path.as_os_str().is_empty());
+    let api = Api {
+        kubeconfig: text(&file.client_connection.kubeconfig).map(PathBuf::from),
+        master: overrides.master.clone().filter(|master| !master.is_empty()),
+    };
+    let api = if api != Api::default() || environment.in_cluster {
+        Some(api)
+    } else if manifests.is_some() {
+        None
+    } else {
+        check.invalid(
+            "clientConnection.kubeconfig (--kubeconfig)",
+            "",
+            "leaves no source of Services, since this is not a pod",
+            "name a kubeconfig file, or a folder of manifests (--manifests) to work without an API server",
+        );
+        None
+    };
+
+    let format = match text(&file.logging.format) {
+        None | Some("text" | "human") => LogFormat::Human,
+        Some("json") => LogFormat::Json,
+        Some(format) => {
+            check.invalid("logging.format (--log-format)", format, "is no log format", "use text or json");
+            LogFormat::Human
+        }
+    };
+
+    if !invalid.is_empty() {
+        return Err(ConfigError::Invalid(invalid));
+    }
+    let idle = without_effect(&file.to_value(), written_mode);
+    if !idle.is_empty() {
+        let mut names: Vec<String> = idle.iter().map(|path| name_of(path)).collect();
+        names.dedup();
+        warnings.push(format!("without effect in kube-lane so far: {}", names.join(", ")));
+    }
+    let config = Config {
+        mode,
+        node_name,
+        api,
+        manifests,
+        detector,
+        masquerade_all,
+        min_sync_period: file.nftables.min_sync_period.unwrap_or_default().0,
+        node_address: bind_address.filter(|address| !address.is_unspecified()),
+        healthz_address: (!overrides.no_healthz).then_some(healthz_address),
+        metrics_address: (!overrides.no_metrics).then_some(metrics_address),
+        bind_address_hard_fail: file.bind_address_hard_fail.unwrap_or_default(),
+        logging: Logging {
+            format,
+            verbosity: file.logging.verbosity.unwrap_or_default(),
+            level: file.kube_lane.log_level.clone().filter(|level| !level.is_empty()),
+        },
+    };
+    Ok(Resolved { config, warnings, file })
+}
+
+/// A string field; empty means not set, as everywhere in kube-proxy's configuration.
+fn text(field: &Option<String>) -> Option<&str> {
+    field.as_deref().filter(|text| !text.is_empty())
+}
+
+/// The fields that are set to something else than kube-proxy's default, and that nothing here reads. A zero value
+/// (off, empty, leave as it is) is what kube-lane does anyway.
+fn without_effect(file: &Value, mode: Option<&str>) -> Vec<String> {
+    let defaults = json!({
+        "configSyncPeriod": "15m0s",
+        "oomScoreAdj": -999,
+        "conntrack": {
+            "maxPerCore": 32768, "min": 131_072, "tcpCloseWaitTimeout": "1h0m0s", "tcpEstablishedTimeout": "24h0m0s",
+        },
+        "iptables": {
+            "localhostNodePorts": true, "masqueradeBit": 14, "minSyncPeriod": "1s", "syncPeriod": "30s",
+        },
+        "ipvs": { "syncPeriod": "30s" },
+        "nftables": { "masqueradeBit": 14, "syncPeriod": "30s" },
+    });
+    let is_read = |path: &str| {
+        let honoured = HONOURED
+            .iter()
+            .any(|&honoured| path == honoured || honoured.ends_with('.') && path.starts_with(honoured));
+        let other_mode = match path.split_once('.') {
+            Some(("ipvs", _)) => mode != Some("ipvs"),
+            Some(("iptables", _)) => !matches!(mode, None | Some("iptables" | "ipvs")),
+            Some(("nftables", _)) => matches!(mode, Some("iptables" | "ipvs")),
+            Some(("detectLocal", _)) => true,
+            _ => false,
+        };
+        honoured || other_mode
+    };
+    let is_default =
+        |path: &str, value: &Value| defaults.pointer(&format!("/{}", path.replace('.', "/"))) == Some(value);
+    let is_zero = |value: &Value| match value {
+        Value::Bool(value) => !value,
+        Value::Number(value) => value.as_f64() == Some(0.0),
+        Value::String(value) => matches!(value.as_str(), "" | "0" | "0s"),
+        Value::Array(value) => value.is_empty(),
+        Value::Object(value) => value.is_empty(),
+        Value::Null => true,
+    };
+    let mut idle: Vec<String> = leaves(file)
+        .into_iter()
+        .filter(|(path, value)| !is_read(path) && !is_default(path, value) && !is_zero(value))
+        .map(|(path, _)| path)
+        .collect();
+    if file["detectLocalMode"].as_str().is_some_and(|mode| !matches!(mode, "" | "ClusterCIDR")) {
+        idle.push("detectLocalMode".to_owned());
+    }
+    idle
+}
+
+/// Collects the fields whose values cannot be used.
+struct Checker<'a>(&'a mut Vec<InvalidField>);
+
+impl Checker<'_> {
+    fn invalid(&mut self, field: &'static str, value: &str, problem: &str, remedy: &'static str) {
+        self.0.push(InvalidField { field, value: value.to_owned(), problem: problem.to_owned(), remedy });
+    }
+
+    fn parse<T>(
+        &mut self,
+        field: &'static str,
+        value: Option<&str>,
+        problem: &str,
+        remedy: &'static str,
+        parse: impl Fn(&str) -> Option<T>,
+    ) -> Option<T> {
+        let value = value?;
+        let parsed = parse(value);
+        if parsed.is_none() {
+            self.invalid(field, value, problem, remedy);
+        }
+        parsed
+    }
+
+    /// `IP:port`, or an IP alone with the default's port.
+    fn address(&mut self, field: &'static str, value: Option<&str>, default: SocketAddr) -> SocketAddr {
+        self.parse(
+            field,
+            value,
+            "is no IP address with a port",
+            "write it like 127.0.0.1:10249 or [::]:10256, with a port from 1 to 65535",
+            |text| match text.parse::<IpAddr>() {
+                Ok(address) => Some(SocketAddr::new(address, default.port())),
+                Err(_) => text.parse().ok().filter(|address: &SocketAddr| address.port() != 0),
+            },
+        )
+        .unwrap_or(default)
+    }
+
+    fn detector(&mut self, file: &KubeProxyConfiguration) -> Detector {
+        match text(&file.detect_local_mode) {
+            None | Some("ClusterCIDR") => {}
+            Some("NodeCIDR" | "BridgeInterface" | "InterfaceNamePrefix") => return Detector::None,
+            Some(mode) => self.invalid(
+                "detectLocalMode (--detect-local-mode)",
+                mode,
+                "is no mode of detection",
+                "use ClusterCIDR, or leave it out",
+            ),
+        }
+        self.parse(
+            "clusterCIDR (--cluster-cidr)",
+            text(&file.cluster_cidr),
+            "is neither a CIDR nor a pair of one IPv4 and one IPv6 CIDR",
+            "write it like 10.244.0.0/16 or 10.244.0.0/16,fd00:10:244::/56",
+            cluster_cidrs,
+        )
+        .map_or(Detector::None, Detector::ClusterCidr)
+    }
+
+    /// Flag, then file, then host name; trimmed and in lower case.
+    fn node_name(&mut self, written: Option<&str>, hostname: &str) -> String {
+        let name = match written {
+            None | Some("") => hostname,
+            Some(written) => written,
+        };
+        let name = name.trim().to_lowercase();
+        if name.is_empty() {
+            self.invalid(
+                "hostnameOverride (--hostname-override)",
+                written.unwrap_or_default(),
+                "leaves the node without a name",
+                "write the name of this machine's Node object",
+            );
+        }
+        name
+    }
+}
+
+/// One CIDR, or one of each family; host bits are cleared, as Go's parser does.
+fn cluster_cidrs(text: &str) -> Option<Vec<IpNetwork>> {
+    let networks = text
+        .split(',')
+        .map(|cidr| {
+            let network: IpNetwork = cidr.trim().parse().ok().filter(|_| cidr.contains('/'))?;
+            IpNetwork::new(network.network(), network.prefix()).ok()
+        })
+        .collect::<Option<Vec<_>>>()?;
+    match networks.as_slice() {
+        [_] => Some(networks),
+        [first, second] if first.is_ipv4() != second.is_ipv4() => Some(networks),
+        _ => None,
+    }
+}
