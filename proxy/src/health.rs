@@ -1,0 +1,353 @@
+//! The two small HTTP servers of kube-proxy: health (`/healthz`, `/livez`) and metrics (`/metrics`, `/proxyMode`).
+//!
+//! Owns listening and answering. Never decides what is healthy beyond the clock: the controller publishes a
+//! [`HealthState`] and this reads it.
+
+use std::convert::Infallible;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::State;
+use axum::http::{HeaderName, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::{Router, routing::get};
+use k8s_openapi::jiff::Timestamp;
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::registry::Registry;
+use serde::Serialize;
+use serde_json::json;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tracing::{error, info};
+
+use crate::config::{Config, Mode};
+use crate::observability::metrics::KUBE_PROXY;
+
+/// A change that has waited this long to be committed makes the agent unhealthy: twice kube-proxy's `syncPeriod`.
+const LATE: Duration = Duration::from_secs(60);
+/// How long to wait before an address that could not be bound is tried again, as kube-proxy does.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// What the controller knows of its own health.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HealthState {
+    /// Everything that the sources listed at the start has been programmed.
+    pub synced: bool,
+    /// When the last commit succeeded.
+    pub last_updated: Option<Timestamp>,
+    /// Since when a change has been waiting for a commit to succeed; `None`: nothing waits.
+    pub pending_since: Option<Timestamp>,
+    /// Whether load balancers should send traffic here: false where the own Node is unknown or about to be deleted.
+    pub node_eligible: bool,
+}
+
+impl Default for HealthState {
+    /// Nothing programmed yet, nothing waiting.
+    fn default() -> Self {
+        Self { synced: false, last_updated: None, pending_since: None, node_eligible: true }
+    }
+}
+
+impl HealthState {
+    fn is_late(&self, now: Timestamp) -> bool {
+        let late = |since: Timestamp| now.duration_since(since).unsigned_abs() >= LATE && now > since;
+        self.pending_since.is_some_and(late)
+    }
+}
+
+/// An address that cannot be bound, with `bindAddressHardFail`.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot serve {what} on {address}: {source}; choose another address or unset bindAddressHardFail")]
+pub struct BindError {
+    what: &'static str,
+    address: SocketAddr,
+    source: io::Error,
+}
+
+/// The two servers, ready to run.
+#[derive(Debug)]
+pub struct Servers {
+    healthz: Option<SocketAddr>,
+    metrics: Option<SocketAddr>,
+    hard_fail: bool,
+    mode: Mode,
+    requests: Requests,
+}
+
+impl Servers {
+    /// Prepares the servers and registers their own counters.
+    pub fn new(config: &Config, registry: &mut Registry) -> Self {
+        Self {
+            healthz: config.healthz_address,
+            metrics: config.metrics_address,
+            hard_fail: config.bind_address_hard_fail,
+            mode: config.mode,
+            requests: Requests::register(registry),
+        }
+    }
+
+    /// Serves for ever. An address that cannot be bound is reported once and tried again.
+    ///
+    /// # Errors
+    /// Only with `bindAddressHardFail`, when an address cannot be bound.
+    pub async fn run(
+        self,
+        health: watch::Receiver<HealthState>,
+        registry: Arc<Registry>,
+    ) -> Result<Infallible, BindError> {
+        let healthz = serve("health", self.healthz, self.hard_fail, health_routes(health, self.requests));
+        let metrics = serve("metrics", self.metrics, self.hard_fail, metrics_routes(self.mode, registry));
+        let (never, _) = tokio::try_join!(healthz, metrics)?;
+        Ok(never)
+    }
+}
+
+async fn serve(
+    what: &'static str,
+    address: Option<SocketAddr>,
+    hard_fail: bool,
+    routes: Router,
+) -> Result<Infallible, BindError> {
+    let Some(address) = address else { return std::future::pending().await };
+    let mut reported = None;
+    loop {
+        let failure = match TcpListener::bind(address).await {
+            Ok(listener) => {
+                info!(%address, "serving {what}");
+                reported = None;
+                axum::serve(listener, routes.clone()).await.err()
+            }
+            Err(source) if hard_fail => return Err(BindError { what, address, source }),
+            Err(source) => Some(source),
+        };
+        if let Some(failure) = failure
+            && reported != Some(failure.kind())
+        {
+            error!(%address, error = %failure, "cannot serve {what}; trying again every {} s", RETRY.as_secs());
+            reported = Some(failure.kind());
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+/// Answers counted by status code.
+#[derive(Clone, Debug, Default)]
+struct Requests {
+    healthz: Family<Code, Counter>,
+    livez: Family<Code, Counter>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Code {
+    code: u16,
+}
+
+impl Requests {
+    fn register(registry: &mut Registry) -> Self {
+        let requests = Self::default();
+        let registry = registry.sub_registry_with_prefix(KUBE_PROXY);
+        registry.register("proxy_healthz", "Answers of /healthz by status code", requests.healthz.clone());
+        registry.register("proxy_livez", "Answers of /livez by status code", requests.livez.clone());
+        requests
+    }
+}
+
+#[derive(Clone)]
+struct Health {
+    state: watch::Receiver<HealthState>,
+    requests: Requests,
+}
+
+fn health_routes(state: watch::Receiver<HealthState>, requests: Requests) -> Router {
+    Router::new()
+        .route("/healthz", get(healthz))
+        .route("/livez", get(livez))
+        .with_state(Health { state, requests })
+}
+
+/// Ready for traffic: everything programmed, nothing late, and the node is there to stay.
+async fn healthz(State(health): State<Health>) -> Response {
+    let state = *health.state.borrow();
+    let now = Timestamp::now();
+    let healthy = state.synced && !state.is_late(now);
+    let answer = Answer::new(&state, now, healthy, healthy && state.node_eligible, Some(state.node_eligible));
+    answer.counted(&health.requests.healthz)
+}
+
+/// Not in need of a restart: nothing late.
+async fn livez(State(health): State<Health>) -> Response {
+    let state = *health.state.borrow();
+    let now = Timestamp::now();
+    let healthy = !state.is_late(now);
+    Answer::new(&state, now, healthy, healthy, None).counted(&health.requests.livez)
+}
+
+/// kube-proxy's JSON.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Answer {
+    #[serde(skip)]
+    code: StatusCode,
+    last_updated: String,
+    current_time: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    node_eligible: Option<bool>,
+    healthy: bool,
+    #[serde(skip_serializing_if = "serde_json::Value::is_null")]
+    status: serde_json::Value,
+}
+
+impl Answer {
+    fn new(
+        state: &HealthState,
+        now: Timestamp,
+        healthy: bool,
+        success: bool,
+        node_eligible: Option<bool>,
+    ) -> Self {
+        let code = if success { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+        // Go's zero time, for what has never happened. A good answer is as fresh as the question.
+        let time = |at: Option<Timestamp>| at.map_or("0001-01-01T00:00:00Z".to_owned(), |at| at.to_string());
+        let updated = if success { Some(now) } else { state.last_updated };
+        // One commit programs both families.
+        let family = json!({ "lastUpdated": time(state.last_updated), "healthy": healthy });
+        let status = match state.last_updated {
+            Some(_) => json!({ "IPv4": family, "IPv6": family }),
+            None => serde_json::Value::Null,
+        };
+        Self {
+            code,
+            last_updated: time(updated),
+            current_time: time(Some(now)),
+            node_eligible,
+            healthy,
+            status,
+        }
+    }
+
+    fn counted(self, requests: &Family<Code, Counter>) -> Response {
+        requests.get_or_create(&Code { code: self.code.as_u16() }).inc();
+        let headers = [(header::CONTENT_TYPE, "application/json"), NOSNIFF];
+        (self.code, headers, json!(self).to_string()).into_response()
+    }
+}
+
+const NOSNIFF: (HeaderName, &str) = (header::X_CONTENT_TYPE_OPTIONS, "nosniff");
+
+fn metrics_routes(mode: Mode, registry: Arc<Registry>) -> Router {
+    Router::new()
+        .route("/healthz", get(async || ([NOSNIFF], "ok")))
+        .route("/proxyMode", get(async move || ([NOSNIFF], mode.as_str())))
+        .route("/metrics", get(metrics))
+        .with_state(registry)
+}
+
+async fn metrics(State(registry): State<Arc<Registry>>) -> Response {
+    let mut text = String::new();
+    match prometheus_client::encoding::text::encode(&mut text, &registry) {
+        Ok(()) => {
+            let openmetrics = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+            ([(header::CONTENT_TYPE, openmetrics)], text).into_response()
+        }
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream;
+
+    use super::*;
+    use crate::observability::metrics;
+
+    /// The status code, the headers and the body that a server answers with.
+    async fn get(address: SocketAddr, path: &str) -> (u16, String, String) {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        (head.split(' ').nth(1).unwrap().parse().unwrap(), head.to_lowercase(), body.to_owned())
+    }
+
+    async fn json(address: SocketAddr, path: &str) -> (u16, serde_json::Value) {
+        let (code, head, body) = get(address, path).await;
+        assert!(head.contains("content-type: application/json"), "{head}");
+        assert!(head.contains("x-content-type-options: nosniff"), "{head}");
+        (code, serde_json::from_str(&body).unwrap())
+    }
+
+    async fn listen(routes: Router) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async move { axum::serve(listener, routes).await });
+        address
+    }
+
+    #[tokio::test]
+    async fn health_follows_the_state() {
+        let (state, receiver) = watch::channel(HealthState::default());
+        let mut registry = metrics::registry();
+        let requests = Requests::register(&mut registry);
+        let address = listen(health_routes(receiver, requests)).await;
+
+        let (code, body) = json(address, "/healthz").await;
+        assert_eq!((code, &body["healthy"]), (503, &json!(false)), "nothing is programmed yet");
+        assert_eq!(body["lastUpdated"], "0001-01-01T00:00:00Z");
+        assert_eq!(json(address, "/livez").await.0, 200, "which is no reason to restart");
+
+        let now = Timestamp::now();
+        let synced = HealthState { synced: true, last_updated: Some(now), ..HealthState::default() };
+        state.send_replace(synced);
+        let (code, body) = json(address, "/healthz").await;
+        assert_eq!((code, &body["healthy"], &body["nodeEligible"]), (200, &json!(true), &json!(true)));
+        assert_eq!(body["status"]["IPv6"]["lastUpdated"], json!(now.to_string()));
+        assert_eq!(body["lastUpdated"], body["currentTime"]);
+        assert_eq!(json(address, "/livez").await.1.get("nodeEligible"), None);
+
+        state.send_replace(HealthState { node_eligible: false, ..synced });
+        let (code, body) = json(address, "/healthz").await;
+        assert_eq!((code, &body["healthy"]), (503, &json!(true)), "healthy, but not to be sent traffic");
+        assert_eq!(json(address, "/livez").await.0, 200);
+
+        for (seconds, code) in [(59, 200), (61, 503)] {
+            let pending_since = Some(Timestamp::from_second(now.as_second() - seconds).unwrap());
+            state.send_replace(HealthState { pending_since, ..synced });
+            assert_eq!(json(address, "/livez").await.0, code, "waiting for {seconds} s");
+            assert_eq!(json(address, "/healthz").await.0, code, "waiting for {seconds} s");
+        }
+        assert_eq!(get(address, "/metrics").await.0, 404);
+    }
+
+    #[tokio::test]
+    async fn metrics_and_mode() {
+        let mut registry = metrics::registry();
+        let requests = Requests::register(&mut registry);
+        requests.livez.get_or_create(&Code { code: 200 }).inc();
+        let address = listen(metrics_routes(Mode::Nftables, Arc::new(registry))).await;
+        assert_eq!(get(address, "/proxyMode").await.2, "nftables");
+        assert_eq!(get(address, "/healthz").await.2, "ok");
+        let (code, _, body) = get(address, "/metrics").await;
+        assert_eq!(code, 200);
+        assert!(body.contains("kubeproxy_proxy_livez_total{code=\"200\"} 1\n"), "{body}");
+    }
+
+    #[tokio::test]
+    async fn an_address_in_use_is_fatal_only_where_asked_for() {
+        let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = taken.local_addr().unwrap();
+        let error = serve("health", Some(address), true, Router::new()).await.unwrap_err().to_string();
+        assert!(error.contains(&address.to_string()) && error.contains("bindAddressHardFail"), "{error}");
+
+        let trying = serve("health", Some(address), false, Router::new());
+        assert!(tokio::time::timeout(Duration::from_millis(50), trying).await.is_err(), "still trying");
+        let off = serve("health", None, true, Router::new());
+        assert!(tokio::time::timeout(Duration::from_millis(50), off).await.is_err(), "off is no failure");
+    }
+}

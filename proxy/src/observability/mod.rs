@@ -1,0 +1,6 @@
+//! What an operator sees of a running agent: logs and metrics.
+//!
+//! Read by nobody's decisions.
+
+pub mod metrics;
+pub mod telemetry;
