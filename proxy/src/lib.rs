@@ -6,6 +6,10 @@
 //!
 //! `ARCHITECTURE.md` at the top of the repository is the map of these modules and of what each never does.
 
+pub mod cli;
+pub mod config;
 pub mod dataplane;
+pub mod health;
 pub mod model;
+pub mod observability;
 pub mod source;

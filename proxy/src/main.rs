@@ -1,3 +1,7 @@
-//! The `kube-lane` binary: parses the command line, starts telemetry, dispatches.
+//! The `kube-lane` binary: all of it is in `kube_lane::cli`.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    kube_lane::cli::main(std::env::args_os())
+}

@@ -1,0 +1,93 @@
+//! The command line: one file per subcommand. No subcommand means `run`, so that kube-lane starts as kube-proxy does.
+
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::config::flags::{Action, LogFlags, RunFlags};
+use crate::observability::telemetry;
+
+mod cleanup;
+mod run;
+mod version;
+
+const FLAGS_NOTE: &str = "Every other flag of kube-proxy 1.36 is accepted as well. Those that are set and have no \
+effect so far are named in one warning at the start. With --config, only --hostname-override, --master, --manifests \
+and the flags about logs still count.";
+
+/// kube-lane: Kubernetes Services in nftables and eBPF, in place of kube-proxy
+#[derive(Debug, Parser)]
+#[command(
+    name = "kube-lane",
+    disable_version_flag = true,
+    args_conflicts_with_subcommands = true,
+    args_override_self = true,
+    after_help = FLAGS_NOTE
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    run: Box<RunFlags>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve Services on this node (the default)
+    #[command(args_override_self = true, after_help = FLAGS_NOTE)]
+    Run(Box<RunFlags>),
+    /// Remove everything of kube-lane from the kernel
+    Cleanup(LogFlags),
+    /// Print the version
+    Version,
+}
+
+/// Runs the command line. Errors go to standard error, one a line.
+pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = Cli::parse_from(args.into_iter().map(dashed));
+    let result = match cli.command {
+        None => run_or_act(&cli.run),
+        Some(Command::Run(flags)) => run_or_act(&flags),
+        Some(Command::Cleanup(log)) => with_logs(&log, cleanup::run),
+        Some(Command::Version) => version::run(),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            // Nothing is left to do where standard error is closed.
+            let _ = writeln!(io::stderr(), "Error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run_or_act(flags: &RunFlags) -> anyhow::Result<ExitCode> {
+    match flags.action() {
+        Action::Version => version::run(),
+        Action::Cleanup => with_logs(flags.log(), cleanup::run),
+        Action::WriteConfig(path) => run::write_config(flags, &path),
+        Action::InitOnly => run::init_only(flags),
+        Action::Run => run::run(flags),
+    }
+}
+
+fn with_logs(
+    flags: &LogFlags,
+    command: impl FnOnce() -> anyhow::Result<ExitCode>,
+) -> anyhow::Result<ExitCode> {
+    telemetry::init(&flags.logging())?;
+    command()
+}
+
+/// kube-proxy takes `--cluster_cidr` for `--cluster-cidr`.
+fn dashed(argument: OsString) -> OsString {
+    match argument.to_str() {
+        Some(text) if text.starts_with("--") => {
+            let (name, value) = text.split_at(text.find('=').unwrap_or(text.len()));
+            (name.replace('_', "-") + value).into()
+        }
+        _ => argument,
+    }
+}

@@ -1,0 +1,96 @@
+//! `kube-lane run`: the agent, and the actions that need its configuration.
+
+use std::future::Future;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context;
+use prometheus_client::registry::Registry;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tracing::{info, warn};
+
+use crate::config::flags::RunFlags;
+use crate::config::{Config, Environment};
+use crate::health::{HealthState, Servers};
+use crate::observability::{metrics, telemetry};
+
+/// Serves until SIGTERM or SIGINT, which leave everything in the kernel as it is.
+pub(super) fn run(flags: &RunFlags) -> anyhow::Result<ExitCode> {
+    let config = configure(flags)?;
+    // One thread for the controller and one for the rest is all there is to do.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("runtime")?;
+    let result = runtime.block_on(serve(config));
+    // A commit that is under way must not be waited for: the next start repairs what it left.
+    runtime.shutdown_background();
+    result.map(|()| ExitCode::SUCCESS)
+}
+
+/// Nothing of kube-lane needs more than the agent's own capabilities.
+pub(super) fn init_only(flags: &RunFlags) -> anyhow::Result<ExitCode> {
+    configure(flags)?;
+    info!("--init-only: nothing to prepare");
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Writes the resolved configuration to a file.
+pub(super) fn write_config(flags: &RunFlags, path: &Path) -> anyhow::Result<ExitCode> {
+    let resolved = flags.resolve(&Environment::read())?;
+    std::fs::write(path, resolved.to_yaml())
+        .with_context(|| format!("--write-config-to {}", path.display()))?;
+    telemetry::init(&resolved.config.logging)?;
+    info!(file = %path.display(), "configuration written");
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Resolves the configuration, starts the logs and says what there is to say about it.
+fn configure(flags: &RunFlags) -> anyhow::Result<Config> {
+    let resolved = flags.resolve(&Environment::read())?;
+    telemetry::init(&resolved.config.logging)?;
+    for warning in &resolved.warnings {
+        warn!("{warning}");
+    }
+    Ok(resolved.config)
+}
+
+async fn serve(config: Config) -> anyhow::Result<()> {
+    let mut terminated = signal(SignalKind::terminate()).context("SIGTERM")?;
+    let mut interrupted = signal(SignalKind::interrupt()).context("SIGINT")?;
+    info!(
+        version = env!("CARGO_PKG_VERSION"),
+        mode = config.mode.as_str(),
+        node = config.node_name,
+        "kube-lane starts"
+    );
+
+    let (health, health_state) = watch::channel(HealthState::default());
+    let mut registry = metrics::registry();
+    let servers = Servers::new(&config, &mut registry);
+    let agent = agent(config, health, &mut registry);
+    let servers = servers.run(health_state, Arc::new(registry));
+    let signal = tokio::select! {
+        result = agent => return result,
+        result = servers => match result? {},
+        _ = terminated.recv() => "SIGTERM",
+        _ = interrupted.recv() => "SIGINT",
+    };
+    info!(signal, "leaving; Services stay in place");
+    Ok(())
+}
+
+/// The agent proper: sources and controller. Modules register their metrics before the first await.
+fn agent(
+    _config: Config,
+    health: watch::Sender<HealthState>,
+    _registry: &mut Registry,
+) -> impl Future<Output = anyhow::Result<()>> + use<> {
+    async move {
+        health.closed().await;
+        Ok(())
+    }
+}
