@@ -109,3 +109,53 @@ fn warnings_are_logged_for_people_and_for_machines() {
     let quiet = run(&[&flags[..], &["--log-level=error"]].concat());
     assert_eq!(text(&quiet.stderr), "");
 }
+
+const SERVICE: &str = "\
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: default}
+spec:
+  clusterIP: 10.96.0.10
+  clusterIPs: [10.96.0.10]
+  type: NodePort
+  ports: [{name: http, port: 80, targetPort: 8080, nodePort: 30080}]
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: web-1, namespace: default, labels: {kubernetes.io/service-name: web}}
+addressType: IPv4
+ports: [{name: http, port: 8080}]
+endpoints: [{addresses: [10.244.0.5], nodeName: here}, {addresses: [10.244.1.6], nodeName: there}]
+";
+
+#[test]
+fn render_prints_the_plan_as_text_and_as_json() {
+    let folder = Folder::new("render");
+    std::fs::write(folder.path("web.yaml"), SERVICE).unwrap();
+    let output = run(&["render", &folder.path(""), "--node-name=here"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let plan = text(&output.stdout);
+    for line in
+        ["service default/web", "ClusterIP 10.96.0.10:80", "to 10.244.0.5:8080 local", "to 10.244.1.6:8080"]
+    {
+        assert!(plan.lines().any(|printed| printed.trim() == line), "{line:?} is not in\n{plan}");
+    }
+
+    let output = run(&["render", &folder.path(""), "-o", "json"]);
+    let plan: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(plan["services"][0]["service"], "default/web");
+    assert_eq!(plan["problems"], serde_json::json!([]));
+}
+
+#[test]
+fn render_names_what_is_wrong_and_plans_the_rest() {
+    let folder = Folder::new("render-bad");
+    std::fs::write(folder.path("web.yaml"), SERVICE).unwrap();
+    std::fs::write(folder.path("bad.yaml"), "apiVersion: v1\nkind: Service\nmetadata: {name: [1]}\n")
+        .unwrap();
+    let output = run(&["render", &folder.path("")]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("bad.yaml:"), "{}", text(&output.stderr));
+    assert!(text(&output.stdout).contains("service default/web"));
+    assert!(!run(&["render", &folder.path("nowhere")]).status.success());
+}

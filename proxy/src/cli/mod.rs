@@ -10,6 +10,7 @@ use crate::config::flags::{Action, LogFlags, RunFlags};
 use crate::observability::telemetry;
 
 mod cleanup;
+mod render;
 mod run;
 mod version;
 
@@ -40,6 +41,8 @@ enum Command {
     Run(Box<RunFlags>),
     /// Remove everything of kube-lane from the kernel
     Cleanup(LogFlags),
+    /// Print what a folder of manifests leads to, without touching the kernel
+    Render(render::RenderFlags),
     /// Print the version
     Version,
 }
@@ -51,6 +54,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         None => run_or_act(&cli.run),
         Some(Command::Run(flags)) => run_or_act(&flags),
         Some(Command::Cleanup(log)) => with_logs(&log, cleanup::run),
+        Some(Command::Render(flags)) => render::run(&flags),
         Some(Command::Version) => version::run(),
     };
     match result {

@@ -1,0 +1,80 @@
+//! `kube-lane render`: the plan for a folder of manifests, without root and without the API server.
+//!
+//! The plan goes to standard output, what is wrong with the manifests to standard error and into the exit code.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::bail;
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+
+use crate::config::Environment;
+use crate::model::input::Origin;
+use crate::model::plan::{NodePlan, Plan};
+use crate::model::planner::{Planner, Settings};
+use crate::source::manifest;
+
+#[derive(Args, Debug)]
+pub(super) struct RenderFlags {
+    /// Folder of Services, EndpointSlices and Nodes
+    #[arg(value_name = "DIR")]
+    folder: PathBuf,
+    /// Plan for the node of this name [default: the host name]
+    #[arg(long, value_name = "NAME", alias = "hostname-override")]
+    node_name: Option<String>,
+    /// Form of the plan
+    #[arg(short, long, value_enum, default_value_t = Output::Text)]
+    output: Output,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Output {
+    Text,
+    Json,
+}
+
+/// The JSON form.
+#[derive(Serialize)]
+struct Rendered<'a> {
+    node: Option<&'a NodePlan>,
+    services: Vec<&'a Plan>,
+    problems: Vec<String>,
+}
+
+pub(super) fn run(flags: &RenderFlags) -> anyhow::Result<ExitCode> {
+    if !flags.folder.is_dir() {
+        bail!("{} is not a folder; name one that holds manifests", flags.folder.display());
+    }
+    let name = flags.node_name.clone().unwrap_or_else(|| Environment::read().hostname).trim().to_lowercase();
+    let (events, problems) = manifest::read_dir(&flags.folder, Some(&name));
+    let mut planner = Planner::new(Settings { node_name: name.into(), origins: vec![Origin::Static] });
+    events.into_iter().for_each(|event| planner.apply(event));
+    planner.replan();
+
+    let mut out = io::stdout().lock();
+    match flags.output {
+        Output::Text => {
+            for plan in planner.plans() {
+                writeln!(out, "{plan}")?;
+            }
+            if let Some(node) = planner.node() {
+                write!(out, "{node}")?;
+            }
+        }
+        Output::Json => {
+            let rendered = Rendered {
+                node: planner.node(),
+                services: planner.plans().map(AsRef::as_ref).collect(),
+                problems: problems.iter().map(ToString::to_string).collect(),
+            };
+            serde_json::to_writer_pretty(&mut out, &rendered)?;
+            writeln!(out)?;
+        }
+    }
+    for problem in &problems {
+        writeln!(io::stderr(), "{problem}")?;
+    }
+    Ok(if problems.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
