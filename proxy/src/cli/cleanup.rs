@@ -2,8 +2,13 @@
 
 use std::process::ExitCode;
 
-use anyhow::bail;
+use anyhow::Context;
+use tracing::info;
+
+use crate::dataplane::nftables;
 
 pub(super) fn run() -> anyhow::Result<ExitCode> {
-    bail!("this build has no dataplane, so nothing of it can be in the kernel")
+    nftables::cleanup().context("cleanup (it needs CAP_NET_ADMIN)")?;
+    info!("removed everything of kube-lane; established connections end unless another proxy is in place");
+    Ok(ExitCode::SUCCESS)
 }
