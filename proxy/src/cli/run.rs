@@ -12,7 +12,8 @@ use tokio::sync::watch;
 use tracing::{info, warn};
 
 use crate::config::flags::RunFlags;
-use crate::config::{Config, Environment};
+use crate::config::{Config, Environment, Mode};
+use crate::dataplane::socket;
 use crate::health::{HealthState, Servers};
 use crate::observability::{metrics, telemetry};
 
@@ -55,7 +56,14 @@ fn configure(flags: &RunFlags) -> anyhow::Result<Config> {
     for warning in &resolved.warnings {
         warn!("{warning}");
     }
-    Ok(resolved.config)
+    let mut config = resolved.config;
+    if config.mode == Mode::Ebpf
+        && let Err(error) = socket::available()
+    {
+        warn!("mode ebpf: {error}; nftables alone serves");
+        config.mode = Mode::Nftables;
+    }
+    Ok(config)
 }
 
 async fn serve(config: Config) -> anyhow::Result<()> {
