@@ -8,8 +8,10 @@
 
 pub mod cli;
 pub mod config;
+pub mod controller;
 pub mod dataplane;
 pub mod health;
 pub mod model;
 pub mod observability;
+pub mod ready;
 pub mod source;

@@ -8,14 +8,25 @@ use std::sync::Arc;
 use anyhow::Context;
 use prometheus_client::registry::Registry;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
 use crate::config::flags::RunFlags;
-use crate::config::{Config, Environment, Mode};
+use crate::config::{Config, Detector, Environment, Mode};
+use crate::controller::Controller;
+use crate::dataplane::nftables::{self, Nftables};
 use crate::dataplane::socket;
 use crate::health::{HealthState, Servers};
+use crate::model::input::{Event, Origin};
+use crate::model::planner::{self, Planner};
+use crate::observability::commits::Commits;
 use crate::observability::{metrics, telemetry};
+use crate::ready;
+use crate::source::kube::{self, KubeSourceConfig};
+use crate::source::{host, manifest};
+
+/// Messages of the sources that may wait for the controller; each holds a batch of events.
+const EVENTS: usize = 256;
 
 /// Serves until SIGTERM or SIGINT, which leave everything in the kernel as it is.
 pub(super) fn run(flags: &RunFlags) -> anyhow::Result<ExitCode> {
@@ -57,10 +68,13 @@ fn configure(flags: &RunFlags) -> anyhow::Result<Config> {
         warn!("{warning}");
     }
     let mut config = resolved.config;
-    if config.mode == Mode::Ebpf
-        && let Err(error) = socket::available()
-    {
-        warn!("mode ebpf: {error}; nftables alone serves");
+    if config.mode == Mode::Ebpf {
+        match socket::available() {
+            Ok(_) => warn!(
+                "mode ebpf: the socket programs of this version answer nothing yet; nftables alone serves"
+            ),
+            Err(error) => warn!("mode ebpf: {error}; nftables alone serves"),
+        }
         config.mode = Mode::Nftables;
     }
     Ok(config)
@@ -91,14 +105,49 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The agent proper: sources and controller. Modules register their metrics before the first await.
+/// The agent proper: sources, model, dataplane, and the controller that joins them.
 fn agent(
-    _config: Config,
+    config: Config,
     health: watch::Sender<HealthState>,
-    _registry: &mut Registry,
+    registry: &mut Registry,
 ) -> impl Future<Output = anyhow::Result<()>> + use<> {
+    // Modules register their metrics before the first await.
+    let commits = Commits::register(registry);
     async move {
-        health.closed().await;
-        Ok(())
+        let (events, inbox) = mpsc::channel(EVENTS);
+        let origins = start_sources(&config, events).await?;
+        let planner =
+            Planner::new(planner::Settings { node_name: config.node_name.as_str().into(), origins });
+        let cluster_cidrs = match config.detector {
+            Detector::None => Vec::new(),
+            Detector::ClusterCidr(cidrs) => cidrs,
+        };
+        let settings = nftables::Settings { cluster_cidrs, masquerade_all: config.masquerade_all };
+        let dataplane = Nftables::open(settings)?;
+        let foreign = ready::readable(dataplane.descriptor()?)?;
+        Controller::new(planner, dataplane, config.min_sync_period, health, commits)
+            .run(inbox, foreign)
+            .await;
+        anyhow::bail!("all sources ended")
     }
+}
+
+/// Starts what the configuration names; tells which origins there are.
+async fn start_sources(config: &Config, events: mpsc::Sender<Vec<Event>>) -> anyhow::Result<Vec<Origin>> {
+    let mut origins = Vec::new();
+    if let Some(dir) = &config.manifests {
+        origins.push(Origin::Static);
+        manifest::spawn(dir.clone(), Some(config.node_name.clone()), events.clone());
+    }
+    if let Some(api) = &config.api {
+        origins.push(Origin::Api);
+        let source = KubeSourceConfig {
+            kubeconfig: api.kubeconfig.clone(),
+            master: api.master.clone(),
+            node: config.node_name.clone(),
+        };
+        kube::spawn(source, events.clone()).await?;
+    }
+    host::spawn(events).context("following the host's addresses")?;
+    Ok(origins)
 }

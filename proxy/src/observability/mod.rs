@@ -2,5 +2,6 @@
 //!
 //! Read by nobody's decisions.
 
+pub mod commits;
 pub mod metrics;
 pub mod telemetry;

@@ -4,6 +4,7 @@
 //! and knows nothing of plans or of the kernel.
 
 mod convert;
+pub mod host;
 mod intern;
 pub mod kube;
 pub mod manifest;

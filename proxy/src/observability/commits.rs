@@ -1,0 +1,83 @@
+//! The metric families of commits to the kernel, under kube-proxy's names where it has them.
+
+use std::time::Duration;
+
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::Registry;
+
+use super::metrics::KUBE_PROXY;
+use crate::dataplane::Outcome;
+
+/// The prefix of the families that are ours alone.
+const KUBE_LANE: &str = "kubelane";
+
+/// Counts commits and what they wrote.
+#[derive(Clone, Debug)]
+pub struct Commits {
+    duration: Histogram,
+    failures: Counter,
+    added: Counter,
+    removed: Counter,
+    messages: Counter,
+    bytes: Counter,
+    refused: Gauge,
+}
+
+impl Commits {
+    /// Registers the families.
+    pub fn register(registry: &mut Registry) -> Self {
+        let commits = Self {
+            // kube-proxy's buckets: 1 ms to 16 s, by doubling.
+            duration: Histogram::new(exponential_buckets(0.001, 2.0, 15)),
+            failures: Counter::default(),
+            added: Counter::default(),
+            removed: Counter::default(),
+            messages: Counter::default(),
+            bytes: Counter::default(),
+            refused: Gauge::default(),
+        };
+        let kube_proxy = registry.sub_registry_with_prefix(KUBE_PROXY);
+        kube_proxy.register(
+            "sync_proxy_rules_duration_seconds",
+            "How long a commit to the kernel took",
+            commits.duration.clone(),
+        );
+        kube_proxy.register(
+            "sync_proxy_rules_nftables_sync_failures",
+            "Commits that failed as a whole",
+            commits.failures.clone(),
+        );
+        let own = registry.sub_registry_with_prefix(KUBE_LANE);
+        own.register("nftables_elements_added", "Elements added to the kernel", commits.added.clone());
+        own.register(
+            "nftables_elements_removed",
+            "Elements removed from the kernel",
+            commits.removed.clone(),
+        );
+        own.register("nftables_messages", "Netlink messages sent in commits", commits.messages.clone());
+        own.register("nftables_message_bytes", "Bytes of those messages", commits.bytes.clone());
+        own.register("services_refused", "Services that the kernel refused", commits.refused.clone());
+        commits
+    }
+
+    /// A commit took effect.
+    pub fn succeeded(&self, outcome: &Outcome, took: Duration) {
+        self.duration.observe(took.as_secs_f64());
+        self.added.inc_by(outcome.added as u64);
+        self.removed.inc_by(outcome.removed as u64);
+        self.messages.inc_by(outcome.messages as u64);
+        self.bytes.inc_by(outcome.bytes as u64);
+    }
+
+    /// A commit failed as a whole.
+    pub fn failed(&self) {
+        self.failures.inc();
+    }
+
+    /// So many Services are refused at present.
+    pub fn refused(&self, services: usize) {
+        self.refused.set(services as i64);
+    }
+}
