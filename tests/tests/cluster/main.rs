@@ -5,3 +5,5 @@
 mod controlplane;
 #[cfg(test)]
 mod kube_proxy;
+#[cfg(test)]
+mod source;

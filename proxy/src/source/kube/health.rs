@@ -148,6 +148,19 @@ impl Health {
         );
     }
 
+    /// The server no longer knows what `resource` was when its watch was cut off: it is listed again.
+    pub(super) fn relisting(&self, resource: &'static str) {
+        // After an outage that is to be expected.
+        if self.state().troubled.is_empty() {
+            info!(
+                server = self.server,
+                resource, "the API server has forgotten this watch's version: listing again"
+            );
+        } else {
+            debug!(server = self.server, resource, "listing again after the outage");
+        }
+    }
+
     /// A list or watch of `resource` is established.
     pub(super) fn well(&self, resource: &'static str) {
         let mut state = self.state();

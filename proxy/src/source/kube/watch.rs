@@ -135,10 +135,7 @@ impl<K: Keeper> Watch<K> {
     async fn consider(&mut self, trouble: Trouble) -> Result<Duration, End> {
         match trouble.kind {
             Kind::Expired => {
-                info!(
-                    resource = K::RESOURCE,
-                    "the API server has forgotten where this watch was: listing again"
-                );
+                self.shared.health.relisting(K::RESOURCE);
                 self.version = None;
                 return Ok(self.pause());
             }
