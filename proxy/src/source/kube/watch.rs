@@ -38,6 +38,8 @@ const ABSENT: Duration = Duration::from_secs(60);
 const ANSWER: Duration = Duration::from_secs(60);
 /// A server sends a bookmark every minute: a watch that is silent for longer is resumed on a new connection.
 const SILENCE: Duration = Duration::from_secs(90);
+/// A server that has forgotten a version says so at once, though in a response that looks well.
+const SETTLE: Duration = Duration::from_secs(1);
 /// The server ends a watch after this many seconds, to which up to as many are added: not all nodes come at once.
 const WATCH_SECONDS: u32 = 140;
 
@@ -58,8 +60,12 @@ pub(super) struct Watch<K> {
     /// Where to go on; `None` where a list is due.
     version: Option<String>,
     listed: bool,
+    /// The server takes streaming lists.
     streams: bool,
+    /// The server does not give this resource.
     absent: bool,
+    /// The watch that was resumed is one that the server goes on with.
+    settled: bool,
     pauses: u32,
 }
 
@@ -103,7 +109,17 @@ struct List<'a, T> {
 
 impl<K: Keeper> Watch<K> {
     pub(super) fn new(shared: Arc<Shared>, client: Client, keeper: K) -> Self {
-        Self { shared, client, keeper, version: None, listed: false, streams: true, absent: false, pauses: 0 }
+        Self {
+            shared,
+            client,
+            keeper,
+            version: None,
+            listed: false,
+            streams: true,
+            absent: false,
+            settled: false,
+            pauses: 0,
+        }
     }
 
     /// Runs until the receiver is gone.
@@ -247,9 +263,8 @@ impl<K: Keeper> Watch<K> {
         let response =
             timeout(ANSWER, self.client.request_stream(request)).await.map_err(|_| silent("watch"))??;
         let mut response = std::pin::pin!(response);
-        if self.version.is_some() {
-            self.is_well();
-        } else {
+        self.settled = self.version.is_none();
+        if self.version.is_none() {
             self.keeper.list_begins();
         }
         let mut changes = Vec::new();
@@ -260,7 +275,11 @@ impl<K: Keeper> Watch<K> {
                 self.send(&mut changes).await?;
                 return Ok(());
             }
-            if self.take(&line, &mut changes)? {
+            let list_is_whole = self.take(&line, &mut changes)?;
+            if !self.settled {
+                self.is_well();
+            }
+            if list_is_whole {
                 self.list_is_whole(std::mem::take(&mut changes)).await?;
             } else if changes.len() >= BATCH {
                 self.send(&mut changes).await?;
@@ -270,24 +289,26 @@ impl<K: Keeper> Watch<K> {
 
     /// Reads a line; while it waits, what was read before is on its way. False where the stream ended.
     async fn next_line(
-        &self,
+        &mut self,
         response: &mut (impl AsyncBufRead + Unpin),
         line: &mut Vec<u8>,
         changes: &mut Vec<Change>,
     ) -> Result<bool, End> {
-        // A read that is dropped leaves what it has in `line`, and the next goes on behind it.
-        let read = match response.read_until(b'\n', line).now_or_never() {
-            Some(read) => read,
-            None => {
-                self.send(changes).await?;
-                tokio::select! {
-                    () = self.shared.events.closed() => return Err(End::Unheard),
-                    read = timeout(SILENCE, response.read_until(b'\n', line)) => match read {
-                        Ok(read) => read,
-                        // A new connection tells whether the server is still there.
-                        Err(_) => return Ok(false),
-                    },
-                }
+        let read = loop {
+            // A read that is dropped leaves what it has in `line`, and the next goes on behind it.
+            if let Some(read) = response.read_until(b'\n', line).now_or_never() {
+                break read;
+            }
+            self.send(changes).await?;
+            let patience = if self.settled { SILENCE } else { SETTLE };
+            tokio::select! {
+                () = self.shared.events.closed() => return Err(End::Unheard),
+                read = timeout(patience, response.read_until(b'\n', line)) => match read {
+                    Ok(read) => break read,
+                    // A new connection tells whether the server is still there.
+                    Err(_) if self.settled => return Ok(false),
+                    Err(_) => self.is_well(),
+                },
             }
         };
         match read {
@@ -372,6 +393,7 @@ impl<K: Keeper> Watch<K> {
 
     /// The server answers with what was asked for.
     fn is_well(&mut self) {
+        self.settled = true;
         if std::mem::take(&mut self.absent) {
             info!(resource = K::RESOURCE, "the API server gives this resource now");
         }
