@@ -209,9 +209,18 @@ fn processes_and_sockets_belong_to_their_node() {
     let ends_with =
         |path: &Path| format!("/kube-lane-lab/{}/{}\n", lab.name(), path.file_name().unwrap().display());
     for host in [lab.node(0) as &Host, lab.node(1), &pod] {
-        // Of a thread (its client's sockets are its cgroup's) and of a process.
         let thread = host.run(|| std::fs::read_to_string("/proc/thread-self/cgroup").unwrap()).unwrap();
         assert!(thread.ends_with(&ends_with(host.cgroup())), "{thread}");
+        // Of a socket, as the kernel's socket diagnosis has it: this is what eBPF programs go by.
+        let echo = host.serve(Proto::Tcp, 80).unwrap();
+        let _flow = host.flow(Dial::new(Proto::Tcp, echo.v4())).unwrap();
+        let mut command = Command::new("ss");
+        command.args(["--cgroup", "-tanH"]).stdout(Stdio::piped());
+        let sockets = host.spawn(command).unwrap().stdout().map(std::io::read_to_string).unwrap().unwrap();
+        let cgroup =
+            format!("cgroup:/kube-lane-lab/{}/{}", lab.name(), host.cgroup().file_name().unwrap().display());
+        // The listener, the client's socket and the server's.
+        assert_eq!(sockets.matches(&cgroup).count(), 3, "{sockets}");
         let mut command = Command::new("cat");
         command.args(["/proc/self/cgroup", "/proc/net/fib_trie"]).stdout(Stdio::piped());
         let mut process = host.spawn(command).unwrap();
