@@ -29,7 +29,8 @@ fn connect4(context: SockAddrContext) -> i32 {
     PASS
 }
 
-/// Never runs: a program that could panic calls a function that exists nowhere, and does not load.
+/// Never runs: a program that could panic calls a function that exists nowhere. `cargo xtask build` refuses such an
+/// object, and aya does not load it.
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
     unsafe extern "C" {

@@ -3,9 +3,9 @@
 use std::fs;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use object::build::elf::{Builder, SectionData};
-use object::elf::SHT_STRTAB;
+use object::elf::{SHN_UNDEF, SHT_STRTAB};
 
 use crate::process;
 use crate::setup::{self, Need};
@@ -47,9 +47,14 @@ pub(crate) fn lint() -> Result<()> {
     ]))
 }
 
-/// Drops the DWARF, of which the linker has made BTF: neither the loader nor the kernel reads it.
+/// Drops the DWARF, of which the linker has made BTF: neither the loader nor the kernel reads it. Refuses an object
+/// that calls what exists nowhere, as one does of which a program may panic.
 fn strip(object: &[u8]) -> Result<Vec<u8>> {
     let mut elf = Builder::read64(object).context("what was built is no ELF object")?;
+    let mut undefined = elf.symbols.iter().filter(|symbol| symbol.section.is_none());
+    if let Some(symbol) = undefined.find(|symbol| symbol.st_shndx == SHN_UNDEF && !symbol.name.is_empty()) {
+        bail!("a program calls {}, which exists nowhere", symbol.name);
+    }
     for section in &mut elf.sections {
         let name = section.name.as_slice();
         section.delete |= name.starts_with(b".debug_") || name.starts_with(b".rel.debug_");
@@ -63,4 +68,37 @@ fn strip(object: &[u8]) -> Result<Vec<u8>> {
     let mut stripped = Vec::new();
     elf.write(&mut stripped).context("cannot strip the object")?;
     Ok(stripped)
+}
+
+#[cfg(test)]
+mod tests {
+    use object::Endianness;
+    use object::elf::SHT_SYMTAB;
+
+    use super::*;
+
+    /// An object with a symbol of this name that is nowhere.
+    fn object(calls: &'static str) -> Vec<u8> {
+        let mut elf = Builder::new(Endianness::Little, true);
+        for (name, sh_type, data) in [
+            (".strtab", SHT_STRTAB, SectionData::String),
+            (".symtab", SHT_SYMTAB, SectionData::Symbol),
+            (".shstrtab", SHT_STRTAB, SectionData::SectionString),
+        ] {
+            let section = elf.sections.add();
+            section.name = name.as_bytes().into();
+            section.sh_type = sh_type;
+            section.data = data;
+        }
+        elf.symbols.add().name = calls.as_bytes().into();
+        let mut object = Vec::new();
+        elf.write(&mut object).unwrap();
+        object
+    }
+
+    #[test]
+    fn what_calls_nothing_that_exists_is_refused() {
+        let refused = strip(&object("kube_lane_program_may_panic")).unwrap_err();
+        assert_eq!(refused.to_string(), "a program calls kube_lane_program_may_panic, which exists nowhere");
+    }
 }
