@@ -299,7 +299,10 @@ impl<K: Keeper> Watch<K> {
             if let Some(read) = response.read_until(b'\n', line).now_or_never() {
                 break read;
             }
-            self.send(changes).await?;
+            // A server streams a list one object a packet; before it is whole, nobody can use its beginning.
+            if self.version.is_some() {
+                self.send(changes).await?;
+            }
             let patience = if self.settled { SILENCE } else { SETTLE };
             tokio::select! {
                 () = self.shared.events.closed() => return Err(End::Unheard),
