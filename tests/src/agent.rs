@@ -66,7 +66,7 @@ impl Agent {
             if let Some(status) = self.process.try_wait()? {
                 bail!("the agent ended: {status}\n{}", self.log_tail());
             }
-            if self.get(HEALTHZ, "/healthz").is_ok_and(|(code, _)| code == 200) {
+            if self.healthz().is_ok_and(|(code, _)| code == 200) {
                 return Ok(());
             }
             ensure!(Instant::now() < deadline, "not synced after {timeout:?}\n{}", self.log_tail());
@@ -83,6 +83,14 @@ impl Agent {
         let line = body.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
         line.and_then(|value| value.trim().parse().ok())
             .with_context(|| format!("no metric {name} in\n{body}"))
+    }
+
+    /// What `/healthz` says: a status code and a body.
+    ///
+    /// # Errors
+    /// When the agent does not answer.
+    pub fn healthz(&self) -> Result<(u16, String)> {
+        self.get(HEALTHZ, "/healthz")
     }
 
     fn get(&self, port: u16, path: &str) -> Result<(u16, String)> {
