@@ -7,3 +7,5 @@ mod ebpf;
 mod lab;
 #[cfg(test)]
 mod nftables;
+#[cfg(test)]
+mod services;

@@ -67,11 +67,7 @@ fn named(name: &str, number: u16, endpoints: &[u16]) -> (ServiceKey, Option<Arc<
             backends: backends.collect(),
             frontends: [
                 Frontend { at: FrontendAddress::Vip(vip), kind: FrontendKind::ClusterIp, verdict },
-                Frontend {
-                    at: FrontendAddress::NodePort(30000 + number % 2768),
-                    kind: FrontendKind::NodePort,
-                    verdict,
-                },
+                Frontend { at: FrontendAddress::NodePort(number), kind: FrontendKind::NodePort, verdict },
             ]
             .into(),
         }
@@ -95,12 +91,17 @@ fn settings() -> Settings {
     }
 }
 
-fn apply(dataplane: &mut Nftables, services: Vec<(ServiceKey, Option<Arc<Plan>>)>) -> Outcome {
-    dataplane.apply(&Batch { node: None, services, sweep: true }).expect("commit")
+fn batch(services: Vec<(ServiceKey, Option<Arc<Plan>>)>) -> Batch {
+    Batch { node: Some(node()), services, sweep: true }
 }
 
-fn full(dataplane: &mut Nftables, services: Vec<(ServiceKey, Option<Arc<Plan>>)>) -> Outcome {
-    dataplane.apply(&Batch { node: Some(node()), services, sweep: true }).expect("commit")
+/// Applies Services with the node's own elements, and sweeps.
+fn apply(dataplane: &mut Nftables, services: Vec<(ServiceKey, Option<Arc<Plan>>)>) -> Outcome {
+    dataplane.apply(&batch(services)).expect("commit")
+}
+
+fn opened() -> Nftables {
+    Nftables::open(settings()).unwrap()
 }
 
 /// What is listed, in an order that does not depend on where the kernel hashed it.
@@ -114,16 +115,255 @@ fn sorted(listing: &str) -> Vec<String> {
     lines
 }
 
+/// How many rules there are: lines of chains that are neither headers nor blank.
+fn rules(listing: &str) -> usize {
+    let mut in_chain = false;
+    let mut count = 0;
+    for line in listing.lines().map(str::trim) {
+        match line {
+            _ if line.starts_with("chain ") => in_chain = true,
+            "}" => in_chain = false,
+            _ => count += usize::from(in_chain && !line.starts_with("type ")),
+        }
+    }
+    count
+}
+
 #[test]
 fn what_nft_lists_nft_takes_back() {
     in_namespace(|| {
-        let mut dataplane = Nftables::open(settings()).unwrap();
-        let outcome = full(&mut dataplane, vec![service(1, 5), service(2, 1), service(3, 0)]);
+        let mut dataplane = opened();
+        let long = |c: &str| c.repeat(63);
+        let mut longest = Plan::clone(service(4, 2).1.as_deref().unwrap());
+        longest.service = ServiceKey::new(&long("n"), &long("s"));
+        longest.ports.iter_mut().for_each(|port| port.name = long("p").into());
+        let longest = (longest.service.clone(), Some(Arc::new(longest)));
+        let outcome = apply(&mut dataplane, vec![service(1, 5), service(2, 1), service(3, 0), longest]);
         assert!(outcome.failed.is_empty(), "{outcome:?}");
         let before = listing();
-        println!("{before}");
+        assert!(
+            before.contains("10.96.0.1 . tcp . 80 . 4 comment \"default/svc-1:http\" : 10.1.0.5 . 8080"),
+            "{before}"
+        );
         nft(&["flush", "ruleset"], None);
         nft(&["-f", "-"], Some(&before));
         assert_eq!(sorted(&before), sorted(&listing()));
+    });
+}
+
+#[test]
+fn the_number_of_rules_does_not_depend_on_the_services() {
+    let count = |services: u16| {
+        in_namespace(move || {
+            apply(&mut opened(), (1..=services).map(|n| service(n, 5)).collect());
+            let listing = listing();
+            assert!(listing.contains(&format!("default/svc-{services}:http")));
+            rules(&listing)
+        })
+    };
+    let few = count(10);
+    assert!(few > 100, "{few}");
+    assert_eq!(few, count(2000));
+}
+
+#[test]
+fn a_change_costs_the_same_whatever_there_is() {
+    let cost = |services: u16| {
+        in_namespace(move || {
+            let mut dataplane = opened();
+            apply(&mut dataplane, (1..=services).map(|n| service(n, 5)).collect());
+            let replaced = named("svc-50", 50, &[1, 2, 3, 4, 9]);
+            let outcome = dataplane.apply(&Batch { services: vec![replaced], ..Batch::default() }).unwrap();
+            (outcome.messages, outcome.bytes, outcome.added, outcome.removed)
+        })
+    };
+    let few = cost(100);
+    // One slot of the VIP and one of the NodePort, in each family.
+    assert_eq!((few.2, few.3), (4, 4));
+    assert_eq!(few, cost(50_000));
+}
+
+#[test]
+fn a_second_start_changes_nothing_that_is_right() {
+    in_namespace(|| {
+        let services: Vec<_> = (1..=20).map(|n| service(n, n % 7)).collect();
+        let mut first = opened();
+        apply(&mut first, services.clone());
+        // A history that leaves slots in another order than a fresh start would choose.
+        apply(&mut first, vec![named("svc-20", 20, &[2, 3, 9, 11]), named("svc-19", 19, &[5])]);
+        let before = sorted(&listing());
+        drop(first);
+        let mut second = opened();
+        let mut services = services;
+        services.truncate(18);
+        services.extend([named("svc-20", 20, &[2, 3, 9, 11]), named("svc-19", 19, &[5])]);
+        let outcome = apply(&mut second, services);
+        assert_eq!((outcome.added, outcome.removed), (0, 0));
+        assert_eq!(before, sorted(&listing()));
+        // And the ledger is right: the next change is a small one.
+        let outcome = second.apply(&Batch { services: vec![named("svc-19", 19, &[6])], ..Batch::default() });
+        let outcome = outcome.unwrap();
+        assert_eq!((outcome.added, outcome.removed), (4, 4), "a slot of each frontend, in each family");
+    });
+}
+
+#[test]
+fn what_is_stale_stays_until_the_sources_have_synced() {
+    in_namespace(|| {
+        apply(&mut opened(), vec![service(1, 3), service(2, 3)]);
+        let mut second = opened();
+        let early = Batch { node: None, services: vec![service(1, 3)], sweep: false };
+        let outcome = second.apply(&early).unwrap();
+        assert_eq!((outcome.added, outcome.removed), (0, 0));
+        assert!(listing().contains("default/svc-2:http"));
+        assert!(listing().contains("192.168.77.1"), "the node's own elements stay as well");
+        let outcome = apply(&mut second, vec![]);
+        assert!(outcome.removed > 0 && outcome.added == 0, "{outcome:?}");
+        assert!(!listing().contains("default/svc-2:http"));
+        let expected = in_namespace(|| {
+            apply(&mut opened(), vec![service(1, 3)]);
+            sorted(&listing())
+        });
+        assert_eq!(sorted(&listing()), expected);
+    });
+}
+
+#[test]
+fn a_service_that_the_kernel_refuses_is_named_and_left_out() {
+    in_namespace(|| {
+        let mut dataplane = opened();
+        apply(&mut dataplane, vec![service(2, 3)]);
+        // An IPv6 backend in an IPv4 map: data of the wrong length.
+        let wrong = |number: u16| {
+            let (key, plan) = service(number, 3);
+            let mut plan = Plan::clone(plan.as_deref().unwrap());
+            plan.ports[0].backends[1].address = "[fd00::1]:80".parse().unwrap();
+            (key, Some(Arc::new(plan)))
+        };
+        let outcome = apply(&mut dataplane, vec![service(1, 3), wrong(2), wrong(3), service(4, 3)]);
+        let failed: Vec<_> = outcome.failed.iter().map(|(key, _)| key.as_str()).collect();
+        assert_eq!(failed, ["default/svc-2", "default/svc-3"]);
+        assert!(outcome.failed[0].1.contains("EINVAL"), "{:?}", outcome.failed);
+        let listing = listing();
+        for (service, there) in [(1, true), (2, true), (3, false), (4, true)] {
+            assert_eq!(listing.contains(&format!("default/svc-{service}:http")), there, "svc-{service}");
+        }
+        assert!(apply(&mut dataplane, vec![service(2, 5), service(3, 1)]).failed.is_empty());
+    });
+}
+
+#[test]
+fn foreign_changes_are_noticed_and_repaired() {
+    in_namespace(|| {
+        let mut dataplane = opened();
+        apply(&mut dataplane, vec![service(1, 5), service(2, 0)]);
+        let right = sorted(&listing());
+        assert!(dataplane.repair().unwrap().is_none(), "our own commits are not foreign");
+        nft(&["add", "table", "ip", "somebody-else"], None);
+        assert!(dataplane.repair().unwrap().is_none(), "other tables do not concern us");
+        nft(&["delete", "table", "ip", "somebody-else"], None);
+        let key = "{ 10.96.0.1 . tcp . 80 . 0 }";
+        let other = "{ 10.96.0.1 . tcp . 80 . 0 : 10.9.9.9 . 99 }";
+        let damages: &[&[&[&str]]] = &[
+            &[&["delete", "element", "ip", "kube-lane", "endpoints", key]],
+            &[
+                &["delete", "element", "ip", "kube-lane", "endpoints", key],
+                &["add", "element", "ip", "kube-lane", "endpoints", other],
+            ],
+            &[&["add", "element", "ip", "kube-lane", "vips", "{ 10.96.0.77 . tcp . 80 }"]],
+            &[&["flush", "set", "ip6", "kube-lane", "cluster-ips"]],
+            &[&["flush", "set", "ip", "kube-lane", "service-cidrs"]],
+            &[&["flush", "chain", "ip", "kube-lane", "services"]],
+            &[&["delete", "table", "ip6", "kube-lane"]],
+            &[&["flush", "ruleset"]],
+        ];
+        for damage in damages {
+            damage.iter().for_each(|command| drop(nft(command, None)));
+            assert_ne!(sorted(&listing()), right, "{damage:?}");
+            let outcome = dataplane.repair().unwrap().expect("noticed");
+            assert!(outcome.failed.is_empty());
+            assert_eq!(sorted(&listing()), right, "{damage:?}");
+            assert!(dataplane.repair().unwrap().is_none(), "the repair itself is not foreign");
+        }
+    });
+}
+
+#[test]
+fn a_disagreement_is_settled_by_reading_back() {
+    in_namespace(|| {
+        let mut dataplane = opened();
+        apply(&mut dataplane, vec![service(1, 5), service(2, 5)]);
+        nft(&["delete", "element", "ip", "kube-lane", "endpoints", "{ 10.96.0.1 . tcp . 80 . 4 }"], None);
+        // Needs to remove the element that is gone already.
+        let outcome = apply(&mut dataplane, vec![service(1, 4)]);
+        assert!(outcome.failed.is_empty(), "{outcome:?}");
+        let after = sorted(&listing());
+        let expected = in_namespace(|| {
+            apply(&mut opened(), vec![service(1, 4), service(2, 5)]);
+            sorted(&listing())
+        });
+        assert_eq!(after, expected);
+    });
+}
+
+#[test]
+fn two_services_swap_their_addresses_in_one_batch() {
+    in_namespace(|| {
+        let mut dataplane = opened();
+        apply(&mut dataplane, vec![named("a", 1, &[1]), named("b", 2, &[2])]);
+        let outcome = apply(&mut dataplane, vec![named("a", 2, &[1]), named("b", 1, &[2])]);
+        assert!(outcome.failed.is_empty(), "{outcome:?}");
+        let expected = in_namespace(|| {
+            apply(&mut opened(), vec![named("a", 2, &[1]), named("b", 1, &[2])]);
+            sorted(&listing())
+        });
+        assert_eq!(sorted(&listing()), expected);
+    });
+}
+
+#[test]
+fn the_nodes_own_elements_follow() {
+    in_namespace(|| {
+        let mut dataplane = opened();
+        apply(&mut dataplane, vec![]);
+        let mut node = node();
+        node.nodeport_addresses = vec!["192.168.77.9".parse().unwrap()];
+        node.service_cidrs.push("10.112.0.0/16".parse().unwrap());
+        dataplane.apply(&Batch { node: Some(node), ..Batch::default() }).unwrap();
+        let listing = listing();
+        assert!(listing.contains("{ 192.168.77.9 }") && !listing.contains("192.168.77.1"), "{listing}");
+        assert!(listing.contains("10.96.0.0/12, 10.112.0.0/16"), "{listing}");
+        assert!(!listing.contains("fd00:77::1"));
+    });
+}
+
+#[test]
+fn cleanup_leaves_nothing_of_ours_and_everything_else() {
+    in_namespace(|| {
+        nft(&["-f", "-"], Some("table ip kube-proxy {\nchain x {\naccept\n}\n}\n"));
+        let before = listing();
+        cleanup().expect("cleanup of nothing");
+        apply(&mut opened(), vec![service(1, 5)]);
+        assert_ne!(listing(), before);
+        cleanup().unwrap();
+        assert_eq!(listing(), before);
+    });
+}
+
+#[test]
+fn a_load_of_many_services_goes_in_and_out() {
+    in_namespace(|| {
+        let mut dataplane = opened();
+        let all: Vec<_> = (1..=2768).map(|n| service(n, 9)).collect();
+        let outcome = apply(&mut dataplane, all.clone());
+        assert!(outcome.failed.is_empty() && outcome.added > 100_000, "{}", outcome.added);
+        let gone = all.into_iter().map(|(key, _)| (key, None)).collect();
+        let outcome = apply(&mut dataplane, gone);
+        assert!(outcome.failed.is_empty() && outcome.added == 0);
+        let expected = in_namespace(|| {
+            apply(&mut opened(), vec![]);
+            sorted(&listing())
+        });
+        assert_eq!(sorted(&listing()), expected);
     });
 }

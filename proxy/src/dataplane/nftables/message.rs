@@ -320,7 +320,9 @@ pub(crate) fn parse_elements(message: &[u8], mut each: impl FnMut(Option<Key>, O
                 let start = sys::nftnl_set_elem_get(element, attribute as u16, &mut len).cast::<u8>();
                 (!start.is_null()).then(|| std::slice::from_raw_parts(start, len as usize))
             };
-            let flags = sys::nftnl_set_elem_get_u32(element, sys::NFTNL_SET_ELEM_FLAGS as u16);
+            // `nftnl_set_elem_get_u32` would read through null where an element has no flags.
+            let flags = get(sys::NFTNL_SET_ELEM_FLAGS).and_then(|flags| flags.first_chunk());
+            let flags = flags.map_or(0, |flags| u32::from_ne_bytes(*flags));
             let end = flags & libc::NFT_SET_ELEM_INTERVAL_END as u32 != 0;
             let key = get(sys::NFTNL_SET_ELEM_KEY).and_then(|key| Key::from_kernel(key, end));
             let data = get(sys::NFTNL_SET_ELEM_DATA).and_then(Data::from_kernel);
