@@ -24,7 +24,7 @@ pub(super) enum Claim {
 impl Claim {
     pub(super) fn new(protocol: Protocol, family: Family, at: FrontendAddress) -> Self {
         match at {
-            FrontendAddress::Vip(address) => Self::Vip(protocol, address.ip(), address.port()),
+            FrontendAddress::Vip(address) => Self::Vip(protocol, address.ip, address.port),
             FrontendAddress::NodePort(port) => Self::NodePort(protocol, family, port),
         }
     }

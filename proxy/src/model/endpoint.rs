@@ -14,7 +14,7 @@ pub(super) fn cluster_set(port: &ServicePort, family: Family, slices: &[&Slice])
     let candidates = candidates(port, family, slices);
     let backends = |usable: fn(State) -> bool| -> Box<[Backend]> {
         let usable = candidates.iter().filter(|(_, state)| usable(*state));
-        usable.map(|(address, state)| Backend { address: *address, local: state.local() }).collect()
+        usable.map(|(address, state)| Backend { address: (*address).into(), local: state.local() }).collect()
     };
     let ready = backends(State::ready);
     if ready.is_empty() { backends(|state| state.serving() && state.terminating()) } else { ready }

@@ -4,11 +4,11 @@
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 
 use super::claims::Claim;
 use super::input::{Family, Protocol, Service, ServicePort};
-use super::plan::{FrontendAddress, FrontendKind};
+use super::plan::{AddressPort, FrontendAddress, FrontendKind};
 
 /// A frontend that a Service asks for.
 #[derive(Clone, Copy, Debug)]
@@ -63,7 +63,7 @@ fn asks_of_port<'a>(cluster_ips: &BTreeSet<IpAddr>, port: &'a ServicePort) -> im
     let vips = cluster_ips.iter().map(|ip| Ask {
         family: Family::of(*ip),
         port,
-        at: FrontendAddress::Vip(SocketAddr::new(*ip, port.port)),
+        at: FrontendAddress::Vip(AddressPort { ip: *ip, port: port.port }),
         kind: FrontendKind::ClusterIp,
     });
     let families: BTreeSet<Family> = cluster_ips.iter().copied().map(Family::of).collect();

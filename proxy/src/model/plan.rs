@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use super::input::{Family, Protocol, ServiceKey};
 
@@ -40,12 +40,41 @@ pub struct PortPlan {
     pub frontends: Box<[Frontend]>,
 }
 
+/// An IP address and a port: what `SocketAddr` says, in 20 bytes instead of 32. There may be 250,000 of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct AddressPort {
+    /// The address.
+    pub ip: IpAddr,
+    /// The port.
+    pub port: u16,
+}
+
+impl AddressPort {
+    /// As the standard library has it.
+    pub fn socket(self) -> SocketAddr {
+        SocketAddr::new(self.ip, self.port)
+    }
+}
+
+impl From<SocketAddr> for AddressPort {
+    /// Flow information and scope of an IPv6 address have no meaning in a plan.
+    fn from(address: SocketAddr) -> Self {
+        Self { ip: address.ip(), port: address.port() }
+    }
+}
+
+impl Serialize for AddressPort {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&self.socket())
+    }
+}
+
 /// An endpoint that was selected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Backend {
     /// Address and port, of the plan's family.
-    pub address: SocketAddr,
+    pub address: AddressPort,
     /// It runs on this node: a connection from it can come back to it (hairpin).
     pub local: bool,
 }
@@ -67,7 +96,7 @@ pub struct Frontend {
 #[serde(rename_all = "camelCase")]
 pub enum FrontendAddress {
     /// One address of the Service.
-    Vip(SocketAddr),
+    Vip(AddressPort),
     /// A NodePort: this port on each of the node's NodePort addresses.
     NodePort(u16),
 }

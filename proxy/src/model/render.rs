@@ -44,7 +44,7 @@ impl Display for Frontend {
 impl Display for FrontendAddress {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Vip(address) => address.fmt(f),
+            Self::Vip(address) => address.socket().fmt(f),
             Self::NodePort(port) => write!(f, "*:{port}"),
         }
     }
@@ -61,7 +61,7 @@ impl Display for FrontendKind {
 
 impl Display for Backend {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        write!(f, "{}{}", self.address, if self.local { " local" } else { "" })
+        write!(f, "{}{}", self.address.socket(), if self.local { " local" } else { "" })
     }
 }
 

@@ -40,7 +40,7 @@ fn one_of_50_slices_replaces_itself_only() {
     assert_eq!(reported(&mut planner), ["big"]);
     let backends = &planner.plan(&key("big")).unwrap().ports[0].backends;
     assert_eq!(backends.len(), 4_901);
-    assert!(backends.iter().any(|backend| backend.address.ip() == ip("10.244.99.1")));
+    assert!(backends.iter().any(|backend| backend.address.ip == ip("10.244.99.1")));
     assert_eq!(planner.services_planned(), 2);
 }
 

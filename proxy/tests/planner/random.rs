@@ -8,7 +8,7 @@ use kube_lane::model::input::{
     Change, Endpoint, EndpointSlice, Event, Family, Node, ObjectKey, Origin, Protocol, Service, ServicePort,
     SlicePort,
 };
-use kube_lane::model::plan::{FrontendAddress, NodePlan, Plan};
+use kube_lane::model::plan::{AddressPort, FrontendAddress, NodePlan, Plan};
 use kube_lane::model::planner::{Changes, Planner};
 
 use crate::build::{NODE, event, key, planner};
@@ -147,7 +147,7 @@ impl World {
         for (key, (_, service)) in ranked {
             for port in &service.ports {
                 for ip in &service.cluster_ips {
-                    let vip = FrontendAddress::Vip((*ip, port.port).into());
+                    let vip = FrontendAddress::Vip(AddressPort { ip: *ip, port: port.port });
                     let node_port = port.node_port.map(FrontendAddress::NodePort);
                     for at in std::iter::once(vip).chain(node_port) {
                         owners.entry((port.protocol, Family::of(*ip), at)).or_insert(key.clone());

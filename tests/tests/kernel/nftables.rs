@@ -56,7 +56,10 @@ fn named(name: &str, number: u16, endpoints: &[u16]) -> (ServiceKey, Option<Arc<
         };
         let backends = endpoints.iter().map(|n| {
             let [a, b] = n.to_be_bytes();
-            Backend { address: address([10, 1, a, b], format!("fd00:1::{n:x}"), 8080), local: n % 2 == 0 }
+            Backend {
+                address: address([10, 1, a, b], format!("fd00:1::{n:x}"), 8080).into(),
+                local: n % 2 == 0,
+            }
         });
         let verdict = if endpoints.is_empty() { Verdict::Reject } else { Verdict::Balance };
         let vip = address([10, 96, high, low], format!("fd00:96::{number:x}"), 80);
@@ -66,7 +69,7 @@ fn named(name: &str, number: u16, endpoints: &[u16]) -> (ServiceKey, Option<Arc<
             name: "http".into(),
             backends: backends.collect(),
             frontends: [
-                Frontend { at: FrontendAddress::Vip(vip), kind: FrontendKind::ClusterIp, verdict },
+                Frontend { at: FrontendAddress::Vip(vip.into()), kind: FrontendKind::ClusterIp, verdict },
                 Frontend { at: FrontendAddress::NodePort(number), kind: FrontendKind::NodePort, verdict },
             ]
             .into(),
@@ -237,7 +240,7 @@ fn a_service_that_the_kernel_refuses_is_named_and_left_out() {
         let wrong = |number: u16| {
             let (key, plan) = service(number, 3);
             let mut plan = Plan::clone(plan.as_deref().unwrap());
-            plan.ports[0].backends[1].address = "[fd00::1]:80".parse().unwrap();
+            plan.ports[0].backends[1].address = "[fd00::1]:80".parse::<SocketAddr>().unwrap().into();
             (key, Some(Arc::new(plan)))
         };
         let outcome = apply(&mut dataplane, vec![service(1, 3), wrong(2), wrong(3), service(4, 3)]);

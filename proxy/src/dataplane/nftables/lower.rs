@@ -164,7 +164,7 @@ fn assign(current: &[SocketAddr], wanted: &[Backend]) -> Box<[u16]> {
     let mut slots: Vec<Option<u16>> = current
         .iter()
         .map(|address| {
-            let i = wanted.binary_search_by(|backend| backend.address.cmp(address)).ok()?;
+            let i = wanted.binary_search_by(|backend| backend.address.cmp(&(*address).into())).ok()?;
             // Twice in the kernel can only be somebody else's doing; the second place counts as a gap.
             (!std::mem::replace(&mut placed[i], true)).then_some(i as u16)
         })
@@ -198,7 +198,7 @@ struct Order<'a> {
 
 impl<'a> Order<'a> {
     fn iter(self) -> impl ExactSizeIterator<Item = SocketAddr> + 'a {
-        self.slots.0.iter().map(move |i| self.port.backends[usize::from(*i)].address)
+        self.slots.0.iter().map(move |i| self.port.backends[usize::from(*i)].address.socket())
     }
 }
 
@@ -218,7 +218,7 @@ impl Target {
         match frontend.at {
             FrontendAddress::Vip(address) => Self {
                 family,
-                key: Key::vip(address, protocol),
+                key: Key::vip(address.socket(), protocol),
                 slots: Set::Endpoints,
                 more: Set::More,
                 member: Set::Vips,
@@ -314,11 +314,11 @@ fn shared(plan: Option<&Arc<Plan>>) -> BTreeSet<Shared> {
     for port in plan.iter().flat_map(|plan| &plan.ports) {
         for frontend in &port.frontends {
             if let (FrontendKind::ClusterIp, FrontendAddress::Vip(address)) = (frontend.kind, frontend.at) {
-                wanted.insert(Shared::ClusterIp(address.ip()));
+                wanted.insert(Shared::ClusterIp(address.ip));
             }
         }
         let local = port.backends.iter().filter(|backend| backend.local);
-        wanted.extend(local.map(|backend| Shared::Hairpin(backend.address.ip())));
+        wanted.extend(local.map(|backend| Shared::Hairpin(backend.address.ip)));
     }
     wanted
 }

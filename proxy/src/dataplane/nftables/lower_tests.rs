@@ -4,18 +4,18 @@ use super::*;
 
 fn backend(n: u16) -> Backend {
     let [a, b] = n.to_be_bytes();
-    Backend { address: SocketAddr::from(([10, 1, a, b], 8080)), local: false }
+    Backend { address: SocketAddr::from(([10, 1, a, b], 8080)).into(), local: false }
 }
 
 fn address(n: u16) -> SocketAddr {
-    backend(n).address
+    backend(n).address.socket()
 }
 
 fn plan(backends: impl IntoIterator<Item = Backend>, nodeport: bool) -> Arc<Plan> {
     let mut backends: Vec<_> = backends.into_iter().collect();
     backends.sort();
     let verdict = if backends.is_empty() { Verdict::Reject } else { Verdict::Balance };
-    let vip = FrontendAddress::Vip("10.96.0.1:80".parse().unwrap());
+    let vip = FrontendAddress::Vip("10.96.0.1:80".parse::<SocketAddr>().unwrap().into());
     let mut frontends = vec![Frontend { at: vip, kind: FrontendKind::ClusterIp, verdict }];
     if nodeport {
         let at = FrontendAddress::NodePort(30080);
@@ -103,7 +103,8 @@ fn slots_are_dense_through_any_history() {
         kernel.apply(&lowered);
         let mut backends = kernel.backends();
         backends.sort();
-        let expected: Vec<_> = next.iter().flat_map(|_| &wanted).map(|backend| backend.address).collect();
+        let expected: Vec<_> =
+            next.iter().flat_map(|_| &wanted).map(|backend| backend.address.socket()).collect();
         assert_eq!(backends, expected);
         applied = lowered.applied;
     }
