@@ -1,6 +1,7 @@
 //! What the kernel lane, the cluster lane, the demo and the benchmarks share.
 
 pub mod agent;
+pub mod bench;
 pub mod cluster;
 pub mod controlplane;
 pub mod kube_proxy;

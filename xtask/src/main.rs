@@ -9,6 +9,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod bench;
 mod build;
 mod ebpf;
 mod lint;
@@ -29,6 +30,8 @@ struct Args {
 enum Task {
     /// Install what the other tasks need and this machine lacks.
     Setup,
+    /// Measure kube-lane beside kube-proxy; `bench --help` says what.
+    Bench(bench::Args),
     /// Build kube-lane with its eBPF programs in it.
     Build(build::Args),
     /// Check formatting, lints, documentation, dependencies, scripts and the project's own rules.
@@ -40,6 +43,7 @@ enum Task {
 fn main() -> ExitCode {
     let result = match Args::parse().task {
         Task::Setup => setup::all(),
+        Task::Bench(args) => bench::run(&args),
         Task::Build(args) => build::run(&args),
         Task::Lint => lint::run(),
         Task::Test(args) => return test::run(&args),

@@ -1,0 +1,42 @@
+//! `cargo xtask bench`: builds what is measured as it is shipped, and hands over to the benchmarks' own program.
+
+use std::ffi::OsString;
+use std::fs;
+
+use anyhow::{Result, ensure};
+
+use crate::setup::{self, Need};
+use crate::{build, process};
+
+/// What `cargo xtask bench` is told; the program says what it takes.
+#[derive(clap::Args)]
+#[command(disable_help_flag = true)]
+pub(crate) struct Args {
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    arguments: Vec<OsString>,
+}
+
+/// Runs a benchmark.
+///
+/// # Errors
+/// When something is missing that cannot be installed, or the benchmark cannot run.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let mut bench = process::cargo();
+    bench.args(["run", "--quiet", "--package", "kube-lane-tests", "--bin", "bench"]);
+    // All else only reads results, or says how to use it.
+    let asks = args.arguments.iter().any(|argument| argument == "--help" || argument == "-h");
+    if asks || args.arguments.first().is_none_or(|task| task != "sync") {
+        setup::ensure(&[Need::Build])?;
+        return process::run(bench.arg("--").args(&args.arguments));
+    }
+    ensure!(process::is_root(), "bench sync makes network namespaces, which takes root");
+    setup::ensure(&[Need::Build, Need::Kernel, Need::ControlPlane])?;
+    // What an interrupted run leaves here, the next removes.
+    let temporary = process::target("bench");
+    let _ = fs::remove_dir_all(&temporary);
+    fs::create_dir_all(&temporary)?;
+    bench.env("KUBE_LANE_BIN", build::agent(true)?).env("TMPDIR", &temporary);
+    let result = process::run(bench.args(["--release", "--"]).args(&args.arguments));
+    let _ = fs::remove_dir_all(&temporary);
+    result
+}
