@@ -34,14 +34,36 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 /// As [`run`].
 pub(crate) fn agent(release: bool) -> Result<PathBuf> {
     setup::ensure(&[Need::Build])?;
-    let object = ebpf::build_object()?;
+    build_agent(release, Some(ebpf::build_object()?))
+}
+
+/// Builds the optimised agent, with eBPF programs only where this machine has the toolchain for them already: what
+/// needs no more than nftables can be had sooner.
+///
+/// # Errors
+/// As [`run`].
+pub(crate) fn agent_for_nftables() -> Result<PathBuf> {
+    setup::ensure(&[Need::Build])?;
+    let object = if setup::has(Need::Ebpf)? { Some(ebpf::build_object()?) } else { None };
+    build_agent(true, object)
+}
+
+fn build_agent(release: bool, object: Option<PathBuf>) -> Result<PathBuf> {
     let mut build = process::cargo();
-    build.args(["build", "--package", "kube-lane"]).env(OBJECT_VARIABLE, object);
+    build.args(["build", "--package", "kube-lane"]);
+    if let Some(object) = object {
+        build.env(OBJECT_VARIABLE, object);
+    }
     let profile = if release { "release" } else { "debug" };
     if release {
         build.arg("--release");
     }
     process::run(&mut build)?;
+    Ok(target_dir().join(profile).join("kube-lane"))
+}
+
+/// Where cargo puts what it builds.
+pub(crate) fn target_dir() -> PathBuf {
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| process::target(""), PathBuf::from);
-    Ok(process::root().join(target).join(profile).join("kube-lane"))
+    process::root().join(target)
 }

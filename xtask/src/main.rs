@@ -11,6 +11,7 @@ use clap::{Parser, Subcommand};
 
 mod bench;
 mod build;
+mod demo;
 mod ebpf;
 mod lint;
 mod process;
@@ -34,6 +35,8 @@ enum Task {
     Bench(bench::Args),
     /// Build kube-lane with its eBPF programs in it.
     Build(build::Args),
+    /// Show kube-lane at work, in network namespaces of this machine.
+    Demo(demo::Args),
     /// Check formatting, lints, documentation, dependencies, scripts and the project's own rules.
     Lint,
     /// Run the test lanes; the last line printed is "N passed, N failed".
@@ -45,6 +48,7 @@ fn main() -> ExitCode {
         Task::Setup => setup::all(),
         Task::Bench(args) => bench::run(&args),
         Task::Build(args) => build::run(&args),
+        Task::Demo(args) => demo::run(&args),
         Task::Lint => lint::run(),
         Task::Test(args) => return test::run(&args),
     };

@@ -97,6 +97,11 @@ pub(crate) fn all() -> Result<()> {
     Ok(())
 }
 
+/// Whether nothing is missing of `need`.
+pub(crate) fn has(need: Need) -> Result<bool> {
+    need.steps().iter().try_fold(true, |all, step| Ok(all && step.is_done()?))
+}
+
 /// Installs what is missing of `needs`; prints nothing when nothing is.
 pub(crate) fn ensure(needs: &[Need]) -> Result<()> {
     let packages = debian::Packages(needs.iter().flat_map(|need| need.packages()).copied().collect());

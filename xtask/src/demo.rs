@@ -1,0 +1,41 @@
+//! `cargo xtask demo`: builds the agent and the demo, and becomes the demo.
+
+use std::os::unix::process::CommandExt as _;
+use std::process::Command;
+
+use anyhow::{Context as _, Result, ensure};
+
+use crate::setup::{self, Need};
+use crate::{build, process};
+
+/// What `cargo xtask demo` is told; the demo itself explains it.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Take the Services from a real etcd and kube-apiserver (built on first use), not from a manifest folder.
+    #[arg(long)]
+    api: bool,
+    /// Leave everything running until Ctrl-C, to look around.
+    #[arg(long)]
+    keep: bool,
+}
+
+/// Runs the demo.
+///
+/// # Errors
+/// Without root, or when something is missing that cannot be installed. The demo's own end is the process's.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    ensure!(process::is_root(), "the demo makes network namespaces, which takes root: sudo cargo xtask demo");
+    setup::ensure(&[Need::Build, Need::Kernel])?;
+    if args.api {
+        setup::ensure(&[Need::ControlPlane])?;
+    }
+    // As it is shipped, so that the milliseconds are those of a user.
+    let agent = build::agent_for_nftables()?;
+    process::run(process::cargo().args(["build", "--package", "kube-lane-tests", "--bin", "demo"]))?;
+
+    let mut demo = Command::new(build::target_dir().join("debug/demo"));
+    demo.env("KUBE_LANE_BIN", agent);
+    demo.args(args.api.then_some("--api")).args(args.keep.then_some("--keep"));
+    // The demo takes this process's place: Ctrl-C is its alone to answer.
+    Err(demo.exec()).context("cannot start the demo")
+}
