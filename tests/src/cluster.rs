@@ -79,13 +79,14 @@ impl Cluster {
     /// # Errors
     /// When the API server refuses it.
     pub fn apply(&self, object: &Value) -> Result<()> {
-        let object = object.clone();
+        let mut object = object.clone();
         self.call(|client| async move {
             let (api, name) = api(client, &object);
+            let status = object.as_object_mut().and_then(|object| object.remove("status"));
             let refused = || format!("cannot apply {object}");
             let manager = PatchParams::apply("kube-lane-tests").force();
             api.patch(&name, &manager, &Patch::Apply(&object)).await.with_context(refused)?;
-            if let Some(status) = object.get("status") {
+            if let Some(status) = status {
                 let status = Patch::Merge(json!({"status": status}));
                 api.patch_status(&name, &PatchParams::default(), &status).await.with_context(refused)?;
             }

@@ -2,8 +2,14 @@
 
 // Named test modules for clippy, which else forbids `unwrap` in the helpers.
 #[cfg(test)]
+mod agent;
+#[cfg(test)]
 mod controlplane;
+#[cfg(test)]
+mod deploy;
 #[cfg(test)]
 mod kube_proxy;
 #[cfg(test)]
 mod source;
+#[cfg(test)]
+mod wait;
