@@ -66,6 +66,32 @@ enum Sweep {
     Done,
 }
 
+/// When what is done next.
+struct Timers {
+    /// Commits that failed in a row.
+    attempts: u32,
+    /// No commit before this.
+    not_before: Instant,
+    /// When the Services that the kernel refused are tried again.
+    refused: Option<Instant>,
+}
+
+impl Timers {
+    fn new() -> Self {
+        Self { attempts: 0, not_before: Instant::now(), refused: None }
+    }
+
+    fn succeeded(&mut self, pause: Duration) {
+        self.attempts = 0;
+        self.not_before = Instant::now() + pause;
+    }
+
+    fn failed(&mut self) {
+        self.not_before = Instant::now() + (RETRY * 2u32.saturating_pow(self.attempts)).min(RETRY_MAX);
+        self.attempts = self.attempts.saturating_add(1);
+    }
+}
+
 impl Pending {
     fn is_empty(&self) -> bool {
         self.services.is_empty() && self.node.is_none() && self.sweep != Sweep::Due && !self.repair
@@ -103,12 +129,9 @@ impl<D: Dataplane> Controller<D> {
     /// Runs until all sources are gone. `foreign` becomes readable when somebody else may have changed our state.
     pub async fn run(mut self, mut events: mpsc::Receiver<Vec<Event>>, foreign: AsyncFd<OwnedFd>) {
         let mut inbox = Vec::with_capacity(INBOX);
-        let mut attempts = 0u32;
-        // When a commit may be made at the earliest.
-        let mut not_before = Instant::now();
-        let mut retry_refused = None;
+        let mut timers = Timers::new();
         loop {
-            let due = (!self.pending.is_empty()).then_some(not_before);
+            let due = (!self.pending.is_empty()).then_some(timers.not_before);
             tokio::select! {
                 received = events.recv_many(&mut inbox, INBOX) => {
                     if received == 0 {
@@ -120,51 +143,53 @@ impl<D: Dataplane> Controller<D> {
                     self.pending.repair = true;
                 }
                 () = at(due) => {}
-                () = at(retry_refused) => {
-                    retry_refused = None;
+                () = at(timers.refused) => {
+                    timers.refused = None;
                     self.requeue_refused();
                 }
             }
-            for event in inbox.drain(..).flatten() {
-                self.planner.apply(event);
+            self.plan(inbox.drain(..).flatten());
+            if !self.pending.is_empty() && Instant::now() >= timers.not_before {
+                self.commit_in_time(&mut timers);
             }
-            let changes = self.planner.replan();
-            self.report_warnings(&changes);
-            self.pending.add(changes);
-            if self.pending.sweep == Sweep::NotYet && self.planner.synced() {
-                self.pending.sweep = Sweep::Due;
-            }
-            self.publish_pending();
-            if self.pending.is_empty() || Instant::now() < not_before {
-                continue;
-            }
-            let was_repair = self.pending.repair;
-            // A commit is a system call of microseconds to a second; the other worker serves the sources meanwhile.
-            match tokio::task::block_in_place(|| self.commit()) {
-                Ok(()) => {
-                    if attempts > 0 {
-                        info!("the dataplane works again");
-                    }
-                    attempts = 0;
-                    let pause = if was_repair { REPAIR_INTERVAL } else { Duration::ZERO };
-                    not_before = Instant::now() + pause.max(self.min_sync_period);
+        }
+    }
+
+    /// Takes events in and plans what they changed.
+    fn plan(&mut self, events: impl Iterator<Item = Event>) {
+        events.for_each(|event| self.planner.apply(event));
+        let changes = self.planner.replan();
+        self.report_warnings(&changes);
+        self.pending.add(changes);
+        if self.pending.sweep == Sweep::NotYet && self.planner.synced() {
+            self.pending.sweep = Sweep::Due;
+        }
+        self.publish_pending();
+    }
+
+    /// Commits, and sets the timers by how that went.
+    fn commit_in_time(&mut self, timers: &mut Timers) {
+        let repair = self.pending.repair;
+        // A commit is a system call of microseconds to a second; the other worker serves the sources meanwhile.
+        match tokio::task::block_in_place(|| self.commit()) {
+            Ok(()) => {
+                if timers.attempts > 0 {
+                    info!("the dataplane works again");
                 }
-                Err(error) => {
-                    let pause = (RETRY * 2u32.saturating_pow(attempts)).min(RETRY_MAX);
-                    if attempts == 0 {
-                        error!(
-                            error = &error as &dyn std::error::Error,
-                            "cannot program the kernel; trying again"
-                        );
-                    }
-                    attempts = attempts.saturating_add(1);
-                    self.commits.failed();
-                    not_before = Instant::now() + pause;
+                let pause = if repair { REPAIR_INTERVAL } else { Duration::ZERO };
+                timers.succeeded(pause.max(self.min_sync_period));
+            }
+            Err(error) => {
+                if timers.attempts == 0 {
+                    let error = &error as &dyn std::error::Error;
+                    error!(error, "cannot program the kernel; trying again");
                 }
+                self.commits.failed();
+                timers.failed();
             }
-            if !self.refused.is_empty() && retry_refused.is_none() {
-                retry_refused = Some(Instant::now() + RETRY_REFUSED);
-            }
+        }
+        if !self.refused.is_empty() {
+            timers.refused.get_or_insert(Instant::now() + RETRY_REFUSED);
         }
     }
 
@@ -185,36 +210,17 @@ impl<D: Dataplane> Controller<D> {
         }
         let sweep = self.pending.sweep == Sweep::Due;
         if !self.pending.services.is_empty() || self.pending.node.is_some() || sweep {
-            let batch = Batch {
-                node: self.pending.node.take(),
-                services: std::mem::take(&mut self.pending.services).into_iter().collect(),
-                sweep,
-            };
-            match self.dataplane.apply(&batch) {
-                Ok(outcome) => {
-                    for (key, _) in &batch.services {
-                        if self.refused.remove(key).is_some() {
-                            debug!(service = %key, "tried again");
-                        }
-                    }
-                    total.absorb(outcome);
-                }
-                Err(error) => {
-                    self.pending.node = batch.node;
-                    self.pending.services = batch.services.into_iter().collect();
-                    return Err(error);
-                }
-            }
-            if sweep {
-                self.pending.sweep = Sweep::Done;
-                info!(
-                    services = self.planner.plans().count(),
-                    elapsed_ms = self.started.elapsed().as_millis() as u64,
-                    added = total.added,
-                    removed = total.removed,
-                    "all Services are programmed"
-                );
-            }
+            total.absorb(self.apply(sweep)?);
+        }
+        if sweep {
+            self.pending.sweep = Sweep::Done;
+            info!(
+                services = self.planner.plans().count(),
+                elapsed_ms = self.started.elapsed().as_millis() as u64,
+                added = total.added,
+                removed = total.removed,
+                "all Services are programmed"
+            );
         }
         self.report_refused(&mut total);
         debug!(
@@ -228,6 +234,29 @@ impl<D: Dataplane> Controller<D> {
         self.commits.succeeded(&total, begun.elapsed());
         self.publish_committed();
         Ok(())
+    }
+
+    /// Commits the pending batch; what failed as a whole stays pending.
+    fn apply(&mut self, sweep: bool) -> Result<Outcome, D::Error> {
+        let batch = Batch {
+            node: self.pending.node.take(),
+            services: std::mem::take(&mut self.pending.services).into_iter().collect(),
+            sweep,
+        };
+        let result = self.dataplane.apply(&batch);
+        match &result {
+            Ok(outcome) => {
+                let tried =
+                    |key: &ServiceKey| batch.services.binary_search_by(|(tried, _)| tried.cmp(key)).is_ok();
+                let again = |key: &ServiceKey| outcome.failed.iter().any(|(failed, _)| failed == key);
+                self.refused.retain(|key, _| !tried(key) || again(key));
+            }
+            Err(_) => {
+                self.pending.node = batch.node;
+                self.pending.services = batch.services.into_iter().collect();
+            }
+        }
+        result
     }
 
     /// One line a Service, again only when the kernel's words change.

@@ -1,7 +1,7 @@
 //! kube-lane, the library behind the `kube-lane` binary.
 //!
 //! ```text
-//! source (API server | manifest folder) → model (pure) → diff → dataplane → kernel
+//! source (API server | manifest folder) → model (pure) → dataplane → kernel
 //! ```
 //!
 //! `ARCHITECTURE.md` at the top of the repository is the map of these modules and of what each never does.

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 
 use crate::setup::{self, DENY, MACHETE, Need, go};
 use crate::{ebpf, process, tidy};
@@ -62,7 +62,7 @@ fn shellcheck() -> Result<()> {
         let first_line = first_line.split(|byte| *byte == b'\n').next().unwrap_or_default();
         first_line.starts_with(b"#!") && first_line.ends_with(b"sh")
     };
-    let scripts: Vec<_> = tracked_files()?.into_iter().filter(is_script).collect();
+    let scripts: Vec<_> = process::tracked_files()?.into_iter().filter(is_script).collect();
     ensure!(!scripts.is_empty(), "no script found");
     process::run(Command::new("shellcheck").current_dir(process::root()).args(scripts))
 }
@@ -70,12 +70,4 @@ fn shellcheck() -> Result<()> {
 /// The module holds no Go code, only go.mod and go.sum: they must say exactly what the tools need.
 fn go_module() -> Result<()> {
     process::run(go::command().args(["mod", "tidy", "-diff"]))
-}
-
-/// The files that git tracks and the working tree still has, relative to the top of the repository.
-pub(crate) fn tracked_files() -> Result<Vec<PathBuf>> {
-    let list = process::output(Command::new("git").current_dir(process::root()).args(["ls-files", "-z"]))
-        .context("lint looks only at what git tracks")?;
-    let files = list.split_terminator('\0').map(PathBuf::from);
-    Ok(files.filter(|file| process::root().join(file).is_file()).collect())
 }

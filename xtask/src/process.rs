@@ -24,6 +24,17 @@ pub(crate) fn target(below: &str) -> PathBuf {
     root().join("target").join(below)
 }
 
+/// The files that git tracks and the working tree still has, relative to the top of the repository.
+///
+/// # Errors
+/// When git cannot list them.
+pub(crate) fn tracked_files() -> Result<Vec<PathBuf>> {
+    let list = output(Command::new("git").current_dir(root()).args(["ls-files", "-z"]))
+        .context("lint looks only at what git tracks")?;
+    let files = list.split_terminator('\0').map(PathBuf::from);
+    Ok(files.filter(|file| root().join(file).is_file()).collect())
+}
+
 /// The cargo that runs this xtask, at the top of the repository.
 pub(crate) fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
-use crate::{lint, process};
+use crate::process;
 
 /// Lines in a file, at most: one that grows past 500 is due to be split.
 const MAX_LINES: usize = 600;
@@ -39,7 +39,7 @@ const BOUNDARIES: &[(&str, &[&str])] = &[
 /// When a rule is broken; each place has been printed.
 pub(crate) fn check() -> Result<()> {
     let mut broken = 0;
-    for file in lint::tracked_files()?.iter().filter(|file| file.extension().is_some_and(|e| e == "rs")) {
+    for file in process::tracked_files()?.iter().filter(|file| file.extension().is_some_and(|e| e == "rs")) {
         let text = fs::read_to_string(process::root().join(file))
             .with_context(|| format!("cannot read {}", file.display()))?;
         for (line, what) in check_file(file, &text) {
