@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Output;
 
 use anyhow::{Context, Result, ensure};
+use futures::future::try_join_all;
 use kube::Client;
 use kube::api::{Api, ApiResource, DeleteParams, DynamicObject, GroupVersionKind, Patch, PatchParams};
 use kube_lane_lab::{Host, Lab, topology};
@@ -79,17 +80,17 @@ impl Cluster {
     /// # Errors
     /// When the API server refuses it.
     pub fn apply(&self, object: &Value) -> Result<()> {
-        let mut object = object.clone();
+        self.apply_all(std::slice::from_ref(object))
+    }
+
+    /// The same with several objects, all at once.
+    ///
+    /// # Errors
+    /// When the API server refuses one of them.
+    pub fn apply_all(&self, objects: &[Value]) -> Result<()> {
+        let objects = objects.to_vec();
         self.call(|client| async move {
-            let (api, name) = api(client, &object);
-            let status = object.as_object_mut().and_then(|object| object.remove("status"));
-            let refused = || format!("cannot apply {object}");
-            let manager = PatchParams::apply("kube-lane-tests").force();
-            api.patch(&name, &manager, &Patch::Apply(&object)).await.with_context(refused)?;
-            if let Some(status) = status {
-                let status = Patch::Merge(json!({"status": status}));
-                api.patch_status(&name, &PatchParams::default(), &status).await.with_context(refused)?;
-            }
+            try_join_all(objects.iter().map(|object| apply(client.clone(), object))).await?;
             Ok(())
         })
     }
@@ -221,6 +222,21 @@ fn runtime_in(netns: &Path) -> Result<Runtime> {
 
 fn netns(host: &Host) -> PathBuf {
     Path::new("/run/netns").join(host.netns())
+}
+
+async fn apply(client: Client, object: &Value) -> Result<()> {
+    let (api, name) = api(client, object);
+    let refused = || format!("cannot apply {object}");
+    // Server-side apply allows one address of each type in a Node's status; a merge takes what kubelet writes.
+    let mut desired = object.clone();
+    let status = desired.as_object_mut().and_then(|fields| fields.remove("status"));
+    let manager = PatchParams::apply("kube-lane-tests").force();
+    api.patch(&name, &manager, &Patch::Apply(&desired)).await.with_context(refused)?;
+    if let Some(status) = status {
+        let status = Patch::Merge(json!({"status": status}));
+        api.patch_status(&name, &PatchParams::default(), &status).await.with_context(refused)?;
+    }
+    Ok(())
 }
 
 /// Where an object lives in the API, and its name.

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use kube_lane_lab::{Lab, Outcome};
+use kube_lane_tests::controlplane;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::flag;
 
@@ -99,7 +100,7 @@ fn play(args: &Args, screen: &mut Screen, interrupted: Arc<AtomicBool>) -> Resul
         outcome
     });
     // The children got the signal, too: what they did then is no news.
-    if interrupted.load(Ordering::Relaxed) { Err(Interrupted.into()) } else { outcome }
+    if outcome.is_err() && interrupted.load(Ordering::Relaxed) { Err(Interrupted.into()) } else { outcome }
 }
 
 /// Builds the lab, the store and what runs before any Service is known.
@@ -109,13 +110,13 @@ fn set_up(args: &Args, screen: &mut Screen) -> Result<Stage> {
     screen.done("two nodes and an outside client: network namespaces, a cgroup each", step.elapsed());
 
     let step = Instant::now();
-    let store = Stage::store(&lab, args.api)?;
+    let store = if args.api { Store::api(lab)? } else { Store::folder(lab)? };
     if args.api {
         screen.done("etcd and kube-apiserver answer on the outside host", step.elapsed());
     }
 
     let step = Instant::now();
-    let mut stage = Stage::build(lab, store)?;
+    let mut stage = Stage::build(store)?;
     screen.done("four pods that say who they are: a and b on node0, c and d on node1", step.elapsed());
 
     let step = Instant::now();
@@ -138,7 +139,7 @@ impl Play<'_> {
         self.refuse()?;
         self.hairpin()?;
 
-        let targets: Arc<[Target]> = stage::targets(&self.stage.lab).into();
+        let targets: Arc<[Target]> = stage::targets(self.stage.lab()).into();
         let hosts = self.stage.clients()?;
         let names = hosts.iter().map(|host| host.name().to_owned()).collect();
         let mut board = Board::new(names, Arc::clone(&targets));
@@ -164,7 +165,8 @@ impl Play<'_> {
                 }
                 self.screen.draw(|screen| board.table(screen));
             }
-            return Err(Interrupted.into());
+            self.screen.release_table();
+            self.screen.say("  Leaving: everything is removed.");
         }
         Ok(())
     }
@@ -176,18 +178,18 @@ impl Play<'_> {
         let answered = answer.join().map_err(|_| anyhow::anyhow!("the client panicked"))?;
         let answered = answered.with_context(|| format!("web is not answered within {LIMIT:?}"))?;
         let text = match &self.stage.store {
-            Store::Folder(_) => "Services written to the folder → pod-d has its first answer from web",
+            Store::Folder { .. } => "Services written to the folder → pod-d has its first answer from web",
             Store::Api(_) => "Services and slices sent to the API → pod-d has its first answer from web",
         };
         self.changed(text, written, answered);
         match &self.stage.store {
-            Store::Folder(folder) => {
+            Store::Folder { folder, .. } => {
                 let path = folder.arg();
                 self.screen.note(&path);
             }
-            Store::Api(api) => {
+            Store::Api(cluster) => {
                 for kind in ["services", "endpointslices"] {
-                    let table = api.kubectl(&["get", kind])?;
+                    let table = cluster.kubectl(&["get", kind])?;
                     self.screen.note(&format!("$ kubectl get {kind}"));
                     table.lines().for_each(|line| self.screen.note(&clipped(line)));
                 }
@@ -293,7 +295,7 @@ impl Play<'_> {
     /// How a change of an endpoint reads.
     fn endpoint_of(&self, pod: &str) -> String {
         match self.stage.store {
-            Store::Folder(_) => format!("{pod}'s endpoint in the folder"),
+            Store::Folder { .. } => format!("{pod}'s endpoint in the folder"),
             Store::Api(_) => format!("{pod}'s endpoint in the API"),
         }
     }
@@ -351,7 +353,7 @@ impl Play<'_> {
 
     /// What node0's kernel holds for one address of `web`.
     fn show_kernel(&mut self) -> Result<()> {
-        let netns = self.stage.lab.node(0).netns();
+        let netns = self.stage.lab().node(0).netns();
         let command = format!("ip netns exec {netns} nft list map ip kube-lane endpoints");
         let mut words = command.split(' ');
         let output = Command::new(words.next().unwrap_or_default()).args(words).output();
@@ -376,10 +378,10 @@ impl Play<'_> {
                 .say("  Look around yourself: cargo xtask demo --keep (or --api --keep, with kubectl)\n");
             return Ok(());
         }
-        let node = self.stage.lab.node(0).netns().to_owned();
+        let node = self.stage.lab().node(0).netns().to_owned();
         let pod = self.stage.netns("pod-d")?.to_owned();
-        let outside = self.stage.lab.outside().netns().to_owned();
-        let logs = self.stage.log_dir().display().to_string();
+        let outside = self.stage.lab().outside().netns().to_owned();
+        let logs: Vec<_> = self.stage.lab().nodes().iter().map(|node| self.stage.store.log(node)).collect();
         let mut commands = vec![
             (
                 "the endpoints of every Service on node0",
@@ -393,18 +395,19 @@ impl Play<'_> {
                     "ip netns exec {pod} bash -c 'exec 3<>/dev/tcp/10.96.0.80/80; echo hello >&3; head -1 <&3'"
                 ),
             ),
-            ("the agents' logs", format!("tail {logs}/node0.log {logs}/node1.log")),
+            ("the agents' logs", format!("tail {}", logs.join(" "))),
         ];
         match &self.stage.store {
-            Store::Folder(folder) => {
+            Store::Folder { folder, .. } => {
                 let path = folder.arg();
                 let [file, off] = ["web-endpoints.json", "off"].map(|name| format!("{path}/{name}"));
                 commands.push(("take web's endpoints away, and give them back", format!("mv {file} {off}")));
                 commands.push(("", format!("mv {off} {file}")));
             }
-            Store::Api(api) => {
-                let kubeconfig = api.kubeconfig();
-                let kubectl = api.kubectl_program()?;
+            Store::Api(cluster) => {
+                let kubeconfig = cluster.control_plane().admin_kubeconfig();
+                let kubectl = controlplane::program("kubectl")?.canonicalize()?;
+                let (kubectl, kubeconfig) = (kubectl.display(), kubeconfig.display());
                 let run = format!("ip netns exec {outside} {kubectl} --kubeconfig {kubeconfig}");
                 commands.push(("the API server", format!("{run} get services,endpointslices")));
                 commands

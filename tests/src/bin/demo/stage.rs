@@ -9,30 +9,25 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use kube_lane_lab::{Dial, Echo, Host, Lab, Outcome, Pod, Proto};
 use kube_lane_tests::agent::Agent;
-use kube_lane_tests::objects::{self, Endpoint, Folder, Port};
+use kube_lane_tests::objects::{self, Endpoint, Port};
 use serde_json::Value;
-use tempfile::TempDir;
 
 use crate::probe::Target;
-use crate::store::{ApiServer, Store, Written};
+use crate::store::{Store, Written};
 
 /// The pods of the Service `web`; `pod-d` is the client among the pods.
 pub(crate) const WEB: [&str; 3] = ["pod-a", "pod-b", "pod-c"];
 /// The pod that leaves.
 pub(crate) const LEAVER: &str = "pod-c";
 
-const CLUSTER_CIDRS: &str = "10.244.0.0/16,fd00:10:244::/48";
 const AGENT_LIMIT: Duration = Duration::from_secs(20);
 
 /// All that runs.
-#[derive(Debug)]
 pub(crate) struct Stage {
-    // Dropped in this order: what runs in the lab before the lab.
+    // Dropped in this order: what runs in the lab before the lab, which is the store's.
     agents: Vec<Agent>,
     pods: Vec<RunningPod>,
     pub(crate) store: Store,
-    pub(crate) lab: Lab,
-    dir: TempDir,
 }
 
 /// A pod and what it serves.
@@ -99,24 +94,22 @@ fn tcp(service: &Service) -> [std::net::SocketAddr; 2] {
 }
 
 impl Stage {
-    /// Nodes, pods and the outside client; no agent yet.
-    pub(crate) fn build(lab: Lab, store: Store) -> Result<Self> {
-        let dir = tempfile::Builder::new().prefix("kube-lane-demo-").tempdir()?;
-        let mut stage = Self { agents: Vec::new(), pods: Vec::new(), store, lab, dir };
+    /// The pods; no agent yet.
+    pub(crate) fn build(store: Store) -> Result<Self> {
+        let mut stage = Self { agents: Vec::new(), pods: Vec::new(), store };
         for (name, node) in [("pod-a", 0), ("pod-b", 0), ("pod-c", 1), ("pod-d", 1)] {
             stage.start_pod(name, node)?;
         }
         Ok(stage)
     }
 
-    /// A folder as store, or an API server, which takes some seconds.
-    pub(crate) fn store(lab: &Lab, api: bool) -> Result<Store> {
-        Ok(if api { Store::Api(Box::new(ApiServer::start(lab)?)) } else { Store::Folder(Folder::new()?) })
+    pub(crate) fn lab(&self) -> &Lab {
+        self.store.lab()
     }
 
     /// Adds a pod that serves; a pod that comes back has another address.
     pub(crate) fn start_pod(&mut self, name: &str, node: usize) -> Result<()> {
-        let pod = self.lab.node(node).add_pod(name)?;
+        let pod = self.lab().node(node).add_pod(name)?;
         let echoes = [pod.serve(Proto::Tcp, 8080)?, pod.serve(Proto::Udp, 5353)?];
         self.pods.push(RunningPod { _echoes: echoes, pod, node });
         Ok(())
@@ -144,19 +137,15 @@ impl Stage {
     /// The clients: a pod without an endpoint of its own, a node, and the host outside.
     pub(crate) fn clients(&self) -> Result<Vec<Host>> {
         let pod: &Host = &self.pod("pod-d")?.pod;
-        let node: &Host = self.lab.node(0);
-        let outside: &Host = self.lab.outside();
+        let node: &Host = self.lab().node(0);
+        let outside: &Host = self.lab().outside();
         Ok(vec![pod.clone(), node.clone(), outside.clone()])
     }
 
     /// Starts an agent on each node and waits until all that the store has is programmed.
     pub(crate) fn start_agents(&mut self) -> Result<()> {
-        let from_store = self.store.agent_arguments();
-        for node in self.lab.nodes() {
-            let mut arguments: Vec<_> = from_store.iter().map(String::as_str).collect();
-            arguments.extend(["--hostname-override", node.name(), "--cluster-cidr", CLUSTER_CIDRS]);
-            let log = self.dir.path().join(format!("{}.log", node.name()));
-            self.agents.push(Agent::start(node, &arguments, &log)?);
+        for node in self.store.lab().nodes() {
+            self.agents.push(self.store.start_agent(node)?);
         }
         self.agents.iter_mut().try_for_each(|agent| agent.wait_synced(AGENT_LIMIT))
     }
@@ -164,7 +153,7 @@ impl Stage {
     /// The last lines of every agent's log, for a failure.
     pub(crate) fn logs(&self) -> String {
         let mut text = String::new();
-        for (node, agent) in self.lab.nodes().iter().zip(&self.agents) {
+        for (node, agent) in self.lab().nodes().iter().zip(&self.agents) {
             let log = agent.log();
             let lines: Vec<_> = log.lines().collect();
             text += &format!("{}:\n", node.name());
@@ -173,21 +162,20 @@ impl Stage {
         text
     }
 
-    /// Where the agents' logs are.
-    pub(crate) fn log_dir(&self) -> &std::path::Path {
-        self.dir.path()
-    }
-
     /// Writes the Nodes.
-    pub(crate) fn put_nodes(&mut self) -> Result<()> {
-        let nodes: Vec<_> =
-            self.lab.nodes().iter().map(|node| objects::node(node.name(), &[node.v4(), node.v6()])).collect();
+    pub(crate) fn put_nodes(&self) -> Result<()> {
+        let nodes: Vec<_> = self
+            .lab()
+            .nodes()
+            .iter()
+            .map(|node| objects::node(node.name(), &[node.v4(), node.v6()]))
+            .collect();
         self.store.put("nodes", &nodes)?;
         Ok(())
     }
 
     /// Writes all Services and their slices.
-    pub(crate) fn put_services(&mut self) -> Result<Written> {
+    pub(crate) fn put_services(&self) -> Result<Written> {
         let mut all: Vec<_> = ALL.iter().map(Service::object).collect();
         all.extend(self.slices(&ALL[1], &["pod-a"])?);
         let Written { begun, .. } = self.store.put("services", &all)?;
@@ -195,7 +183,7 @@ impl Stage {
     }
 
     /// Writes the slices of `web`, with these pods as endpoints.
-    pub(crate) fn put_web(&mut self, pods: &[&str]) -> Result<Written> {
+    pub(crate) fn put_web(&self, pods: &[&str]) -> Result<Written> {
         let slices = self.slices(&ALL[0], pods)?;
         self.store.put("web-endpoints", &slices)
     }
@@ -204,7 +192,7 @@ impl Stage {
         let mut endpoints = Vec::new();
         for name in pods {
             let RunningPod { pod, node, .. } = self.pod(name)?;
-            let node = self.lab.node(*node).name();
+            let node = self.lab().node(*node).name();
             endpoints.extend([pod.v4(), pod.v6()].map(|address| Endpoint::ready(address, node)));
         }
         Ok(objects::slices(service.name, &service.ports(), &endpoints))
