@@ -7,17 +7,17 @@ use std::time::{Duration, Instant};
 
 use kube_lane_lab::{Dial, Proto};
 
-/// How long one connection may take: long where everything else takes microseconds, short where a lost SYN would be
-/// repeated after a second.
-const DIAL: Duration = Duration::from_millis(100);
+/// How long one connection may take, at least and at most. Where nothing is lost it takes a fraction of that, but on
+/// their way up proxies drop what goes to ClusterIPs that they do not know yet.
+const DIAL: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(100));
 /// Answers in a row that show that only the expected pod answers.
 const IN_A_ROW: usize = 5;
 /// The longest pause between two dials.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// A new connection to `to`.
-pub(super) fn dial(to: SocketAddr) -> Dial {
-    Dial::new(Proto::Tcp, to).timeout(DIAL)
+/// A new connection to `to`. It is given up after a twentieth of the time that has been waited already.
+pub(super) fn dial(to: SocketAddr, begun: Instant) -> Dial {
+    Dial::new(Proto::Tcp, to).timeout((begun.elapsed() / 20).clamp(DIAL.0, DIAL.1))
 }
 
 /// Dials each of `pending` until somebody has answered; forgets those that were answered. The moment when the last
@@ -28,7 +28,7 @@ pub(super) fn await_answers(
     until: Instant,
 ) -> Option<Instant> {
     while let Some(to) = pending.last() {
-        if dial(*to).ask().by().is_some() {
+        if dial(*to, begun).ask().by().is_some() {
             pending.pop();
         } else if Instant::now() < until {
             pause(begun, Duration::from_millis(1));
@@ -45,7 +45,7 @@ pub(super) fn await_only(to: SocketAddr, expected: &str, begun: Instant, until: 
     let mut since = None;
     let mut in_a_row = 0;
     while in_a_row < IN_A_ROW {
-        if dial(to).ask().by() == Some(expected) {
+        if dial(to, begun).ask().by() == Some(expected) {
             since.get_or_insert_with(Instant::now);
             in_a_row += 1;
         } else if Instant::now() < until {
@@ -58,7 +58,7 @@ pub(super) fn await_only(to: SocketAddr, expected: &str, begun: Instant, until: 
     since
 }
 
-/// Rests for a hundredth of the time that it has waited already: so exact is what is measured.
+/// Rests for a hundredth of the time that has been waited already.
 fn pause(begun: Instant, least: Duration) {
     std::thread::sleep((begun.elapsed() / 100).clamp(least, PAUSE));
 }

@@ -192,7 +192,7 @@ impl<'a> Bench<'a> {
     fn start(&self, proxy: Proxy, size: usize) -> Result<(Running, Option<Duration>)> {
         remove_all()?;
         let sample = sample(size);
-        let answered = self.dialler.dial_with(probe::dial(sample[0]))?;
+        let answered = self.dialler.dial_with(probe::dial(sample[0], Instant::now()))?;
         ensure!(answered.by().is_none(), "a Service {answered} with no proxy");
 
         let begun = Instant::now();
