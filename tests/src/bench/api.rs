@@ -2,14 +2,15 @@
 //! endpoint that is replaced again and again.
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use http::header::CONTENT_TYPE;
-use kube::Client;
+use k8s_openapi::ByteString;
+use kube::{Client, Config};
 use kube_lane_lab::Pod;
 use serde_json::{Value, json};
-use tokio::task::JoinSet;
 
 use crate::objects::{self, Endpoint, Port};
 
@@ -27,10 +28,10 @@ const SERVICES: &str = "/api/v1/namespaces/default/services";
 const SLICES: &str = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices";
 const NODES: &str = "/api/v1/nodes";
 
-/// Requests under way at once while objects are created.
-const CONCURRENCY: usize = 64;
-/// How often a request is tried.
-const ATTEMPTS: u32 = 8;
+/// Objects written in one transaction: as many as etcd takes.
+const PUTS: usize = 128;
+/// How long the API server may take to see what was written.
+const SERVED: Duration = Duration::from_secs(120);
 
 /// Where Service `index` answers.
 pub(super) fn vip(index: usize) -> SocketAddr {
@@ -49,43 +50,133 @@ pub(super) async fn create_node_and_changing(
     node: &kube_lane_lab::Node,
     pod: &Pod,
 ) -> Result<()> {
-    create(client.clone(), NODES, objects::node(node.name(), &[node.v4()])).await?;
+    create(client, NODES, objects::node(node.name(), &[node.v4()])).await?;
     let (ports, vip) = (ports(), CHANGING_VIP.into());
-    create(client.clone(), SERVICES, objects::service(CHANGING, &[vip], &ports)).await?;
+    create(client, SERVICES, objects::service(CHANGING, &[vip], &ports)).await?;
     let endpoint = Endpoint::ready(pod.v4(), node.name());
-    create(client.clone(), SLICES, objects::slice(CHANGING, "v4", false, &ports, &[endpoint])).await
+    create(client, SLICES, objects::slice(CHANGING, "v4", false, &ports, &[endpoint])).await
 }
 
-/// Creates the Services numbered `range`, each with all of `endpoints`; tells how it goes.
+/// Lets there be the Services numbered `range`, each with all of `endpoints`.
+///
+/// The first is created through the API server; the others are written to its etcd as it stored that one, because it
+/// counts all ClusterIPs anew for every Service that it creates, which at 50,000 takes hours. It serves them as its own.
 pub(super) async fn create_services(
     client: &Client,
-    range: std::ops::Range<usize>,
+    etcd: SocketAddr,
+    range: Range<usize>,
     endpoints: &[Endpoint],
 ) -> Result<()> {
     let (begun, total) = (Instant::now(), range.len());
-    let mut objects = range.flat_map(|index| {
-        let (name, ports) = (format!("bench-{index:05}"), ports());
+    let first = Paths::of(0);
+    if range.start == 0 {
+        let (name, ports) = (name(0), ports());
+        create(client, SERVICES, objects::service(&name, &[vip(0).ip()], &ports)).await?;
+        create(client, SLICES, objects::slice(&name, "v4", false, &ports, endpoints)).await?;
+    }
+    let [address, service, slice] = [
+        get(client, &first.address).await?,
+        get(client, &first.service).await?,
+        get(client, &first.slice).await?,
+    ];
+    let etcd = Client::try_from(Config::new(format!("http://{etcd}").parse()?))?;
+    let written = range.start.max(1)..range.end;
+    // Each Service finds its address allocated when it comes.
+    let addresses = written.clone().map(|index| {
+        let mut copy = copy(&address, &vip(index).ip().to_string(), index);
+        copy["spec"]["parentRef"]["name"] = name(index).into();
+        (format!("/registry/ipaddresses/{}", vip(index).ip()), copy)
+    });
+    put(&etcd, addresses).await?;
+    let Some(last) = written.clone().last() else { return Ok(()) };
+    let last = Paths::of(last);
+    served(client, &last.address).await?;
+    let services = written.flat_map(|index| {
+        let (name, vip) = (name(index), vip(index).ip().to_string());
+        let mut service = copy(&service, &name, index);
+        service["spec"]["clusterIPs"] = json!([vip]);
+        service["spec"]["clusterIP"] = vip.into();
+        let mut slice = copy(&slice, &format!("{name}-v4"), index);
+        slice["metadata"]["labels"]["kubernetes.io/service-name"] = name.as_str().into();
         [
-            (SERVICES, objects::service(&name, &[vip(index).ip()], &ports)),
-            (SLICES, objects::slice(&name, "v4", false, &ports, endpoints)),
+            (format!("/registry/endpointslices/default/{name}-v4"), slice),
+            (format!("/registry/services/specs/default/{name}"), service),
         ]
     });
-    let (mut tasks, mut done, mut told) = (JoinSet::new(), 0, begun);
-    loop {
-        while tasks.len() < CONCURRENCY
-            && let Some((path, object)) = objects.next()
-        {
-            tasks.spawn(create(client.clone(), path, object));
-        }
-        let Some(created) = tasks.join_next().await else { break };
-        created??;
-        done += 1;
-        if told.elapsed() > Duration::from_secs(5) {
-            told = Instant::now();
-            println!("  created {} of {total} Services", done / 2);
+    put(&etcd, services).await?;
+    served(client, &last.slice).await?;
+    served(client, &last.service).await?;
+    println!("  {total} more Services and their slices in {:.1} s", begun.elapsed().as_secs_f64());
+    Ok(())
+}
+
+/// Where the API server has the objects of a Service.
+struct Paths {
+    address: String,
+    service: String,
+    slice: String,
+}
+
+impl Paths {
+    fn of(index: usize) -> Self {
+        let name = name(index);
+        Self {
+            address: format!("/apis/networking.k8s.io/v1/ipaddresses/{}", vip(index).ip()),
+            service: format!("{SERVICES}/{name}"),
+            slice: format!("{SLICES}/{name}-v4"),
         }
     }
-    println!("  created {total} Services and their slices in {:.0} s", begun.elapsed().as_secs_f64());
+}
+
+fn name(index: usize) -> String {
+    format!("bench-{index:05}")
+}
+
+/// An object like `object`, but for its identity.
+fn copy(object: &Value, name: &str, index: usize) -> Value {
+    let mut copy = object.clone();
+    copy["metadata"]["name"] = name.into();
+    copy["metadata"]["uid"] = format!("00000000-0000-4000-8000-{index:012x}").into();
+    copy
+}
+
+/// An object as etcd holds it.
+async fn get(client: &Client, path: &str) -> Result<Value> {
+    let text = client.request_text(http::Request::get(path).body(vec![])?).await?;
+    let mut object: Value = serde_json::from_str(&text)?;
+    if let Some(metadata) = object["metadata"].as_object_mut() {
+        metadata.remove("resourceVersion");
+    }
+    Ok(object)
+}
+
+/// Waits until the API server's cache, which lists come from, has an object.
+async fn served(client: &Client, path: &str) -> Result<()> {
+    let deadline = Instant::now() + SERVED;
+    loop {
+        let request = http::Request::get(format!("{path}?resourceVersion=0")).body(vec![])?;
+        match client.request_text(request).await {
+            Ok(_) => return Ok(()),
+            Err(error) if Instant::now() > deadline => bail!("{path} is not served: {error}"),
+            Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+        }
+    }
+}
+
+/// Writes objects to etcd, through its gateway for HTTP.
+async fn put(etcd: &Client, objects: impl Iterator<Item = (String, Value)>) -> Result<()> {
+    let mut objects = objects.peekable();
+    while objects.peek().is_some() {
+        let mut puts = Vec::with_capacity(PUTS);
+        for (key, object) in objects.by_ref().take(PUTS) {
+            let (key, value) = (ByteString(key.into_bytes()), ByteString(serde_json::to_vec(&object)?));
+            puts.push(json!({"requestPut": {"key": key, "value": value}}));
+        }
+        let body = serde_json::to_vec(&json!({"success": puts}))?;
+        let request =
+            http::Request::post("/v3/kv/txn").header(CONTENT_TYPE, "application/json").body(body)?;
+        etcd.request_text(request).await.context("etcd")?;
+    }
     Ok(())
 }
 
@@ -105,22 +196,9 @@ fn ports() -> [Port; 1] {
     [Port::new("TCP", PORT, TARGET)]
 }
 
-async fn create(client: Client, path: &'static str, object: Value) -> Result<()> {
+async fn create(client: &Client, path: &'static str, object: Value) -> Result<()> {
     let body = serde_json::to_vec(&object)?;
-    let mut attempt = 0;
-    loop {
-        attempt += 1;
-        let request =
-            http::Request::post(path).header(CONTENT_TYPE, "application/json").body(body.clone())?;
-        match client.request_text(request).await {
-            Ok(_) => return Ok(()),
-            // An earlier attempt whose answer was lost.
-            Err(kube::Error::Api(status)) if attempt > 1 && status.reason == "AlreadyExists" => return Ok(()),
-            Err(error) if attempt == ATTEMPTS => {
-                bail!("{} cannot be created: {error}", object["metadata"]["name"])
-            }
-            // A busy server asks to come again.
-            Err(_) => tokio::time::sleep(Duration::from_millis(100) * attempt).await,
-        }
-    }
+    let request = http::Request::post(path).header(CONTENT_TYPE, "application/json").body(body)?;
+    let created = client.request_text(request).await;
+    created.map(drop).with_context(|| format!("{} cannot be created", object["metadata"]["name"]))
 }

@@ -152,7 +152,8 @@ impl<'a> Bench<'a> {
         let endpoints: Vec<_> =
             self.servers.iter().map(|(pod, _)| Endpoint::ready(pod.v4(), self.node.name())).collect();
         let seconds = Duration::from_secs_f64(range.len() as f64 / 2000.0);
-        self.runtime.block_on(api::create_services(&self.client, range, &endpoints))?;
+        let etcd = self.control_plane.etcd();
+        self.runtime.block_on(api::create_services(&self.client, etcd, range, &endpoints))?;
         sleep(seconds.min(DIGEST));
         Ok(())
     }

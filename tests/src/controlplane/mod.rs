@@ -101,6 +101,11 @@ impl ControlPlane {
         self.address
     }
 
+    /// Where etcd answers, in the control plane's namespace: without TLS, to anybody.
+    pub fn etcd(&self) -> SocketAddr {
+        (Ipv4Addr::LOCALHOST, self.etcd_port).into()
+    }
+
     /// A kubeconfig that may do anything.
     pub fn admin_kubeconfig(&self) -> PathBuf {
         self.path.join("admin.kubeconfig")
