@@ -95,7 +95,11 @@ fn plans(events: &[Event]) -> String {
 }
 
 fn planner() -> Planner {
-    Planner::new(Settings { node_name: NODE.into(), origins: vec![Origin::Static, Origin::Api] })
+    Planner::new(Settings {
+        node_name: NODE.into(),
+        origins: vec![Origin::Static, Origin::Api],
+        node_address: None,
+    })
 }
 
 fn sync(planner: &mut Planner) {

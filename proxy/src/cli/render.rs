@@ -49,7 +49,8 @@ pub(super) fn run(flags: &RenderFlags) -> anyhow::Result<ExitCode> {
     }
     let name = flags.node_name.clone().unwrap_or_else(|| Environment::read().hostname).trim().to_lowercase();
     let (events, problems) = manifest::read_dir(&flags.folder, Some(&name));
-    let mut planner = Planner::new(Settings { node_name: name.into(), origins: vec![Origin::Static] });
+    let mut planner =
+        Planner::new(Settings { node_name: name.into(), origins: vec![Origin::Static], node_address: None });
     events.into_iter().for_each(|event| planner.apply(event));
     planner.replan();
 

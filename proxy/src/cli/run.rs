@@ -116,8 +116,11 @@ fn agent(
     async move {
         let (events, inbox) = mpsc::channel(EVENTS);
         let origins = start_sources(&config, events).await?;
-        let planner =
-            Planner::new(planner::Settings { node_name: config.node_name.as_str().into(), origins });
+        let planner = Planner::new(planner::Settings {
+            node_name: config.node_name.as_str().into(),
+            origins,
+            node_address: config.node_address,
+        });
         let cluster_cidrs = match config.detector {
             Detector::None => Vec::new(),
             Detector::ClusterCidr(cidrs) => cidrs,

@@ -7,14 +7,20 @@ use ipnetwork::IpNetwork;
 use super::input::{Family, Node};
 use super::plan::NodePlan;
 
-/// Plans the node. `host` are the addresses of its interfaces, for when the Node has none.
+/// Plans the node. `host` are the addresses of its interfaces, for when the Node has none; `primary_address` takes
+/// the place of the Node's own of its family (`bindAddress`).
 pub(super) fn plan(
     node: Option<&Node>,
+    primary_address: Option<IpAddr>,
     host: &[IpAddr],
     service_cidrs: impl Iterator<Item = IpNetwork>,
 ) -> NodePlan {
     let node = node.map(|node| node.addresses.as_slice()).unwrap_or_default();
     let mut nodeport_addresses = primary(node);
+    if let Some(address) = primary_address {
+        nodeport_addresses.retain(|other| Family::of(*other) != Family::of(address));
+        nodeport_addresses.push(address);
+    }
     if nodeport_addresses.is_empty() {
         nodeport_addresses = host.iter().copied().filter(|address| answers(*address)).collect();
     }

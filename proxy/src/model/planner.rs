@@ -21,6 +21,8 @@ pub struct Settings {
     pub node_name: Arc<str>,
     /// The origins that there are; [`Planner::synced`] waits for each of them.
     pub origins: Vec<Origin>,
+    /// Takes the place of the Node's primary address of its family (`bindAddress`).
+    pub node_address: Option<IpAddr>,
 }
 
 /// What changed since the last [`Planner::replan`].
@@ -44,6 +46,7 @@ impl Changes {
 pub struct Planner {
     origins: Vec<Origin>,
     objects: Objects,
+    node_address: Option<IpAddr>,
     host_addresses: Vec<IpAddr>,
     claims: Claims,
     dirty: BTreeSet<ServiceKey>,
@@ -59,6 +62,7 @@ impl Planner {
         Self {
             origins: settings.origins,
             objects: Objects::new(settings.node_name),
+            node_address: settings.node_address,
             host_addresses: Vec::new(),
             claims: Claims::default(),
             dirty: BTreeSet::new(),
@@ -187,7 +191,8 @@ impl Planner {
         if !any_synced || !std::mem::take(&mut self.node_dirty) {
             return None;
         }
-        let next = node::plan(self.objects.node(), &self.host_addresses, self.objects.service_cidrs());
+        let (objects, host) = (&self.objects, &self.host_addresses);
+        let next = node::plan(objects.node(), self.node_address, host, objects.service_cidrs());
         if self.node.as_ref() == Some(&next) {
             return None;
         }

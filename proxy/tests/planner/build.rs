@@ -21,7 +21,11 @@ pub(crate) fn ip(text: &str) -> IpAddr {
 
 /// A planner of both origins, neither synced.
 pub(crate) fn planner() -> Planner {
-    Planner::new(Settings { node_name: NODE.into(), origins: vec![Origin::Static, Origin::Api] })
+    Planner::new(Settings {
+        node_name: NODE.into(),
+        origins: vec![Origin::Static, Origin::Api],
+        node_address: None,
+    })
 }
 
 /// A planner whose two origins have synced.

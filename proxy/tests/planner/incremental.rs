@@ -2,7 +2,8 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
-use kube_lane::model::input::{Change, Event, Node};
+use kube_lane::model::input::{Change, Event, Node, Origin};
+use kube_lane::model::planner::{Planner, Settings};
 
 use crate::build::{api, endpoint, file, ip, key, reported, service, slice, synced, text};
 
@@ -145,4 +146,16 @@ fn service_cidrs_are_united() {
     let united: Vec<_> =
         planner.replan().node.unwrap().service_cidrs.iter().map(ToString::to_string).collect();
     assert_eq!(united, ["10.96.0.0/16", "10.98.0.0/23", "10.100.0.0/25", "fd00::/112"]);
+}
+
+#[test]
+fn a_bind_address_takes_the_place_of_the_nodes_own_of_its_family() {
+    let origins = vec![Origin::Static];
+    let node_address = Some(ip("198.51.100.4"));
+    let mut planner = Planner::new(Settings { node_name: "n".into(), origins, node_address });
+    let addresses = ["192.0.2.1", "2001:db8::1"].map(ip).to_vec();
+    planner.apply(file(Change::Node(Some(Node { addresses }))));
+    planner.apply(file(Change::Synced));
+    let node = planner.replan().node.unwrap();
+    assert_eq!(node.nodeport_addresses, ["198.51.100.4", "2001:db8::1"].map(ip));
 }
