@@ -17,6 +17,7 @@ use tracing::{debug, error, info, warn};
 
 use crate::dataplane::{Batch, Dataplane, Outcome};
 use crate::health::HealthState;
+use crate::memory;
 use crate::model::input::{Event, ServiceKey};
 use crate::model::plan::{NodePlan, Plan};
 use crate::model::planner::{Changes, Planner};
@@ -233,6 +234,9 @@ impl<D: Dataplane> Controller<D> {
         );
         self.commits.succeeded(&total, begun.elapsed());
         self.publish_committed();
+        if sweep {
+            memory::trim();
+        }
         Ok(())
     }
 

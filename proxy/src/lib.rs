@@ -11,6 +11,7 @@ pub mod config;
 pub mod controller;
 pub mod dataplane;
 pub mod health;
+pub mod memory;
 pub mod model;
 pub mod observability;
 pub mod ready;
