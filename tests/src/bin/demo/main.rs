@@ -32,8 +32,8 @@ use self::store::{Store, Written};
 const LIMIT: Duration = Duration::from_secs(10);
 /// How long a picture stands on a terminal before the next thing happens.
 const LOOK: Duration = Duration::from_secs(3);
-/// A refusal that takes longer is no refusal at once.
-const AT_ONCE: Duration = Duration::from_millis(100);
+/// A refusal that takes longer is none at once: a client that hears nothing tries again after a second.
+const AT_ONCE: Duration = Duration::from_millis(500);
 
 /// kube-lane at work: nodes, pods and clients in network namespaces of this machine.
 #[derive(Parser)]
