@@ -240,7 +240,13 @@ mod tests {
         Results {
             date: "2026-01-31T12:00:00Z".to_owned(),
             commit: "abc".to_owned(),
-            machine: Machine { kernel: text(), cpu: text(), cpus: 2, memory_bytes: 1 << 30 },
+            machine: Machine {
+                kernel: text(),
+                cpu: text(),
+                cpus: 2,
+                memory_bytes: 1 << 30,
+                nftables_listeners: vec![],
+            },
             versions: Versions { kube_lane: text(), kube_proxy: text(), nft: text() },
             limit_seconds: 180,
             endpoints_per_service: 5,

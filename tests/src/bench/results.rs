@@ -1,11 +1,13 @@
 //! What a run found, as it lies in `bench/results`: every figure names its unit.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use k8s_openapi::jiff::Timestamp;
 use procfs::Current;
+use procfs::process::{FDTarget, Process};
 use serde::{Deserialize, Serialize};
 
 use super::proxy::{self, Proxy};
@@ -35,6 +37,9 @@ pub(super) struct Machine {
     pub(super) cpu: String,
     pub(super) cpus: usize,
     pub(super) memory_bytes: u64,
+    /// Processes that listen to changes of nftables in any network namespace: the kernel then writes notifications of
+    /// everybody's changes, in all namespaces, which makes large ones take about twice as long.
+    pub(super) nftables_listeners: Vec<i32>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -154,6 +159,7 @@ impl Results {
                 cpu: cpus.model_name(0).unwrap_or("unknown").to_owned(),
                 cpus: cpus.num_cores(),
                 memory_bytes: procfs::Meminfo::current()?.mem_total,
+                nftables_listeners: nftables_listeners(),
             },
             versions: Versions {
                 kube_lane,
@@ -205,6 +211,36 @@ impl Results {
         sizes.dedup();
         sizes
     }
+}
+
+/// The processes that are subscribed to nftables, in whatever network namespace.
+fn nftables_listeners() -> Vec<i32> {
+    const NETFILTER: &str = "12"; // NETLINK_NETFILTER
+    const NFTABLES: u32 = 1 << 6; // NFNLGRP_NFTABLES, counted from 1
+    // The inode of a subscribed socket, from its line: address, protocol, port, groups, …, inode.
+    let inode = |line: &str| {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        let groups = u32::from_str_radix(fields.get(3)?, 16).ok()?;
+        (fields.get(1) == Some(&NETFILTER) && groups & NFTABLES != 0).then_some(())?;
+        fields.last()?.parse::<u64>().ok()
+    };
+    let mut namespaces = BTreeSet::new();
+    let mut sockets = BTreeSet::new();
+    let processes: Vec<_> = procfs::process::all_processes().into_iter().flatten().flatten().collect();
+    for process in &processes {
+        let proc = PathBuf::from(format!("/proc/{}", process.pid));
+        // What has ended meanwhile listens no more.
+        let Ok(namespace) = fs::read_link(proc.join("ns/net")) else { continue };
+        if namespaces.insert(namespace) {
+            let listing = fs::read_to_string(proc.join("net/netlink")).unwrap_or_default();
+            sockets.extend(listing.lines().filter_map(inode));
+        }
+    }
+    let listens = |process: &Process| {
+        let mut open = process.fd().into_iter().flatten().flatten();
+        open.any(|fd| matches!(fd.target, FDTarget::Socket(inode) if sockets.contains(&inode)))
+    };
+    processes.iter().filter(|process| listens(process)).map(Process::pid).collect()
 }
 
 fn commit() -> String {

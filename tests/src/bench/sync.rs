@@ -59,6 +59,13 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let _removes_labs = on_interrupt()?;
     let mut results = Results::new(args.limit, ENDPOINTS)?;
     let dir = args.out.clone().unwrap_or_else(results_dir);
+    let listeners = &results.machine.nftables_listeners;
+    if !listeners.is_empty() {
+        println!(
+            "Not a quiet machine: nftables is listened to in the namespaces of processes {listeners:?}, which"
+        );
+        println!("makes all large changes slower; end them before you believe the figures");
+    }
     let lab = Lab::builder().nodes(1).build()?;
     let netns = Path::new("/run/netns").join(lab.node(0).netns());
     // Connections that no proxy translates go on to the outside host, which refuses them at once: a reset, because the
