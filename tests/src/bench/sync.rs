@@ -62,9 +62,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let listeners = &results.machine.nftables_listeners;
     if !listeners.is_empty() {
         println!(
-            "Not a quiet machine: nftables is listened to in the namespaces of processes {listeners:?}, which"
+            "Not a quiet machine: processes {listeners:?} listen to changes of nftables, which makes large ones"
         );
-        println!("makes all large changes slower; end them before you believe the figures");
+        println!("slower in every network namespace. End them before you believe the figures.");
     }
     let lab = Lab::builder().nodes(1).build()?;
     let netns = Path::new("/run/netns").join(lab.node(0).netns());
