@@ -2,11 +2,15 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::path::Path;
 
 use anyhow::{Result, ensure};
 
 use crate::setup::{self, Need};
 use crate::{build, process};
+
+/// What a run's folder in `target/` begins with; its process id follows.
+const TEMPORARY: &str = "bench-";
 
 /// What `cargo xtask bench` is told; the program says what it takes.
 #[derive(clap::Args)]
@@ -31,13 +35,24 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     ensure!(process::is_root(), "bench sync makes network namespaces, which takes root");
     setup::ensure(&[Need::Build, Need::Kernel, Need::ControlPlane])?;
-    // What an interrupted run leaves here, the next removes.
-    let temporary = process::target("bench");
-    let _ = fs::remove_dir_all(&temporary);
+    sweep();
+    let temporary = process::target(&format!("{TEMPORARY}{}", std::process::id()));
     fs::create_dir_all(&temporary)?;
     bench.env("KUBE_LANE_BIN", build::agent(true)?).env("TMPDIR", &temporary);
     // Only what is measured has to be what is shipped: the program itself waits, and is the lanes' build already.
     let result = process::run(bench.arg("--").args(&args.arguments));
     let _ = fs::remove_dir_all(&temporary);
     result
+}
+
+/// Removes what interrupted runs have left; others that run keep theirs.
+fn sweep() {
+    for entry in fs::read_dir(process::target("")).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let id = name.to_str().and_then(|name| name.strip_prefix(TEMPORARY)?.parse::<u32>().ok());
+        if id.is_some_and(|id| !Path::new("/proc").join(id.to_string()).exists()) {
+            // What cannot be removed is in nobody's way.
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
 }
