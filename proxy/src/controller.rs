@@ -131,6 +131,11 @@ impl<D: Dataplane> Controller<D> {
     pub async fn run(mut self, mut events: mpsc::Receiver<Vec<Event>>, foreign: AsyncFd<OwnedFd>) {
         let mut inbox = Vec::with_capacity(INBOX);
         let mut timers = Timers::new();
+        // What depends on no Service is in place by the time the first lists have come.
+        if let Err(error) = tokio::task::block_in_place(|| self.dataplane.apply(&Batch::default())) {
+            let error = &error as &dyn std::error::Error;
+            warn!(error, "cannot prepare the kernel; trying again with the first Services");
+        }
         loop {
             let due = (!self.pending.is_empty()).then_some(timers.not_before);
             tokio::select! {
@@ -292,7 +297,9 @@ impl<D: Dataplane> Controller<D> {
                 warn!(%service, "{warning}");
             }
             if warnings.is_empty() {
-                self.warned.remove(service);
+                if self.warned.remove(service).is_some() && plan.is_some() {
+                    info!(%service, "nothing to warn of any more");
+                }
             } else {
                 self.warned.insert(service.clone(), warnings);
             }

@@ -61,10 +61,19 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             // Nothing is left to do where standard error is closed.
-            let _ = writeln!(io::stderr(), "Error: {error:#}");
+            let _ = writeln!(io::stderr(), "Error: {}", words(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// The error and its causes, each said once: many an error's text holds its cause already.
+fn words(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |text, cause| match text.as_str() {
+        "" => cause,
+        said if said.contains(&cause) => text,
+        said => format!("{said}: {cause}"),
+    })
 }
 
 fn run_or_act(flags: &RunFlags) -> anyhow::Result<ExitCode> {

@@ -187,7 +187,13 @@ pub(super) fn resolve(
     let manifests = file.kube_lane.manifests.clone().filter(|path| !path.as_os_str().is_empty());
     let api = Api {
         kubeconfig: text(&file.client_connection.kubeconfig).map(PathBuf::from),
-        master: overrides.master.clone().filter(|master| !master.is_empty()),
+        master: check.parse(
+            "--master",
+            text(&overrides.master),
+            "is no URL of an API server",
+            "write it like https://192.0.2.1:6443",
+            |text| is_server_url(text).then(|| text.to_owned()),
+        ),
     };
     let api = if api != Api::default() || environment.in_cluster {
         Some(api)
@@ -297,6 +303,12 @@ fn without_effect(file: &Value, mode: Option<&str>) -> Vec<String> {
 }
 
 /// Collects the fields whose values cannot be used.
+/// Whether a client can be made of it: `http://` or `https://` and a host.
+fn is_server_url(text: &str) -> bool {
+    text.parse::<http::Uri>()
+        .is_ok_and(|url| matches!(url.scheme_str(), Some("http" | "https")) && url.host().is_some())
+}
+
 struct Checker<'a>(&'a mut Vec<InvalidField>);
 
 impl Checker<'_> {

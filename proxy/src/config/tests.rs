@@ -251,6 +251,8 @@ fn errors_name_field_value_and_remedy() {
         (&["--bind-address=eth0"], ["bindAddress", "eth0", "192.0.2.7"]),
         (&["--hostname-override= "], ["hostnameOverride", "\" \"", "Node object"]),
         (&["--detect-local-mode=Guess"], ["detectLocalMode", "Guess", "ClusterCIDR"]),
+        (&["--master=foo"], ["--master", "foo", "write it like https://"]),
+        (&["--master=192.0.2.1:6443"], ["--master", "192.0.2.1:6443", "write it like https://"]),
         (&["--log-format=xml"], ["logging.format", "xml", "text or json"]),
     ] {
         let error = resolve(args).unwrap_err();

@@ -230,6 +230,9 @@ pub enum Change {
     Node(Option<Node>),
     /// Every CIDR of every ServiceCIDR object, all together.
     ServiceCidrs(Vec<IpNetwork>),
+    /// Whether the source can read all that it has; true unless it says otherwise. While it cannot, what an earlier
+    /// run left in the kernel may belong to what it cannot read, and is not stale.
+    Complete(bool),
     /// The source has listed its Services and its slices once: what it has not named does not exist.
     Synced,
 }

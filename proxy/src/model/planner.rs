@@ -45,6 +45,8 @@ impl Changes {
 #[derive(Debug)]
 pub struct Planner {
     origins: Vec<Origin>,
+    /// The origins that cannot read all that they have.
+    incomplete: Vec<Origin>,
     objects: Objects,
     node_address: Option<IpAddr>,
     host_addresses: Vec<IpAddr>,
@@ -61,6 +63,7 @@ impl Planner {
     pub fn new(settings: Settings) -> Self {
         Self {
             origins: settings.origins,
+            incomplete: Vec::new(),
             objects: Objects::new(settings.node_name),
             node_address: settings.node_address,
             host_addresses: Vec::new(),
@@ -114,6 +117,10 @@ impl Planner {
                 objects.set_service_cidrs(origin, cidrs);
                 self.node_dirty = true;
             }
+            Change::Complete(complete) => {
+                self.incomplete.retain(|other| *other != origin);
+                self.incomplete.extend((!complete).then_some(origin));
+            }
             Change::Synced => {
                 let mut slices = BTreeSet::new();
                 objects.sync(
@@ -154,9 +161,9 @@ impl Planner {
         }
     }
 
-    /// All configured origins have listed their objects: what has no plan does not exist.
+    /// All configured origins have listed all their objects: what has no plan does not exist.
     pub fn synced(&self) -> bool {
-        self.origins.iter().all(|origin| self.objects.is_synced(*origin))
+        self.incomplete.is_empty() && self.origins.iter().all(|origin| self.objects.is_synced(*origin))
     }
 
     /// The current plans, in the order of their keys.

@@ -30,6 +30,19 @@ fn objects_wait_for_their_own_origin_only() {
 }
 
 #[test]
+fn an_incomplete_origin_is_planned_but_holds_the_sweep_back() {
+    let mut planner = planner();
+    planner.apply(file(Change::Service(service("web", 0, &["10.96.0.1"], None))));
+    planner.apply(file(Change::Complete(false)));
+    planner.apply(file(Change::Synced));
+    planner.apply(api(Change::Synced));
+    assert_eq!(reported(&mut planner), ["web"]);
+    assert!(!planner.synced());
+    planner.apply(file(Change::Complete(true)));
+    assert!(planner.synced());
+}
+
+#[test]
 fn a_static_service_wins_while_it_is_there() {
     let mut planner = synced();
     planner.apply(api(Change::Service(service("web", 0, &["10.96.0.1"], None))));

@@ -124,6 +124,7 @@ impl World {
             Change::Node(_) => drop(self.last.insert((1, origin), event.clone())),
             Change::ServiceCidrs(_) => drop(self.last.insert((2, origin), event.clone())),
             Change::Synced => drop(self.last.insert((3, origin), event.clone())),
+            Change::Complete(_) => drop(self.last.insert((4, origin), event.clone())),
         }
     }
 

@@ -99,6 +99,7 @@ fn words(event: &Event) -> String {
         Change::SliceGone(key) => format!("slice {key} gone"),
         Change::Node(node) => format!("node {:?}", node.as_ref().map(|node| &node.addresses)),
         Change::ServiceCidrs(cidrs) => format!("cidrs {}", cidrs.len()),
+        Change::Complete(complete) => format!("complete {complete}"),
         Change::Synced => "synced".to_owned(),
     }
 }

@@ -398,3 +398,27 @@ fn thirty_malformed_objects_are_named_and_the_good_ones_served() {
         assert!(answered(&outcome), "{number}: {outcome}\n{}", world.agents[0].log());
     }
 }
+
+#[test]
+fn a_restart_with_a_broken_file_takes_nothing_away() {
+    let mut world = World::new(&[]);
+    let (pod, _e) = serving(&world.lab, 1, "far");
+    world.put("web", &web_ports(), 10, &endpoints(&[&pod]));
+    let vip = at(vips(10)[0], 80);
+    assert!(answered(&until(world.lab.node(0), Proto::Tcp, vip, answered)));
+    drop(world.agents.remove(0));
+    std::fs::write(world.folder.path().join("web.json"), "{").unwrap();
+    let mut agent = world.start_agent(0, &[]);
+    let serves = |agent: &Agent| agent.healthz().is_ok_and(|(code, _)| code == 503);
+    let deadline = Instant::now() + SYNC;
+    while !(agent.log().contains("what was in force before stays") && serves(&agent)) {
+        assert!(Instant::now() < deadline, "{}", agent.log());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let tally = world.lab.node(0).dial_many(Proto::Tcp, vip, 20).unwrap();
+    assert_eq!(tally.failures(), 0, "{tally:?}");
+    world.put("web", &web_ports(), 10, &endpoints(&[&pod]));
+    agent.wait_synced(SYNC).unwrap();
+    assert!(answered(&until(world.lab.node(0), Proto::Tcp, vip, answered)));
+    assert_eq!(agent.metric("kubelane_nftables_elements_removed_total").unwrap(), 0.0);
+}

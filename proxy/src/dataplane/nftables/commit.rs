@@ -1,4 +1,4 @@
-//! One batch: the node's elements, Services in bounded parts, the sweep of what is stale.
+//! One batch: Services in bounded parts, the node's elements, the sweep of what is stale.
 //!
 //! Owns how refusals are dealt with: a Service that the kernel refuses is left out and reported; a refusal that shows
 //! that the kernel holds something else than was programmed makes the caller read the truth back.
@@ -62,8 +62,10 @@ impl Nftables {
         if batch.services.len() >= BULK {
             self.expect_bulk()?;
         }
-        self.commit_node(batch.node.as_ref(), batch.sweep || self.swept, outcome)?;
         self.commit_services(&batch.services, outcome)?;
+        // After the Services: with the ServiceCIDRs in force, an address that has none yet is dropped, and a client
+        // whose first packet is dropped waits a second.
+        self.commit_node(batch.node.as_ref(), batch.sweep || self.swept, outcome)?;
         if batch.sweep { self.sweep(outcome) } else { Ok(()) }
     }
 

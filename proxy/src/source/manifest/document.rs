@@ -174,7 +174,7 @@ impl Reader {
             Ok(head) => head,
             Err(malformed) => match body.read::<IgnoredAny>() {
                 Err(syntax) => {
-                    let remedy = format!("{}; the last good content stays in force", syntax.message);
+                    let remedy = format!("{}; what was in force before stays", syntax.message);
                     return Err(problem(at(&syntax), None, remedy));
                 }
                 Ok(_) => {

@@ -26,6 +26,8 @@ pub(super) struct Folder {
     objects: BTreeMap<Id, BTreeMap<Arc<str>, Content>>,
     /// Whether the folder itself could be listed, so that trouble is reported once.
     listed: bool,
+    /// What was last said of [`Self::is_complete`].
+    complete: bool,
 }
 
 #[derive(Default)]
@@ -34,6 +36,8 @@ struct File {
     stamp: Option<Stamp>,
     ids: BTreeSet<Id>,
     failed: bool,
+    /// It was good at least once.
+    read: bool,
 }
 
 /// What tells one version of a file from another without reading it.
@@ -81,7 +85,7 @@ type Touched = BTreeMap<Id, Option<Content>>;
 impl Folder {
     pub(super) fn new(dir: PathBuf, node: Option<String>) -> Self {
         let reader = Reader::new(node);
-        Self { dir, reader, files: BTreeMap::new(), objects: BTreeMap::new(), listed: true }
+        Self { dir, reader, files: BTreeMap::new(), objects: BTreeMap::new(), listed: true, complete: true }
     }
 
     /// Reads what changed and says what that means.
@@ -111,7 +115,16 @@ impl Folder {
         found.problems.append(&mut self.reader.problems);
         self.report_doubles(&touched, &mut found);
         found.events = self.events(touched);
+        let complete = self.is_complete();
+        if std::mem::replace(&mut self.complete, complete) != complete {
+            found.events.push(Event::Source { origin: Origin::Static, change: Change::Complete(complete) });
+        }
         found
+    }
+
+    /// Whether no file is bad that was never good: what such a file holds, nobody knows.
+    fn is_complete(&self) -> bool {
+        self.files.values().all(|file| file.read || !file.failed)
     }
 
     /// The names of the manifest files.
@@ -177,13 +190,13 @@ impl Folder {
                 Ok(text) => (Some(stamp), self.reader.read(&path, text, format)),
                 Err(error) => {
                     let line = bytes[..error.valid_up_to()].split(|byte| *byte == b'\n').count() as u64;
-                    let remedy = "not UTF-8; the last good content stays in force".to_owned();
+                    let remedy = "not UTF-8; what was in force before stays".to_owned();
                     let place = Place { file: Arc::clone(&path), line, column: 0 };
                     (Some(stamp), Err(Problem { place: Some(place), ..at_file(&path, remedy) }))
                 }
             },
             Err(error) => {
-                let remedy = format!("cannot be read: {error}; the last good content stays in force");
+                let remedy = format!("cannot be read: {error}; what was in force before stays");
                 (None, Err(at_file(&path, remedy)))
             }
         };
@@ -191,6 +204,7 @@ impl Folder {
         file.stamp = stamp;
         match contents {
             Ok(contents) => {
+                file.read = true;
                 if std::mem::take(&mut file.failed) {
                     found.recovered.push(path.to_path_buf());
                 }

@@ -56,6 +56,7 @@ fn summary(events: &[Event]) -> Vec<String> {
                     format!("node {}", node.as_ref().map_or(0, |node| node.addresses.len()))
                 }
                 Change::ServiceCidrs(cidrs) => format!("cidrs {}", cidrs.len()),
+                Change::Complete(complete) => format!("complete {complete}"),
                 Change::Synced => "synced".to_owned(),
             },
             other => format!("{other:?}"),
@@ -310,4 +311,18 @@ async fn follows_a_mounted_config_map() {
     fs::remove_dir_all(dir.0.join("..1")).unwrap();
     assert_eq!(followed.next().await, ["+web 10.0.0.2"]);
     followed.quiet().await;
+}
+
+#[test]
+fn a_file_that_was_never_good_leaves_the_folder_incomplete() {
+    let dir = TempDir::new();
+    dir.write("a.yaml", &service("a", "10.96.0.1"));
+    dir.write("b.yaml", "kind: [");
+    let mut folder = Folder::new(dir.0.clone(), None);
+    assert_eq!(summary(&folder.scan(Scope::Folder).events), ["+a 10.96.0.1", "complete false"]);
+    dir.write("b.yaml", &service("b", "10.96.0.2"));
+    assert_eq!(summary(&folder.scan(Scope::Folder).events), ["+b 10.96.0.2", "complete true"]);
+    // From now on there is a last good content.
+    dir.write("b.yaml", "kind: [[");
+    assert!(folder.scan(Scope::Folder).events.is_empty());
 }
