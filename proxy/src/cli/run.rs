@@ -94,10 +94,11 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let mut registry = metrics::registry();
     let servers = Servers::new(&config, &mut registry);
     let agent = agent(config, health, &mut registry);
-    let servers = servers.run(health_state, Arc::new(registry));
+    // A task of their own: a commit blocks this one.
+    let servers = tokio::spawn(servers.run(health_state, Arc::new(registry)));
     let signal = tokio::select! {
         result = agent => return result,
-        result = servers => match result? {},
+        result = servers => match result.context("health and metrics servers")?? {},
         _ = terminated.recv() => "SIGTERM",
         _ = interrupted.recv() => "SIGINT",
     };
