@@ -10,7 +10,7 @@ use std::{env, fs};
 use anyhow::{Context, Result, ensure};
 use kube_lane::model::input::{Change, Event, Origin};
 use kube_lane::model::plan::NodePlan;
-use kube_lane::model::planner::{Planner, Settings};
+use kube_lane::model::planner::{NodePortAddresses, Planner, PodCidrs, Settings};
 use kube_lane::source::manifest;
 
 const NODE: &str = "node-a";
@@ -99,6 +99,8 @@ fn planner() -> Planner {
         node_name: NODE.into(),
         origins: vec![Origin::Static, Origin::Api],
         node_address: None,
+        pod_cidrs: PodCidrs::Unknown,
+        nodeport_addresses: NodePortAddresses::Primary,
     })
 }
 

@@ -13,7 +13,7 @@ use serde::Serialize;
 use crate::config::Environment;
 use crate::model::input::Origin;
 use crate::model::plan::{NodePlan, Plan};
-use crate::model::planner::{Planner, Settings};
+use crate::model::planner::{NodePortAddresses, Planner, PodCidrs, Settings};
 use crate::source::manifest;
 
 #[derive(Args, Debug)]
@@ -49,8 +49,13 @@ pub(super) fn run(flags: &RenderFlags) -> anyhow::Result<ExitCode> {
     }
     let name = flags.node_name.clone().unwrap_or_else(|| Environment::read().hostname).trim().to_lowercase();
     let (events, problems) = manifest::read_dir(&flags.folder, Some(&name));
-    let mut planner =
-        Planner::new(Settings { node_name: name.into(), origins: vec![Origin::Static], node_address: None });
+    let mut planner = Planner::new(Settings {
+        node_name: name.into(),
+        origins: vec![Origin::Static],
+        node_address: None,
+        pod_cidrs: PodCidrs::Unknown,
+        nodeport_addresses: NodePortAddresses::Primary,
+    });
     events.into_iter().for_each(|event| planner.apply(event));
     planner.replan();
 

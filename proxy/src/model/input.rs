@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::net::IpAddr;
+use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
@@ -152,6 +153,51 @@ pub struct Service {
     pub cluster_ips: Vec<IpAddr>,
     /// `spec.ports`, in the object's order.
     pub ports: Vec<ServicePort>,
+    /// `spec.type`.
+    pub kind: ServiceType,
+    /// `spec.internalTrafficPolicy`.
+    pub internal_policy: TrafficPolicy,
+    /// `spec.externalTrafficPolicy`, as written: it counts only where the Service can be reached from outside.
+    pub external_policy: TrafficPolicy,
+    /// `spec.sessionAffinityConfig.clientIP.timeoutSeconds` where `spec.sessionAffinity` is `ClientIP`, in seconds.
+    pub affinity: Option<NonZeroU32>,
+    /// Addresses beside the cluster IPs; `None` where there are none.
+    pub external: Option<Box<External>>,
+}
+
+/// `spec.type` of a Service that has a cluster IP.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ServiceType {
+    /// `ClusterIP`.
+    #[default]
+    ClusterIp,
+    /// `NodePort`.
+    NodePort,
+    /// `LoadBalancer`.
+    LoadBalancer,
+}
+
+/// Which endpoints a policy lets a client reach.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum TrafficPolicy {
+    /// `Cluster`: those of all nodes.
+    #[default]
+    Cluster,
+    /// `Local`: those of this node.
+    Local,
+}
+
+/// How a Service is reached from outside the cluster, NodePorts apart.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct External {
+    /// `spec.externalIPs`, in the object's order.
+    pub ips: Vec<IpAddr>,
+    /// `status.loadBalancer.ingress[].ip` where the load balancer leaves it to the nodes (`ipMode` is `VIP` or absent).
+    pub load_balancer_ips: Vec<IpAddr>,
+    /// `spec.loadBalancerSourceRanges`, as far as they parse, host bits cleared.
+    pub source_ranges: Vec<IpNetwork>,
+    /// `spec.healthCheckNodePort`; `None` where the Service has none (0 or absent).
+    pub health_check_node_port: Option<u16>,
 }
 
 /// One entry of `spec.ports`.
@@ -206,6 +252,17 @@ pub struct Endpoint {
     pub terminating: bool,
     /// `nodeName`.
     pub node: Option<Arc<str>>,
+    /// `hints`; `None` where there are none.
+    pub hints: Option<Box<Hints>>,
+}
+
+/// For whom an endpoint is meant (`hints` of an endpoint).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Hints {
+    /// `forZones[].name`.
+    pub zones: Vec<Arc<str>>,
+    /// `forNodes[].name`.
+    pub nodes: Vec<Arc<str>>,
 }
 
 /// What the model reads of the agent's own Node object.
@@ -213,6 +270,12 @@ pub struct Endpoint {
 pub struct Node {
     /// `status.addresses`: the InternalIPs, then the ExternalIPs, in the object's order.
     pub addresses: Vec<IpAddr>,
+    /// `spec.podCIDRs` (or `spec.podCIDR`), in the object's order, host bits cleared.
+    pub pod_cidrs: Vec<IpNetwork>,
+    /// The label `topology.kubernetes.io/zone`.
+    pub zone: Option<Arc<str>>,
+    /// It is about to go: deleted, or tainted by the cluster autoscaler to be.
+    pub leaving: bool,
 }
 
 /// One thing that happened at a source.

@@ -6,34 +6,64 @@ use ipnetwork::IpNetwork;
 
 use super::input::{Family, Node};
 use super::plan::NodePlan;
+use super::planner::{NodePortAddresses, PodCidrs, Settings};
 
-/// Plans the node. `host` are the addresses of its interfaces, for when the Node has none; `primary_address` takes
-/// the place of the Node's own of its family (`bindAddress`).
+/// Plans the node. `host` are the addresses of its interfaces.
 pub(super) fn plan(
+    settings: &Settings,
     node: Option<&Node>,
-    primary_address: Option<IpAddr>,
     host: &[IpAddr],
     service_cidrs: impl Iterator<Item = IpNetwork>,
 ) -> NodePlan {
-    let node = node.map(|node| node.addresses.as_slice()).unwrap_or_default();
-    let mut nodeport_addresses = primary(node);
-    if let Some(address) = primary_address {
-        nodeport_addresses.retain(|other| Family::of(*other) != Family::of(address));
-        nodeport_addresses.push(address);
-    }
-    if nodeport_addresses.is_empty() {
-        nodeport_addresses = host.iter().copied().filter(|address| answers(*address)).collect();
-    }
+    let mut nodeport_addresses = match &settings.nodeport_addresses {
+        NodePortAddresses::Primary => primary(settings, node, host),
+        NodePortAddresses::Within(networks) => within(networks, host),
+    };
     nodeport_addresses.sort_unstable();
     nodeport_addresses.dedup();
-    NodePlan { nodeport_addresses, service_cidrs: disjoint(service_cidrs) }
+    let pod_networks = match &settings.pod_cidrs {
+        PodCidrs::Unknown => &[],
+        PodCidrs::Cluster(networks) => networks.as_slice(),
+        PodCidrs::Node => node.map(|node| node.pod_cidrs.as_slice()).unwrap_or_default(),
+    };
+    NodePlan {
+        nodeport_addresses,
+        pod_cidrs: first_of_each_family(pod_networks),
+        service_cidrs: disjoint(service_cidrs),
+    }
 }
 
-/// The node's primary addresses: the first, and the first of the other family.
-fn primary(addresses: &[IpAddr]) -> Vec<IpAddr> {
-    let Some(first) = addresses.first() else { return Vec::new() };
-    let other = addresses.iter().find(|address| Family::of(**address) != Family::of(*first));
-    std::iter::once(first).chain(other).copied().collect()
+fn first_of_each_family(networks: &[IpNetwork]) -> Vec<IpNetwork> {
+    let first = |family| networks.iter().find(move |network| Family::of(network.ip()) == family);
+    Family::ALL.into_iter().filter_map(first).copied().collect()
+}
+
+/// The node's primary addresses: the Node's first, and its first of the other family; the configured one in place of the
+/// Node's of its family; while there are none, all of the host's.
+fn primary(settings: &Settings, node: Option<&Node>, host: &[IpAddr]) -> Vec<IpAddr> {
+    let given = node.map(|node| node.addresses.as_slice()).unwrap_or_default();
+    let family_of_first = given.first().copied().map(Family::of);
+    let other = given.iter().find(|address| Some(Family::of(**address)) != family_of_first);
+    let mut primary: Vec<_> = given.first().into_iter().chain(other).copied().collect();
+    if let Some(address) = settings.node_address {
+        primary.retain(|other| Family::of(*other) != Family::of(address));
+        primary.push(address);
+    }
+    if primary.is_empty() {
+        host.iter().copied().filter(|address| answers(*address)).collect()
+    } else {
+        primary
+    }
+}
+
+/// The host's addresses in these networks; of a family that has no network, all.
+fn within(networks: &[IpNetwork], host: &[IpAddr]) -> Vec<IpAddr> {
+    let chosen = |address: &IpAddr| {
+        let mut of_family =
+            networks.iter().filter(|network| network.is_ipv4() == address.is_ipv4()).peekable();
+        of_family.peek().is_none() || of_family.any(|network| network.contains(*address))
+    };
+    host.iter().copied().filter(|address| answers(*address) && chosen(address)).collect()
 }
 
 /// Whether NodePorts can answer on an interface's address: never on loopback, as in kube-proxy's nftables mode, and

@@ -4,6 +4,7 @@
 //! the lowering of each dataplane. Two plans that mean the same are equal.
 
 use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
@@ -20,6 +21,9 @@ pub struct Plan {
     /// One entry for each port and family that has a frontend, sorted by family, protocol and name; no two
     /// are equal in all three.
     pub ports: Box<[PortPlan]>,
+    /// What load balancers ask whether this node has endpoints of the Service.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub health_check: Option<HealthCheck>,
     /// What a user should know of this Service, in words: lost claims, ignored fields.
     pub warnings: Box<[String]>,
 }
@@ -34,8 +38,20 @@ pub struct PortPlan {
     pub protocol: Protocol,
     /// The Service port's name, empty where it has none.
     pub name: Arc<str>,
-    /// The backends a new connection is spread over: sorted, no address:port twice.
+    /// How long a client comes back to the backend it had, in seconds; all frontends share what is remembered.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub affinity: Option<NonZeroU32>,
+    /// Who may dial the frontends of kind LoadBalancer: sorted, disjoint, of the port's family. `None`: everybody.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source_ranges: Option<Arc<[IpNetwork]>>,
+    /// The Cluster set: sorted, no address:port twice. Empty where no frontend uses it.
     pub backends: Box<[Backend]>,
+    /// The Local set, likewise.
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    pub local_backends: Box<[Backend]>,
+    /// Endpoints in neither set that still serve: connections they have are left alone. Sorted, no address:port twice.
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    pub draining: Box<[AddressPort]>,
     /// What clients dial: sorted, and claimed by no other Service.
     pub frontends: Box<[Frontend]>,
 }
@@ -107,7 +123,14 @@ pub enum FrontendKind {
     /// `spec.clusterIPs`: masqueraded only for clients that the detector calls non-local (or by masqueradeAll).
     #[serde(rename = "ClusterIP")]
     ClusterIp,
-    /// `spec.ports[].nodePort`: always masqueraded.
+    /// `status.loadBalancer.ingress[].ip`: as a NodePort, and [`PortPlan::source_ranges`] are let through alone.
+    #[serde(rename = "LoadBalancer")]
+    LoadBalancer,
+    /// `spec.externalIPs`: as a NodePort.
+    #[serde(rename = "externalIP")]
+    ExternalIp,
+    /// `spec.ports[].nodePort`: masqueraded where the verdict is `Cluster`; where it is `Local`, for host processes
+    /// alone.
     NodePort,
 }
 
@@ -115,10 +138,25 @@ pub enum FrontendKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Verdict {
-    /// One of the port plan's backends, at random; dropped where the set is empty.
-    Balance,
+    /// One of the Cluster set, at random.
+    Cluster,
+    /// One of the Local set, at random; dropped where that is empty. At external frontends, the pods and host
+    /// processes of this node get the Cluster set instead (the short-circuit of `externalTrafficPolicy: Local`).
+    Local,
     /// ICMP port unreachable: no usable endpoint anywhere.
     Reject,
+}
+
+/// What a `healthCheckNodePort` answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct HealthCheck {
+    /// The port, on the node's NodePort addresses.
+    pub port: u16,
+    /// Ready endpoints of this node by family, each address once; `None`: the Service has no frontend of the family.
+    pub v4_endpoints: Option<u32>,
+    /// The same for IPv6.
+    pub v6_endpoints: Option<u32>,
 }
 
 /// What belongs to the node rather than to a Service.
@@ -128,6 +166,9 @@ pub struct NodePlan {
     /// The addresses that NodePorts answer on: sorted, unique.
     #[serde(rename = "nodePortAddresses")]
     pub nodeport_addresses: Vec<IpAddr>,
+    /// Where local pods have their addresses, for the detectors that go by address: at most one network a family.
+    #[serde(rename = "podCIDRs")]
+    pub pod_cidrs: Vec<IpNetwork>,
     /// The ServiceCIDRs: an address inside one that no Service has is dropped. Sorted, disjoint.
     pub service_cidrs: Vec<IpNetwork>,
 }

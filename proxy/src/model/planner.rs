@@ -7,6 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use ipnetwork::IpNetwork;
+
 use super::claims::{Claim, Claimant, Claims};
 use super::frontend::{Ask, asks};
 use super::input::{Change, Event, Origin, Service, ServiceKey};
@@ -23,6 +25,32 @@ pub struct Settings {
     pub origins: Vec<Origin>,
     /// Takes the place of the Node's primary address of its family (`bindAddress`).
     pub node_address: Option<IpAddr>,
+    /// Where the addresses of local pods are known from.
+    pub pod_cidrs: PodCidrs,
+    /// Which of the node's addresses NodePorts answer on.
+    pub nodeport_addresses: NodePortAddresses,
+}
+
+/// Where the addresses of local pods are known from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum PodCidrs {
+    /// From nowhere: pods are told by their interface, or not at all.
+    #[default]
+    Unknown,
+    /// The configuration (`clusterCIDR`); the first of each family counts.
+    Cluster(Vec<IpNetwork>),
+    /// `spec.podCIDRs` of the own Node; the first of each family counts.
+    Node,
+}
+
+/// Which of the node's addresses NodePorts answer on (`nodePortAddresses`).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum NodePortAddresses {
+    /// The Node's primary address of each family.
+    #[default]
+    Primary,
+    /// Those of its interfaces' addresses that are in one of these networks; all of a family that has no network.
+    Within(Vec<IpNetwork>),
 }
 
 /// What changed since the last [`Planner::replan`].
@@ -44,11 +72,10 @@ impl Changes {
 /// All objects of all origins and what they amount to on this node.
 #[derive(Debug)]
 pub struct Planner {
-    origins: Vec<Origin>,
+    settings: Settings,
     /// The origins that cannot read all that they have.
     incomplete: Vec<Origin>,
     objects: Objects,
-    node_address: Option<IpAddr>,
     host_addresses: Vec<IpAddr>,
     claims: Claims,
     dirty: BTreeSet<ServiceKey>,
@@ -62,10 +89,9 @@ impl Planner {
     /// A planner that knows of no object yet.
     pub fn new(settings: Settings) -> Self {
         Self {
-            origins: settings.origins,
             incomplete: Vec::new(),
-            objects: Objects::new(settings.node_name),
-            node_address: settings.node_address,
+            objects: Objects::new(Arc::clone(&settings.node_name)),
+            settings,
             host_addresses: Vec::new(),
             claims: Claims::default(),
             dirty: BTreeSet::new(),
@@ -163,7 +189,8 @@ impl Planner {
 
     /// All configured origins have listed all their objects: what has no plan does not exist.
     pub fn synced(&self) -> bool {
-        self.incomplete.is_empty() && self.origins.iter().all(|origin| self.objects.is_synced(*origin))
+        self.incomplete.is_empty()
+            && self.settings.origins.iter().all(|origin| self.objects.is_synced(*origin))
     }
 
     /// The current plans, in the order of their keys.
@@ -199,7 +226,7 @@ impl Planner {
             return None;
         }
         let (objects, host) = (&self.objects, &self.host_addresses);
-        let next = node::plan(objects.node(), self.node_address, host, objects.service_cidrs());
+        let next = node::plan(&self.settings, objects.node(), host, objects.service_cidrs());
         if self.node.as_ref() == Some(&next) {
             return None;
         }

@@ -35,7 +35,8 @@ impl Display for Frontend {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         write!(f, "{} {}", self.kind, self.at)?;
         match self.verdict {
-            Verdict::Balance => Ok(()),
+            Verdict::Cluster => Ok(()),
+            Verdict::Local => f.write_str(" local"),
             Verdict::Reject => f.write_str(" reject"),
         }
     }
@@ -54,6 +55,8 @@ impl Display for FrontendKind {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::ClusterIp => "ClusterIP",
+            Self::LoadBalancer => "LoadBalancer",
+            Self::ExternalIp => "externalIP",
             Self::NodePort => "NodePort",
         })
     }
@@ -71,6 +74,7 @@ impl Display for NodePlan {
         for address in &self.nodeport_addresses {
             writeln!(f, "  NodePorts on {address}")?;
         }
+        self.pod_cidrs.iter().try_for_each(|cidr| writeln!(f, "  pods in {cidr}"))?;
         self.service_cidrs.iter().try_for_each(|cidr| writeln!(f, "  ServiceCIDR {cidr}"))
     }
 }

@@ -24,18 +24,27 @@ pub(super) fn plan<'a>(
         winner.is_none()
     });
     let ports = asks.chunk_by(|a, b| a.port_key() == b.port_key()).filter_map(|asks| port_plan(asks, slices));
-    Plan { service: service.key.clone(), ports: ports.collect(), warnings: warnings.into_boxed_slice() }
+    Plan {
+        service: service.key.clone(),
+        ports: ports.collect(),
+        health_check: None,
+        warnings: warnings.into_boxed_slice(),
+    }
 }
 
 fn port_plan(asks: &[Ask<'_>], slices: &[&Slice]) -> Option<PortPlan> {
     let Ask { family, port, .. } = *asks.first()?;
     let backends = cluster_set(port, family, slices);
-    let verdict = if backends.is_empty() { Verdict::Reject } else { Verdict::Balance };
+    let verdict = if backends.is_empty() { Verdict::Reject } else { Verdict::Cluster };
     Some(PortPlan {
         family,
         protocol: port.protocol,
         name: port.name.clone(),
         frontends: asks.iter().map(|ask| Frontend { at: ask.at, kind: ask.kind, verdict }).collect(),
+        affinity: None,
+        source_ranges: None,
         backends,
+        local_backends: Box::default(),
+        draining: Box::default(),
     })
 }

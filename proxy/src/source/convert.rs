@@ -12,7 +12,8 @@ use super::intern::Interner;
 use super::problem::{Problem, shorten};
 use super::wire;
 use crate::model::input::{
-    Endpoint, EndpointSlice, Family, Node, ObjectKey, Origin, Protocol, Service, ServicePort, SlicePort,
+    Endpoint, EndpointSlice, Family, Node, ObjectKey, Origin, Protocol, Service, ServicePort, ServiceType,
+    SlicePort, TrafficPolicy,
 };
 
 /// What became of an object.
@@ -178,6 +179,11 @@ impl Converter {
             created: created(metadata, &mut report),
             cluster_ips: addresses,
             ports,
+            kind: ServiceType::ClusterIp,
+            internal_policy: TrafficPolicy::Cluster,
+            external_policy: TrafficPolicy::Cluster,
+            affinity: None,
+            external: None,
         })
     }
 
@@ -253,6 +259,7 @@ impl Converter {
                 serving: conditions.and_then(|c| c.serving).unwrap_or(true),
                 terminating: conditions.and_then(|c| c.terminating).unwrap_or(false),
                 node,
+                hints: None,
             });
         }
         if endpoints.is_empty() && !given.is_empty() {
@@ -289,7 +296,7 @@ impl Converter {
                 }
             }
         }
-        Node { addresses }
+        Node { addresses, ..Node::default() }
     }
 
     /// The CIDRs of a ServiceCIDR named `name`.

@@ -4,9 +4,9 @@ use std::net::IpAddr;
 
 use kube_lane::model::input::{
     Change, Endpoint, EndpointSlice, Event, Family, ObjectKey, Origin, Protocol, Service, ServicePort,
-    SlicePort,
+    ServiceType, SlicePort, TrafficPolicy,
 };
-use kube_lane::model::planner::{Planner, Settings};
+use kube_lane::model::planner::{NodePortAddresses, Planner, PodCidrs, Settings};
 
 /// The own node of every planner here.
 pub(crate) const NODE: &str = "node-a";
@@ -25,6 +25,8 @@ pub(crate) fn planner() -> Planner {
         node_name: NODE.into(),
         origins: vec![Origin::Static, Origin::Api],
         node_address: None,
+        pod_cidrs: PodCidrs::Unknown,
+        nodeport_addresses: NodePortAddresses::Primary,
     })
 }
 
@@ -58,6 +60,11 @@ pub(crate) fn service(name: &str, created: i64, cluster_ips: &[&str], node_port:
         created,
         cluster_ips: cluster_ips.iter().map(|text| ip(text)).collect(),
         ports: vec![ServicePort { name: "http".into(), protocol: Protocol::Tcp, port: 80, node_port }],
+        kind: ServiceType::default(),
+        internal_policy: TrafficPolicy::default(),
+        external_policy: TrafficPolicy::default(),
+        affinity: None,
+        external: None,
     }
 }
 
@@ -74,7 +81,14 @@ pub(crate) fn slice(name: &str, service: &str, addresses: &[&str]) -> EndpointSl
 }
 
 pub(crate) fn endpoint(address: IpAddr) -> Endpoint {
-    Endpoint { address, ready: true, serving: true, terminating: false, node: Some("node-b".into()) }
+    Endpoint {
+        address,
+        ready: true,
+        serving: true,
+        terminating: false,
+        node: Some("node-b".into()),
+        hints: None,
+    }
 }
 
 /// The text of a Service's plan, `-` where it has none.

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr};
 
 use kube_lane::model::input::{Change, Event, Node, Origin};
-use kube_lane::model::planner::{Planner, Settings};
+use kube_lane::model::planner::{NodePortAddresses, Planner, PodCidrs, Settings};
 
 use crate::build::{api, endpoint, file, ip, key, reported, service, slice, synced, text};
 
@@ -51,7 +51,7 @@ fn equal_objects_mark_nothing() {
     for _ in 0..3 {
         planner.apply(api(Change::Service(service("web", 0, &["10.96.0.1"], Some(30080)))));
         planner.apply(api(Change::Slice(slice("web-1", "web", &["10.244.0.1"]))));
-        planner.apply(api(Change::Node(Some(Node { addresses: vec![ip("192.0.2.1")] }))));
+        planner.apply(api(Change::Node(Some(Node { addresses: vec![ip("192.0.2.1")], ..Node::default() }))));
         planner.replan();
     }
     assert_eq!(planner.services_planned(), 1);
@@ -110,7 +110,7 @@ fn a_node_change_plans_no_service() {
     let mut planner = synced();
     planner.apply(api(Change::Service(service("web", 0, &["10.96.0.1"], Some(30080)))));
     planner.replan();
-    planner.apply(api(Change::Node(Some(Node { addresses: vec![ip("192.0.2.1")] }))));
+    planner.apply(api(Change::Node(Some(Node { addresses: vec![ip("192.0.2.1")], ..Node::default() }))));
     let changes = planner.replan();
     assert!(changes.services.is_empty());
     assert_eq!(changes.node.unwrap().nodeport_addresses, [ip("192.0.2.1")]);
@@ -125,7 +125,9 @@ fn node_ports_follow_the_node_and_fall_back_to_the_host() {
         planner.replan();
         planner.node().map(|node| node.nodeport_addresses.clone()).unwrap_or_default()
     };
-    let node = |texts: &[&str]| Some(Node { addresses: texts.iter().map(|text| ip(text)).collect() });
+    let node = |texts: &[&str]| {
+        Some(Node { addresses: texts.iter().map(|text| ip(text)).collect(), ..Node::default() })
+    };
 
     let host = ["fe80::1", "::1", "127.0.0.1", "203.0.113.9", "192.0.2.9", "192.0.2.9"].map(ip);
     assert_eq!(addresses(Event::HostAddresses(host.into())), ["192.0.2.9", "203.0.113.9"].map(ip));
@@ -152,9 +154,15 @@ fn service_cidrs_are_united() {
 fn a_bind_address_takes_the_place_of_the_nodes_own_of_its_family() {
     let origins = vec![Origin::Static];
     let node_address = Some(ip("198.51.100.4"));
-    let mut planner = Planner::new(Settings { node_name: "n".into(), origins, node_address });
+    let mut planner = Planner::new(Settings {
+        node_name: "n".into(),
+        origins,
+        node_address,
+        pod_cidrs: PodCidrs::Unknown,
+        nodeport_addresses: NodePortAddresses::Primary,
+    });
     let addresses = ["192.0.2.1", "2001:db8::1"].map(ip).to_vec();
-    planner.apply(file(Change::Node(Some(Node { addresses }))));
+    planner.apply(file(Change::Node(Some(Node { addresses, ..Node::default() }))));
     planner.apply(file(Change::Synced));
     let node = planner.replan().node.unwrap();
     assert_eq!(node.nodeport_addresses, ["198.51.100.4", "2001:db8::1"].map(ip));

@@ -12,7 +12,7 @@ fn plans_as_json() {
     pods.endpoints[0].node = Some(NODE.into());
     planner.apply(api(Change::Service(service("web", 0, &["10.96.0.1"], Some(30080)))));
     planner.apply(api(Change::Slice(pods)));
-    planner.apply(api(Change::Node(Some(Node { addresses: vec![ip("192.0.2.1")] }))));
+    planner.apply(api(Change::Node(Some(Node { addresses: vec![ip("192.0.2.1")], ..Node::default() }))));
     planner.apply(api(Change::ServiceCidrs(vec!["10.96.0.0/16".parse().unwrap()])));
     planner.replan();
     assert_eq!(
@@ -25,8 +25,8 @@ fn plans_as_json() {
                 "name": "http",
                 "backends": [{"address": "10.244.0.1:8080", "local": true}],
                 "frontends": [
-                    {"at": {"vip": "10.96.0.1:80"}, "kind": "ClusterIP", "verdict": "balance"},
-                    {"at": {"nodePort": 30080}, "kind": "NodePort", "verdict": "balance"},
+                    {"at": {"vip": "10.96.0.1:80"}, "kind": "ClusterIP", "verdict": "cluster"},
+                    {"at": {"nodePort": 30080}, "kind": "NodePort", "verdict": "cluster"},
                 ],
             }],
             "warnings": [],

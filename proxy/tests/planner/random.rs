@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use kube_lane::model::input::{
     Change, Endpoint, EndpointSlice, Event, Family, Node, ObjectKey, Origin, Protocol, Service, ServicePort,
-    SlicePort,
+    ServiceType, SlicePort, TrafficPolicy,
 };
 use kube_lane::model::plan::{AddressPort, FrontendAddress, NodePlan, Plan};
 use kube_lane::model::planner::{Changes, Planner};
@@ -195,7 +195,7 @@ impl Random {
             0 => Change::Synced,
             1 => {
                 let addresses = self.some_addresses(2);
-                Change::Node((!self.one_in(3)).then_some(Node { addresses }))
+                Change::Node((!self.one_in(3)).then_some(Node { addresses, ..Node::default() }))
             }
             2 => Change::ServiceCidrs(
                 (0..self.below(4))
@@ -252,6 +252,11 @@ impl Random {
             created: self.below(3) as i64,
             cluster_ips: self.some_addresses(2),
             ports,
+            kind: ServiceType::default(),
+            internal_policy: TrafficPolicy::default(),
+            external_policy: TrafficPolicy::default(),
+            affinity: None,
+            external: None,
         }
     }
 
@@ -268,6 +273,7 @@ impl Random {
             serving: self.one_in(2),
             terminating: self.one_in(2),
             node: self.pick(&[None, Some(NODE.into()), Some("node-b".into())]),
+            hints: None,
         });
         let endpoints = endpoints.collect();
         EndpointSlice { key: self.name(), service: self.name(), family, ports: ports.into(), endpoints }

@@ -5,7 +5,6 @@
 //! it takes to create them is not measured.
 
 use std::cell::Cell;
-use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
@@ -77,8 +76,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
 
     println!("\n{}", report::markdown(&results));
     let file = results.save(&dir)?;
-    fs::write(dir.join("sync.md"), report::markdown(&results))?;
-    println!("written to {} and sync.md beside it", file.display());
+    println!("written to {}", file.display());
     if args.out.is_none()
         && let Err(error) = report::write_readme(&root().join("README.md"), &results)
     {

@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::thread;
 
-use kube_lane::dataplane::nftables::{Nftables, Settings, cleanup};
+use kube_lane::dataplane::nftables::{Detector, Nftables, Settings, cleanup};
 use kube_lane::dataplane::{Batch, Dataplane, Outcome};
 use kube_lane::model::input::{Family, Protocol, ServiceKey};
 use kube_lane::model::plan::{
@@ -61,13 +61,17 @@ fn named(name: &str, number: u16, endpoints: &[u16]) -> (ServiceKey, Option<Arc<
                 local: n % 2 == 0,
             }
         });
-        let verdict = if endpoints.is_empty() { Verdict::Reject } else { Verdict::Balance };
+        let verdict = if endpoints.is_empty() { Verdict::Reject } else { Verdict::Cluster };
         let vip = address([10, 96, high, low], format!("fd00:96::{number:x}"), 80);
         PortPlan {
             family,
             protocol: Protocol::Tcp,
             name: "http".into(),
+            affinity: None,
+            source_ranges: None,
             backends: backends.collect(),
+            local_backends: [].into(),
+            draining: [].into(),
             frontends: [
                 Frontend { at: FrontendAddress::Vip(vip.into()), kind: FrontendKind::ClusterIp, verdict },
                 Frontend { at: FrontendAddress::NodePort(number), kind: FrontendKind::NodePort, verdict },
@@ -76,22 +80,21 @@ fn named(name: &str, number: u16, endpoints: &[u16]) -> (ServiceKey, Option<Arc<
         }
     });
     let service = ServiceKey::new("default", name);
-    let plan = Plan { service: service.clone(), ports: ports.into(), warnings: [].into() };
+    let plan =
+        Plan { service: service.clone(), ports: ports.into(), health_check: None, warnings: [].into() };
     (service, Some(Arc::new(plan)))
 }
 
 fn node() -> NodePlan {
     NodePlan {
         nodeport_addresses: vec!["192.168.77.1".parse().unwrap(), "fd00:77::1".parse().unwrap()],
+        pod_cidrs: vec!["10.244.0.0/16".parse().unwrap(), "fd00:244::/56".parse().unwrap()],
         service_cidrs: vec!["10.96.0.0/12".parse().unwrap(), "fd00:96::/108".parse().unwrap()],
     }
 }
 
 fn settings() -> Settings {
-    Settings {
-        cluster_cidrs: vec!["10.244.0.0/16".parse().unwrap(), "fd00:244::/56".parse().unwrap()],
-        masquerade_all: false,
-    }
+    Settings { detector: Detector::PodCidrs, masquerade_all: false }
 }
 
 fn batch(services: Vec<(ServiceKey, Option<Arc<Plan>>)>) -> Batch {

@@ -81,7 +81,7 @@ impl Nftables {
         }
         let node = node.unwrap_or(&self.node).clone();
         let (mut removed, mut added, mut owned) = (Vec::new(), Vec::new(), self.node_places.clone());
-        for (family, set, wanted) in node_elements(&node, &self.settings.cluster_cidrs) {
+        for (family, set, wanted) in node_elements(&node) {
             let found = self.found.as_ref().map(|found| found.places_in(family, set)).unwrap_or_default();
             if !exact && !found.is_empty() && set != Set::PodCidrs {
                 continue;
@@ -277,7 +277,7 @@ impl Nftables {
 const TOO_LARGE: &str = "it does not fit a netlink message";
 
 /// The sets that belong to the node rather than to Services, and what is wanted in them.
-fn node_elements(node: &NodePlan, pod_cidrs: &[ipnetwork::IpNetwork]) -> Vec<(Family, Set, Vec<Element>)> {
+fn node_elements(node: &NodePlan) -> Vec<(Family, Set, Vec<Element>)> {
     let mut sets = Vec::new();
     for family in Family::ALL {
         let of_family = node.nodeport_addresses.iter().filter(|address| Family::of(**address) == family);
@@ -288,7 +288,7 @@ fn node_elements(node: &NodePlan, pod_cidrs: &[ipnetwork::IpNetwork]) -> Vec<(Fa
         });
         sets.push((family, Set::NodeportIps, addresses.collect()));
         sets.push((family, Set::ServiceCidrs, ranges(Set::ServiceCidrs, family, &node.service_cidrs)));
-        sets.push((family, Set::PodCidrs, ranges(Set::PodCidrs, family, pod_cidrs)));
+        sets.push((family, Set::PodCidrs, ranges(Set::PodCidrs, family, &node.pod_cidrs)));
     }
     sets
 }

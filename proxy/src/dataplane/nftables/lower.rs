@@ -245,7 +245,7 @@ impl Target {
 
     fn membership(&self, verdict: Verdict) -> Place {
         let set = match verdict {
-            Verdict::Balance => self.member,
+            Verdict::Cluster | Verdict::Local => self.member,
             Verdict::Reject => self.reject,
         };
         self.place(set, self.key)
@@ -303,7 +303,7 @@ impl Target {
 
 fn balanced(state: Option<(Verdict, Order<'_>)>) -> Option<Order<'_>> {
     state.and_then(|(verdict, order)| match verdict {
-        Verdict::Balance => Some(order),
+        Verdict::Cluster | Verdict::Local => Some(order),
         Verdict::Reject => None,
     })
 }

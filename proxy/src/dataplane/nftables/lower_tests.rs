@@ -14,7 +14,7 @@ fn address(n: u16) -> SocketAddr {
 fn plan(backends: impl IntoIterator<Item = Backend>, nodeport: bool) -> Arc<Plan> {
     let mut backends: Vec<_> = backends.into_iter().collect();
     backends.sort();
-    let verdict = if backends.is_empty() { Verdict::Reject } else { Verdict::Balance };
+    let verdict = if backends.is_empty() { Verdict::Reject } else { Verdict::Cluster };
     let vip = FrontendAddress::Vip("10.96.0.1:80".parse::<SocketAddr>().unwrap().into());
     let mut frontends = vec![Frontend { at: vip, kind: FrontendKind::ClusterIp, verdict }];
     if nodeport {
@@ -25,11 +25,15 @@ fn plan(backends: impl IntoIterator<Item = Backend>, nodeport: bool) -> Arc<Plan
         family: Family::V4,
         protocol: Protocol::Tcp,
         name: "http".into(),
+        affinity: None,
+        source_ranges: None,
         backends: backends.into(),
+        local_backends: [].into(),
+        draining: [].into(),
         frontends: frontends.into(),
     };
     let service = crate::model::input::ServiceKey::new("default", "web");
-    Arc::new(Plan { service, ports: [port].into(), warnings: [].into() })
+    Arc::new(Plan { service, ports: [port].into(), health_check: None, warnings: [].into() })
 }
 
 /// A model of the kernel: applies what is lowered, and refuses what the kernel refuses.

@@ -26,7 +26,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::OwnedFd;
 
-use ipnetwork::IpNetwork;
 use nftnl::MsgType;
 use nix::errno::Errno;
 use tracing::{info, warn};
@@ -48,10 +47,25 @@ use crate::model::plan::NodePlan;
 /// What the ruleset depends on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Settings {
-    /// Where pods have their addresses (`clusterCIDR`): who dials a cluster IP from elsewhere is masqueraded.
-    pub cluster_cidrs: Vec<IpNetwork>,
+    /// How this node's pods are told from other clients.
+    pub detector: Detector,
     /// Masquerade everybody who dials a cluster IP.
     pub masquerade_all: bool,
+}
+
+/// How this node's pods are told from other clients (`detectLocalMode`): who dials a cluster IP and is none of them is
+/// masqueraded.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Detector {
+    /// They are not.
+    #[default]
+    None,
+    /// By their address, in [`NodePlan::pod_cidrs`].
+    PodCidrs,
+    /// Their packets come in through this interface.
+    Interface(String),
+    /// Their packets come in through interfaces whose names begin with this.
+    InterfacePrefix(String),
 }
 
 /// Why the nftables dataplane could not do anything.
@@ -261,11 +275,10 @@ fn ruleset(transaction: &mut Transaction<Owner>, family: Family, settings: &Sett
     for set in Set::ALL {
         transaction.set(set, family, owner);
     }
-    let has_detector = settings.cluster_cidrs.iter().any(|cidr| Family::of(cidr.ip()) == family);
-    let snat = match (settings.masquerade_all, has_detector) {
+    let snat = match (settings.masquerade_all, &settings.detector) {
         (true, _) => ClusterIpSnat::Always,
-        (false, true) => ClusterIpSnat::NonLocal,
-        (false, false) => ClusterIpSnat::Never,
+        (false, Detector::None) => ClusterIpSnat::Never,
+        (false, _) => ClusterIpSnat::NonLocal,
     };
     let specs = rules::chains(family, snat);
     let chains: Vec<_> = specs
