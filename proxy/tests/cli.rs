@@ -86,7 +86,7 @@ fn write_config_to_is_read_back() {
 #[test]
 fn warnings_are_logged_for_people_and_for_machines() {
     let flags =
-        ["--init-only", "--manifests=/tmp", "--proxy-mode=iptables", "--conntrack-min=5", "--profiling"];
+        ["--init-only", "--manifests=/tmp", "--proxy-mode=iptables", "--oom-score-adj=5", "--profiling"];
     let output = run(&flags);
     let log = text(&output.stderr);
     assert!(output.status.success(), "{log}");
@@ -97,7 +97,7 @@ fn warnings_are_logged_for_people_and_for_machines() {
         "{log}"
     );
     assert!(
-        warnings[1].ends_with("without effect in kube-lane so far: --conntrack-min, --profiling"),
+        warnings[1].ends_with("without effect in kube-lane so far: --profiling, --oom-score-adj"),
         "{log}"
     );
 

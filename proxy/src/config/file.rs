@@ -79,6 +79,8 @@ section! {
     KubeLaneSection {
         manifests: Option<PathBuf>,
         log_level: Option<String>,
+        #[serde(rename = "conntrackCleanSCTP")]
+        conntrack_clean_sctp: Option<bool>,
     }
 }
 

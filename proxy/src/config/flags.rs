@@ -79,6 +79,9 @@ pub struct RunFlags {
     /// End the process when an address cannot be bound, instead of trying again
     #[arg(long, value_parser = go_bool(), num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     bind_address_hard_fail: Option<bool>,
+    /// Forget SCTP associations with endpoints that are gone, as UDP flows always are
+    #[arg(long, value_parser = go_bool(), num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    conntrack_clean_sctp: Option<bool>,
     /// Port of --healthz-bind-address where that names none; 0: nowhere
     #[arg(long, hide = true)]
     healthz_port: Option<u16>,
@@ -302,6 +305,8 @@ impl RunFlags {
             options: flags.logging.options.or(file.logging.options),
         };
         file.kube_lane.manifests = flags.kube_lane.manifests.or(file.kube_lane.manifests);
+        file.kube_lane.conntrack_clean_sctp =
+            flags.kube_lane.conntrack_clean_sctp.or(file.kube_lane.conntrack_clean_sctp);
         file.kube_lane.log_level = flags.kube_lane.log_level.or(file.kube_lane.log_level);
 
         let overrides = Overrides { master: self.master.clone(), ..Overrides::default() };
@@ -395,6 +400,7 @@ impl RunFlags {
         prune(&mut options);
         file.logging.options = (options != json!({})).then_some(options);
         file.kube_lane.manifests = self.manifests.as_ref().map(PathBuf::from);
+        file.kube_lane.conntrack_clean_sctp = self.conntrack_clean_sctp;
         file.kube_lane.log_level = self.log.log_level.clone();
         file
     }

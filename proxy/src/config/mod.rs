@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use ipnetwork::IpNetwork;
 
+mod conntrack;
 mod duration;
 mod error;
 mod file;
@@ -24,6 +25,7 @@ mod resolve;
 #[cfg(test)]
 mod tests;
 
+pub use conntrack::Conntrack;
 pub use error::{ConfigError, InvalidField};
 pub use resolve::{Environment, Resolved};
 
@@ -52,6 +54,8 @@ pub struct Config {
     pub metrics_address: Option<SocketAddr>,
     /// An address that cannot be bound ends the process instead of being tried again.
     pub bind_address_hard_fail: bool,
+    /// Limits and timeouts of connection tracking.
+    pub conntrack: Conntrack,
     /// How to log.
     pub logging: Logging,
 }

@@ -2,13 +2,15 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use ipnetwork::IpNetwork;
 use serde_json::{Value, json};
 
+use super::duration::GoDuration;
 use super::error::{ConfigError, InvalidField};
 use super::file::{KubeProxyConfiguration, leaves};
-use super::{Api, Config, Detector, LogFormat, Logging, Mode};
+use super::{Api, Config, Conntrack, Detector, LogFormat, Logging, Mode};
 
 const HEALTHZ_PORT: u16 = 10256;
 const METRICS_PORT: u16 = 10249;
@@ -21,6 +23,7 @@ const HONOURED: &[&str] = &[
     "bindAddressHardFail",
     "clientConnection.",
     "clusterCIDR",
+    "conntrack.",
     "detectLocalMode",
     "healthzBindAddress",
     "hostnameOverride",
@@ -86,8 +89,9 @@ impl Resolved {
     /// `--config` reads it back to the same [`Config`], except that a file cannot say an address is off.
     pub fn to_yaml(&self) -> String {
         let mut value = self.file.to_value();
-        let Config { healthz_address, metrics_address, min_sync_period, .. } = &self.config;
+        let Config { healthz_address, metrics_address, min_sync_period, conntrack, .. } = &self.config;
         let address = |address: &Option<SocketAddr>| address.map(|address| address.to_string());
+        let timeout = |timeout: Option<Duration>| json!(GoDuration(timeout.unwrap_or_default()));
         for (path, default) in [
             ("/apiVersion", json!(super::file::API_VERSION)),
             ("/kind", json!(super::file::KIND)),
@@ -97,7 +101,14 @@ impl Resolved {
             ("/metricsBindAddress", json!(address(metrics_address))),
             ("/bindAddressHardFail", json!(self.config.bind_address_hard_fail)),
             ("/nftables/masqueradeAll", json!(self.config.masquerade_all)),
-            ("/nftables/minSyncPeriod", json!(super::duration::GoDuration(*min_sync_period))),
+            ("/nftables/minSyncPeriod", json!(GoDuration(*min_sync_period))),
+            ("/conntrack/maxPerCore", json!(conntrack.max_per_core.unwrap_or_default())),
+            ("/conntrack/min", json!(conntrack.min)),
+            ("/conntrack/tcpEstablishedTimeout", timeout(conntrack.tcp_established)),
+            ("/conntrack/tcpCloseWaitTimeout", timeout(conntrack.tcp_close_wait)),
+            ("/conntrack/tcpBeLiberal", json!(conntrack.tcp_be_liberal)),
+            ("/conntrack/udpTimeout", timeout(conntrack.udp)),
+            ("/conntrack/udpStreamTimeout", timeout(conntrack.udp_stream)),
         ] {
             set(&mut value, path, default);
         }
@@ -182,6 +193,8 @@ pub(super) fn resolve(
     );
 
     let detector = check.detector(&file);
+    let conntrack =
+        Conntrack::resolve(&file.conntrack, &file.kube_lane, |field, count| check.count(field, count));
     let node_name = check.node_name(file.hostname_override.as_deref(), &environment.hostname);
 
     let manifests = file.kube_lane.manifests.clone().filter(|path| !path.as_os_str().is_empty());
@@ -239,6 +252,7 @@ pub(super) fn resolve(
         healthz_address: (!overrides.no_healthz).then_some(healthz_address),
         metrics_address: (!overrides.no_metrics).then_some(metrics_address),
         bind_address_hard_fail: file.bind_address_hard_fail.unwrap_or_default(),
+        conntrack,
         logging: Logging {
             format,
             verbosity: file.logging.verbosity.unwrap_or_default(),
@@ -259,9 +273,6 @@ fn without_effect(file: &Value, mode: Option<&str>) -> Vec<String> {
     let defaults = json!({
         "configSyncPeriod": "15m0s",
         "oomScoreAdj": -999,
-        "conntrack": {
-            "maxPerCore": 32768, "min": 131_072, "tcpCloseWaitTimeout": "1h0m0s", "tcpEstablishedTimeout": "24h0m0s",
-        },
         "iptables": {
             "localhostNodePorts": true, "masqueradeBit": 14, "minSyncPeriod": "1s", "syncPeriod": "30s",
         },
@@ -302,13 +313,13 @@ fn without_effect(file: &Value, mode: Option<&str>) -> Vec<String> {
     idle
 }
 
-/// Collects the fields whose values cannot be used.
 /// Whether a client can be made of it: `http://` or `https://` and a host.
 fn is_server_url(text: &str) -> bool {
     text.parse::<http::Uri>()
         .is_ok_and(|url| matches!(url.scheme_str(), Some("http" | "https")) && url.host().is_some())
 }
 
+/// Collects the fields whose values cannot be used.
 struct Checker<'a>(&'a mut Vec<InvalidField>);
 
 impl Checker<'_> {
@@ -330,6 +341,14 @@ impl Checker<'_> {
             self.invalid(field, value, problem, remedy);
         }
         parsed
+    }
+
+    /// A number that must not be negative.
+    fn count(&mut self, field: &'static str, value: i32) -> u32 {
+        u32::try_from(value).unwrap_or_else(|_| {
+            self.invalid(field, &value.to_string(), "is negative", "use 0 or more");
+            0
+        })
     }
 
     /// `IP:port`, or an IP alone with the default's port.

@@ -223,19 +223,19 @@ fn modes_of_kube_proxy_are_served_by_nftables_and_said_so() {
 #[test]
 fn what_has_no_effect_is_named_in_one_warning() {
     let flags =
-        ["--conntrack-min=5", "--nodeport-addresses=10.0.0.0/8", "--profiling", "--ipvs-scheduler=rr"];
+        ["--oom-score-adj=5", "--nodeport-addresses=10.0.0.0/8", "--profiling", "--ipvs-scheduler=rr"];
     assert_eq!(
         resolve(&flags).unwrap().warnings,
-        ["without effect in kube-lane so far: --conntrack-min, --profiling, --nodeport-addresses"]
+        ["without effect in kube-lane so far: --profiling, --nodeport-addresses, --oom-score-adj"]
     );
     let file = ConfigFile::fields(
         "idle",
-        "detectLocalMode: NodeCIDR\nfeatureGates: {A: true}\nconntrack: {min: 5, maxPerCore: 0}\n",
+        "detectLocalMode: NodeCIDR\nfeatureGates: {A: true}\noomScoreAdj: 5\nconntrack: {min: 5, maxPerCore: 0}\n",
     );
     let resolved = file.resolve(&[]).unwrap();
     assert_eq!(
         resolved.warnings,
-        ["without effect in kube-lane so far: conntrack.min, featureGates, detectLocalMode"]
+        ["without effect in kube-lane so far: featureGates, oomScoreAdj, detectLocalMode"]
     );
     assert_eq!(resolved.config.detector, Detector::None);
 }
@@ -253,6 +253,7 @@ fn errors_name_field_value_and_remedy() {
         (&["--detect-local-mode=Guess"], ["detectLocalMode", "Guess", "ClusterCIDR"]),
         (&["--master=foo"], ["--master", "foo", "write it like https://"]),
         (&["--master=192.0.2.1:6443"], ["--master", "192.0.2.1:6443", "write it like https://"]),
+        (&["--conntrack-max-per-core=-1"], ["conntrack.maxPerCore", "\"-1\"", "0 or more"]),
         (&["--log-format=xml"], ["logging.format", "xml", "text or json"]),
     ] {
         let error = resolve(args).unwrap_err();
@@ -414,6 +415,10 @@ fn what_is_written_is_read_back_the_same() {
         "--metrics-bind-address=0.0.0.0",
         "--iptables-min-sync-period=1500ms",
         "--conntrack-min=7",
+        "--conntrack-udp-timeout=1m0s",
+        "--conntrack-max-per-core=0",
+        "--conntrack-clean-sctp",
+        "--oom-score-adj=7",
         "--manifests=/m",
         "-v=3",
     ];
@@ -421,7 +426,34 @@ fn what_is_written_is_read_back_the_same() {
     let read = ConfigFile::new("round-trip", &written.to_yaml()).resolve(&[]).unwrap();
     assert_eq!(read.config, written.config, "{}", written.to_yaml());
     assert_eq!(read.to_yaml(), written.to_yaml());
-    assert_eq!(read.warnings, ["without effect in kube-lane so far: conntrack.min"]);
+    assert_eq!(read.warnings, ["without effect in kube-lane so far: oomScoreAdj"]);
+}
+
+#[test]
+fn conntrack_has_the_defaults_of_kube_proxy() {
+    assert_eq!(config(&[]).conntrack, Conntrack::default());
+    let written = include_str!("../../tests/config/kube-proxy-defaults.yaml");
+    assert_eq!(
+        ConfigFile::new("conntrack", written).resolve(&[]).unwrap().config.conntrack,
+        Conntrack::default()
+    );
+    let file = ConfigFile::fields(
+        "conntrack-set",
+        "conntrack: {maxPerCore: 0, min: 0, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 90s, tcpBeLiberal: true, \
+         udpTimeout: 1ms, udpStreamTimeout: 2m}\nkubeLane: {conntrackCleanSCTP: true}\n",
+    );
+    let expected = Conntrack {
+        max_per_core: None,
+        min: 0,
+        tcp_established: None,
+        tcp_close_wait: Some(Duration::from_secs(90)),
+        tcp_be_liberal: true,
+        udp: Some(Duration::from_secs(1)),
+        udp_stream: Some(Duration::from_secs(120)),
+        clean_sctp: true,
+    };
+    assert_eq!(file.resolve(&[]).unwrap().config.conntrack, expected);
+    assert!(!file.resolve(&["--conntrack-clean-sctp=false"]).unwrap().config.conntrack.clean_sctp);
 }
 
 #[test]
