@@ -6,6 +6,7 @@
 //!
 //! `ARCHITECTURE.md` at the top of the repository is the map of these modules and of what each never does.
 
+pub mod address;
 pub mod cli;
 pub mod config;
 pub mod controller;

@@ -60,6 +60,7 @@ pub(crate) struct Metadata<'a> {
     pub(crate) namespace: Option<Text<'a>>,
     pub(crate) resource_version: Option<Text<'a>>,
     pub(crate) creation_timestamp: Option<Text<'a>>,
+    pub(crate) deletion_timestamp: Option<IgnoredAny>,
     pub(crate) labels: Option<Labels<'a>>,
     pub(crate) annotations: Option<Annotations>,
 }
@@ -74,6 +75,8 @@ pub(crate) struct Labels<'a> {
     pub(crate) service_proxy_name: Option<IgnoredAny>,
     #[serde(rename = "service.kubernetes.io/headless")]
     pub(crate) headless: Option<IgnoredAny>,
+    #[serde(rename = "topology.kubernetes.io/zone")]
+    pub(crate) zone: Option<Text<'a>>,
 }
 
 /// The annotation of the bookmark that ends a streaming list.
@@ -108,6 +111,7 @@ pub(crate) struct Service<'a> {
     #[serde(borrow)]
     pub(crate) metadata: Option<Metadata<'a>>,
     pub(crate) spec: Option<ServiceSpec<'a>>,
+    pub(crate) status: Option<ServiceStatus<'a>>,
 }
 
 /// `spec` of a Service.
@@ -120,13 +124,61 @@ pub(crate) struct ServiceSpec<'a> {
     pub(crate) cluster_ip: Option<Text<'a>>,
     #[serde(rename = "clusterIPs")]
     pub(crate) cluster_ips: Option<Vec<Text<'a>>>,
-    pub(crate) ports: Option<Vec<ServicePort<'a>>>,
+    pub(crate) ports: Option<Vec<Port<'a>>>,
+    pub(crate) internal_traffic_policy: Option<Text<'a>>,
+    pub(crate) external_traffic_policy: Option<Text<'a>>,
+    pub(crate) session_affinity: Option<Text<'a>>,
+    pub(crate) session_affinity_config: Option<SessionAffinityConfig>,
+    #[serde(rename = "externalIPs")]
+    pub(crate) external_ips: Option<Vec<Text<'a>>>,
+    pub(crate) load_balancer_source_ranges: Option<Vec<Text<'a>>>,
+    pub(crate) health_check_node_port: Option<i64>,
 }
 
-/// One entry of a Service's `spec.ports`.
+/// `spec.sessionAffinityConfig` of a Service.
+#[derive(Debug, Default, serde::Deserialize)]
+#[serde(default)]
+pub(crate) struct SessionAffinityConfig {
+    #[serde(rename = "clientIP")]
+    pub(crate) client_ip: Option<ClientIpConfig>,
+}
+
+/// `spec.sessionAffinityConfig.clientIP` of a Service.
 #[derive(Debug, Default, serde::Deserialize)]
 #[serde(default, rename_all = "camelCase")]
-pub(crate) struct ServicePort<'a> {
+pub(crate) struct ClientIpConfig {
+    pub(crate) timeout_seconds: Option<i64>,
+}
+
+/// `status` of a Service.
+#[derive(Debug, Default, serde::Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub(crate) struct ServiceStatus<'a> {
+    #[serde(borrow)]
+    pub(crate) load_balancer: Option<LoadBalancerStatus<'a>>,
+}
+
+/// `status.loadBalancer` of a Service.
+#[derive(Debug, Default, serde::Deserialize)]
+#[serde(default)]
+pub(crate) struct LoadBalancerStatus<'a> {
+    #[serde(borrow)]
+    pub(crate) ingress: Option<Vec<LoadBalancerIngress<'a>>>,
+}
+
+/// One entry of a Service's `status.loadBalancer.ingress`.
+#[derive(Debug, Default, serde::Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub(crate) struct LoadBalancerIngress<'a> {
+    #[serde(borrow)]
+    pub(crate) ip: Option<Text<'a>>,
+    pub(crate) ip_mode: Option<Text<'a>>,
+}
+
+/// One entry of a Service's `spec.ports`, or of a slice's `ports`, which have no `nodePort`.
+#[derive(Debug, Default, serde::Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub(crate) struct Port<'a> {
     #[serde(borrow)]
     pub(crate) name: Option<Text<'a>>,
     pub(crate) protocol: Option<Text<'a>>,
@@ -142,7 +194,7 @@ pub(crate) struct EndpointSlice<'a> {
     pub(crate) metadata: Option<Metadata<'a>>,
     pub(crate) address_type: Option<Text<'a>>,
     pub(crate) endpoints: Option<Vec<Endpoint<'a>>>,
-    pub(crate) ports: Option<Vec<SlicePort<'a>>>,
+    pub(crate) ports: Option<Vec<Port<'a>>>,
 }
 
 /// One entry of a slice's `endpoints`.
@@ -153,6 +205,7 @@ pub(crate) struct Endpoint<'a> {
     pub(crate) addresses: Option<Vec<Text<'a>>>,
     pub(crate) conditions: Option<Conditions>,
     pub(crate) node_name: Option<Text<'a>>,
+    pub(crate) hints: Option<Hints<'a>>,
 }
 
 /// `conditions` of an endpoint.
@@ -164,14 +217,21 @@ pub(crate) struct Conditions {
     pub(crate) terminating: Option<bool>,
 }
 
-/// One entry of a slice's `ports`.
+/// `hints` of an endpoint.
+#[derive(Debug, Default, serde::Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub(crate) struct Hints<'a> {
+    #[serde(borrow)]
+    pub(crate) for_zones: Option<Vec<Hint<'a>>>,
+    pub(crate) for_nodes: Option<Vec<Hint<'a>>>,
+}
+
+/// One entry of `hints.forZones` or `hints.forNodes`.
 #[derive(Debug, Default, serde::Deserialize)]
 #[serde(default)]
-pub(crate) struct SlicePort<'a> {
+pub(crate) struct Hint<'a> {
     #[serde(borrow)]
     pub(crate) name: Option<Text<'a>>,
-    pub(crate) protocol: Option<Text<'a>>,
-    pub(crate) port: Option<i64>,
 }
 
 /// `v1` Node.
@@ -180,7 +240,27 @@ pub(crate) struct SlicePort<'a> {
 pub(crate) struct Node<'a> {
     #[serde(borrow)]
     pub(crate) metadata: Option<Metadata<'a>>,
+    pub(crate) spec: Option<NodeSpec<'a>>,
     pub(crate) status: Option<NodeStatus<'a>>,
+}
+
+/// `spec` of a Node.
+#[derive(Debug, Default, serde::Deserialize)]
+#[serde(default)]
+pub(crate) struct NodeSpec<'a> {
+    #[serde(borrow, rename = "podCIDR")]
+    pub(crate) pod_cidr: Option<Text<'a>>,
+    #[serde(rename = "podCIDRs")]
+    pub(crate) pod_cidrs: Option<Vec<Text<'a>>>,
+    pub(crate) taints: Option<Vec<Taint<'a>>>,
+}
+
+/// One entry of a Node's `spec.taints`.
+#[derive(Debug, Default, serde::Deserialize)]
+#[serde(default)]
+pub(crate) struct Taint<'a> {
+    #[serde(borrow)]
+    pub(crate) key: Option<Text<'a>>,
 }
 
 /// `status` of a Node.

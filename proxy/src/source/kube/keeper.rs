@@ -205,7 +205,7 @@ impl OwnNode {
     }
 
     fn say(&mut self, node: Option<Node>, changes: &mut Vec<Change>) {
-        // A kubelet updates its Node's status every few minutes, its addresses hardly ever.
+        // A kubelet updates its Node's status every few minutes, and hardly ever what we read of it.
         if self.said.as_ref() != Some(&node) {
             changes.push(Change::Node(node.clone()));
             self.said = Some(node);
@@ -317,5 +317,33 @@ impl Keeper for ServiceCidrs {
     fn list_ends(&mut self, changes: &mut Vec<Change>) {
         self.known = self.listing.take().unwrap_or_default();
         self.say(changes);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_own_node_is_news_when_what_we_read_of_it_changes() {
+        let mut keeper = OwnNode::new("node-a".to_owned());
+        for (json, news) in [
+            (r#"{"status": {"addresses": [{"type": "InternalIP", "address": "192.0.2.1"}]}}"#, true),
+            (
+                r#"{"status": {"addresses": [{"type": "InternalIP", "address": "192.0.2.1"}], "phase": "Running"}}"#,
+                false,
+            ),
+            (r#"{"spec": {"podCIDR": "10.1.0.0/24"}}"#, true),
+            (r#"{"spec": {"podCIDR": "10.1.0.0/24", "podCIDRs": ["10.1.0.0/24"]}}"#, false),
+            (r#"{"metadata": {"labels": {"topology.kubernetes.io/zone": "a"}}}"#, true),
+            (r#"{"metadata": {"labels": {"topology.kubernetes.io/zone": "b"}}}"#, true),
+            (r#"{"spec": {"taints": [{"key": "ToBeDeletedByClusterAutoscaler"}]}}"#, true),
+            (r#"{"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}}"#, false),
+            ("{}", true),
+        ] {
+            let mut changes = Vec::new();
+            keeper.put(&serde_json::from_str(json).unwrap(), &mut changes);
+            assert_eq!(changes.len(), usize::from(news), "{json}");
+        }
     }
 }

@@ -307,16 +307,8 @@ impl Reader {
 
     fn convert(&mut self, id: &Id, body: Body<'_>) -> Result<Converted<Content>, Malformed> {
         Ok(match id {
-            Id::Service(key) => match self.converter.service(key, &body.read()?) {
-                Converted::Read(service) => Converted::Read(Content::Service(service)),
-                Converted::Ignored(why) => Converted::Ignored(why),
-                Converted::Bad => Converted::Bad,
-            },
-            Id::Slice(key) => match self.converter.slice(key, &body.read()?) {
-                Converted::Read(slice) => Converted::Read(Content::Slice(slice)),
-                Converted::Ignored(why) => Converted::Ignored(why),
-                Converted::Bad => Converted::Bad,
-            },
+            Id::Service(key) => self.converter.service(key, &body.read()?).map(Content::Service),
+            Id::Slice(key) => self.converter.slice(key, &body.read()?).map(Content::Slice),
             Id::Node => {
                 let name = self.node.clone().unwrap_or_default();
                 Converted::Read(Content::Node(self.converter.node(&name, &body.read()?)))
