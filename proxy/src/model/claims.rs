@@ -1,8 +1,9 @@
 //! Which Service owns an address:port/protocol or a NodePort that several ask for.
 //!
 //! Owns the ranking: static origin first, then the oldest `creationTimestamp`, then `namespace/name`. A claim is held
-//! by what a Service asks for, whatever its endpoints, and does not know which field asked. Costs what the claims of
-//! the changed Service cost. Never plans: it says whose plan to look at again.
+//! by what a Service asks for, whatever its endpoints, and does not know which field asked. A Service sees only who
+//! comes just before it, so that a change costs what the claims of the changed Service cost, however many ask for the
+//! same. Never plans: it says whose plan to look at again.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -58,12 +59,14 @@ impl Claimant {
 pub(super) struct Claims(BTreeMap<Claim, SmallVec<[Claimant; 1]>>);
 
 impl Claims {
-    /// The Service that has what was claimed.
-    pub(super) fn owner(&self, claim: &Claim) -> Option<&ServiceKey> {
-        self.0.get(claim)?.first().map(|claimant| &claimant.service)
+    /// The Service that comes just before this one where several ask for the same. Who has none before it, has it.
+    pub(super) fn before(&self, claim: &Claim, claimant: &Claimant) -> Option<&ServiceKey> {
+        let claimants = self.0.get(claim)?;
+        let rank = claimants.binary_search(claimant).ok()?;
+        Some(&claimants.get(rank.checked_sub(1)?)?.service)
     }
 
-    /// One Service asks for `after` where it asked for `before`. Those who see another owner than they did, the
+    /// One Service asks for `after` where it asked for `before`. Those who see another before them than they did, the
     /// Service itself apart, are added to `dirty`.
     pub(super) fn replace(
         &mut self,
@@ -86,9 +89,7 @@ impl Claims {
     fn ask(&mut self, claim: Claim, claimant: &Claimant, dirty: &mut BTreeSet<ServiceKey>) {
         let claimants = self.0.entry(claim).or_default();
         if let Err(rank) = claimants.binary_search(claimant) {
-            if rank == 0 {
-                dirty.extend(claimants.iter().map(|other| other.service.clone()));
-            }
+            dirty.extend(claimants.get(rank).map(|next| next.service.clone()));
             claimants.insert(rank, claimant.clone());
         }
     }
@@ -97,9 +98,7 @@ impl Claims {
         let Some(claimants) = self.0.get_mut(claim) else { return };
         if let Ok(rank) = claimants.binary_search(claimant) {
             claimants.remove(rank);
-            if rank == 0 {
-                dirty.extend(claimants.iter().map(|other| other.service.clone()));
-            }
+            dirty.extend(claimants.get(rank).map(|next| next.service.clone()));
         }
         if claimants.is_empty() {
             self.0.remove(claim);

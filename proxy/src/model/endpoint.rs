@@ -1,38 +1,110 @@
 //! Which endpoints of a Service's slices a new connection may reach.
 //!
-//! Owns the join of slices to a Service port and the ready, serving and terminating rules.
+//! Owns the join of slices to a Service port, the ready, serving and terminating rules, and the Cluster and Local sets.
 
-use std::net::SocketAddr;
+use std::collections::BTreeSet;
+use std::net::IpAddr;
 
-use super::input::{Family, ServicePort};
+use super::input::{Family, Protocol};
 use super::objects::{Slice, State};
-use super::plan::Backend;
+use super::plan::{AddressPort, Backend};
+use super::topology::Topology;
 
-/// The Cluster set of one port in one family: the Ready endpoints, or where there is none the ones that still serve
-/// while they terminate. Sorted, no address:port twice.
-pub(super) fn cluster_set(port: &ServicePort, family: Family, slices: &[&Slice]) -> Box<[Backend]> {
-    let candidates = candidates(port, family, slices);
-    let backends = |usable: fn(State) -> bool| -> Box<[Backend]> {
-        let usable = candidates.iter().filter(|(_, state)| usable(*state));
-        usable.map(|(address, state)| Backend { address: (*address).into(), local: state.local() }).collect()
-    };
-    let ready = backends(State::ready);
-    if ready.is_empty() { backends(|state| state.serving() && state.terminating()) } else { ready }
+/// The slices of one Service in one family, as this node sees them.
+#[derive(Clone, Copy)]
+pub(super) struct Slices<'a> {
+    pub(super) slices: &'a [&'a Slice],
+    pub(super) family: Family,
+    /// The own zone.
+    pub(super) zone: Option<&'a str>,
 }
 
-/// The endpoints that slices have for a port, joined by name and protocol, each address:port once. Of duplicates the
-/// one that is not terminating counts, then the one that is ready, then serving, then local.
-fn candidates(port: &ServicePort, family: Family, slices: &[&Slice]) -> Vec<(SocketAddr, State)> {
-    let mut candidates = Vec::new();
-    for slice in slices.iter().filter(|slice| slice.family() == family) {
-        for number in slice.ports.iter().filter(|p| (&p.name, p.protocol) == (&port.name, port.protocol)) {
-            let addressed = |(address, state)| (SocketAddr::new(address, number.port), state);
-            candidates.extend(slice.endpoints().map(addressed));
+/// Which sets the frontends of a port use.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Used {
+    pub(super) cluster: bool,
+    pub(super) local: bool,
+}
+
+/// The endpoints of one port in one family: sorted, no address:port twice; a set that is not used is empty.
+#[derive(Debug)]
+pub(super) struct Endpoints {
+    /// The Ready ones that the hints leave to this node; where nothing is Ready, all that still serve while they
+    /// terminate.
+    pub(super) cluster: Box<[Backend]>,
+    /// The Ready ones of this node; where there is none, those of this node that still serve while they terminate.
+    pub(super) local: Box<[Backend]>,
+    /// The others that still serve. Only of connectionless protocols: nobody asks for those of TCP.
+    pub(super) draining: Box<[AddressPort]>,
+    /// There is a usable one on some node.
+    pub(super) any: bool,
+}
+
+impl<'a> Slices<'a> {
+    /// The endpoints of the port of this name and protocol.
+    pub(super) fn endpoints(self, name: &str, protocol: Protocol, used: Used) -> Endpoints {
+        let candidates = self.candidates(name, protocol);
+        let states = || candidates.iter().map(|(_, state)| *state);
+        let topology = Topology::of(states().filter(|state| state.ready()));
+        let any_ready = states().any(State::ready);
+        let any_local_ready = states().any(|state| state.local() && state.ready());
+        let in_cluster = |state: State| {
+            used.cluster
+                && if any_ready { state.ready() && topology.allows(state) } else { state.last_resort() }
+        };
+        let in_local = |state: State| {
+            used.local && state.local() && if any_local_ready { state.ready() } else { state.last_resort() }
+        };
+        let backends = |within: &dyn Fn(State) -> bool| -> Box<[Backend]> {
+            let chosen = candidates.iter().filter(|(_, state)| within(*state));
+            chosen.map(|(address, state)| Backend { address: *address, local: state.local() }).collect()
+        };
+        let drains = |state: State| {
+            protocol != Protocol::Tcp && state.serving() && !in_cluster(state) && !in_local(state)
+        };
+        Endpoints {
+            cluster: backends(&in_cluster),
+            local: backends(&in_local),
+            draining: candidates
+                .iter()
+                .filter(|(_, state)| drains(*state))
+                .map(|(address, _)| *address)
+                .collect(),
+            any: any_ready || states().any(State::last_resort),
         }
     }
-    candidates.sort_unstable_by_key(|(address, state)| {
-        (*address, state.terminating(), !state.ready(), !state.serving(), !state.local())
-    });
-    candidates.dedup_by_key(|(address, _)| *address);
-    candidates
+
+    /// How many addresses have a Ready endpoint on this node, whatever the port.
+    pub(super) fn local_ready_addresses(self) -> u32 {
+        let ports: BTreeSet<(&str, Protocol)> = self
+            .of_family()
+            .flat_map(|slice| slice.ports.iter().map(|port| (&*port.name, port.protocol)))
+            .collect();
+        let mut addresses: BTreeSet<IpAddr> = BTreeSet::new();
+        for (name, protocol) in ports {
+            let ready = self.candidates(name, protocol);
+            let ready = ready.iter().filter(|(_, state)| state.local() && state.ready());
+            addresses.extend(ready.map(|(address, _)| address.ip));
+        }
+        u32::try_from(addresses.len()).unwrap_or(u32::MAX)
+    }
+
+    /// The endpoints that the slices have for a port, joined by name and protocol, each address:port once. Of duplicates
+    /// the one that is not terminating counts, then the one that is ready, then serving, then local, then hinted here.
+    fn candidates(self, name: &str, protocol: Protocol) -> Vec<(AddressPort, State)> {
+        let mut candidates = Vec::new();
+        for slice in self.of_family() {
+            for number in slice.ports.iter().filter(|port| (&*port.name, port.protocol) == (name, protocol)) {
+                let addressed = |(ip, state)| (AddressPort { ip, port: number.port }, state);
+                candidates.extend(slice.endpoints(self.zone).map(addressed));
+            }
+        }
+        candidates.sort_unstable_by_key(|(address, state)| (*address, state.rank()));
+        candidates.dedup_by_key(|(address, _)| *address);
+        candidates
+    }
+
+    fn of_family(self) -> impl Iterator<Item = &'a Slice> {
+        self.slices.iter().copied().filter(move |slice| slice.family() == self.family)
+    }
 }

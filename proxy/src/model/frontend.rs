@@ -1,4 +1,4 @@
-//! What a Service asks to be dialled at: one frontend for each cluster IP and NodePort of each port.
+//! What a Service asks to be dialled at: one frontend for each address and NodePort of each port.
 //!
 //! Reads the Service alone, so that its claims do not move when its endpoints do. Never decides between two Services.
 
@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use super::claims::Claim;
-use super::input::{Family, Protocol, Service, ServicePort};
+use super::input::{External, Family, Protocol, Service, ServicePort};
 use super::plan::{AddressPort, FrontendAddress, FrontendKind};
 
 /// A frontend that a Service asks for.
@@ -33,7 +33,7 @@ impl<'a> Ask<'a> {
 /// The frontends that a Service asks for, sorted by port plan and then as port plans sort theirs; no claim twice. Of
 /// two ports that the API would not let stand together, the first in the object's order counts, with a warning.
 pub(super) fn asks<'a>(service: &'a Service, warnings: &mut Vec<String>) -> Vec<Ask<'a>> {
-    let cluster_ips: BTreeSet<IpAddr> = service.cluster_ips.iter().copied().collect();
+    let addresses = addresses(service, warnings);
     let mut named = BTreeSet::new();
     let mut claimed = BTreeMap::new();
     let mut asks = Vec::new();
@@ -42,7 +42,7 @@ pub(super) fn asks<'a>(service: &'a Service, warnings: &mut Vec<String>) -> Vec<
             warnings.push(format!("a second {} port named {:?} is ignored", port.protocol, port.name));
             continue;
         }
-        for ask in asks_of_port(&cluster_ips, port) {
+        for ask in asks_of_port(&addresses, families(service), port) {
             match claimed.entry(ask.claim()) {
                 Entry::Vacant(vacant) => {
                     vacant.insert(&port.name);
@@ -59,21 +59,44 @@ pub(super) fn asks<'a>(service: &'a Service, warnings: &mut Vec<String>) -> Vec<
     asks
 }
 
-fn asks_of_port<'a>(cluster_ips: &BTreeSet<IpAddr>, port: &'a ServicePort) -> impl Iterator<Item = Ask<'a>> {
-    let vips = cluster_ips.iter().map(|ip| Ask {
+/// The families that a Service is served in: those of its cluster IPs.
+fn families(service: &Service) -> impl Iterator<Item = Family> + Clone {
+    let served = |family: &Family| service.cluster_ips.iter().any(|ip| Family::of(*ip) == *family);
+    Family::ALL.into_iter().filter(served)
+}
+
+/// The addresses that a Service names, each once: where two fields name the same, the one that promises most counts.
+fn addresses(service: &Service, warnings: &mut Vec<String>) -> BTreeMap<IpAddr, FrontendKind> {
+    let mut addresses: BTreeMap<_, _> =
+        service.cluster_ips.iter().map(|ip| (*ip, FrontendKind::ClusterIp)).collect();
+    let Some(External { ips, load_balancer_ips, .. }) = service.external.as_deref() else { return addresses };
+    let load_balancer_ips = load_balancer_ips.iter().map(|ip| (*ip, FrontendKind::LoadBalancer));
+    for (ip, kind) in load_balancer_ips.chain(ips.iter().map(|ip| (*ip, FrontendKind::ExternalIp))) {
+        let family = Family::of(ip);
+        if families(service).any(|served| served == family) {
+            addresses.entry(ip).or_insert(kind);
+        } else {
+            warnings
+                .push(format!("{kind} address {ip} is not served: the Service has no {family} cluster IP"));
+        }
+    }
+    addresses
+}
+
+fn asks_of_port<'a>(
+    addresses: &BTreeMap<IpAddr, FrontendKind>,
+    families: impl Iterator<Item = Family>,
+    port: &'a ServicePort,
+) -> impl Iterator<Item = Ask<'a>> {
+    let vips = addresses.iter().map(|(ip, kind)| Ask {
         family: Family::of(*ip),
         port,
         at: FrontendAddress::Vip(AddressPort { ip: *ip, port: port.port }),
-        kind: FrontendKind::ClusterIp,
+        kind: *kind,
     });
-    let families: BTreeSet<Family> = cluster_ips.iter().copied().map(Family::of).collect();
-    let node_ports = families.into_iter().filter_map(|family| {
-        Some(Ask {
-            family,
-            port,
-            at: FrontendAddress::NodePort(port.node_port?),
-            kind: FrontendKind::NodePort,
-        })
+    let node_ports = families.filter_map(|family| {
+        let at = FrontendAddress::NodePort(port.node_port?);
+        Some(Ask { family, port, at, kind: FrontendKind::NodePort })
     });
     vips.chain(node_ports)
 }

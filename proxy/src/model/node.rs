@@ -1,12 +1,28 @@
-//! What belongs to the node: the addresses that NodePorts answer on and the ServiceCIDRs.
+//! What belongs to the node: the addresses that NodePorts answer on, where pods are, the ServiceCIDRs, and what
+//! Services' plans depend on.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
 
 use super::input::{Family, Node};
+use super::networks::disjoint;
 use super::plan::NodePlan;
 use super::planner::{NodePortAddresses, PodCidrs, Settings};
+
+/// What the plans of Services read of the node.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Facts {
+    pub(super) zone: Option<Arc<str>>,
+    /// The node's own addresses, the primary ones where it is known.
+    pub(super) addresses: Vec<IpAddr>,
+}
+
+/// The facts as they are now. `host` are the addresses of the node's interfaces.
+pub(super) fn facts(settings: &Settings, node: Option<&Node>, host: &[IpAddr]) -> Facts {
+    Facts { zone: node.and_then(|node| node.zone.clone()), addresses: sorted(primary(settings, node, host)) }
+}
 
 /// Plans the node. `host` are the addresses of its interfaces.
 pub(super) fn plan(
@@ -15,22 +31,26 @@ pub(super) fn plan(
     host: &[IpAddr],
     service_cidrs: impl Iterator<Item = IpNetwork>,
 ) -> NodePlan {
-    let mut nodeport_addresses = match &settings.nodeport_addresses {
+    let nodeport_addresses = match &settings.nodeport_addresses {
         NodePortAddresses::Primary => primary(settings, node, host),
         NodePortAddresses::Within(networks) => within(networks, host),
     };
-    nodeport_addresses.sort_unstable();
-    nodeport_addresses.dedup();
     let pod_networks = match &settings.pod_cidrs {
         PodCidrs::Unknown => &[],
         PodCidrs::Cluster(networks) => networks.as_slice(),
         PodCidrs::Node => node.map(|node| node.pod_cidrs.as_slice()).unwrap_or_default(),
     };
     NodePlan {
-        nodeport_addresses,
+        nodeport_addresses: sorted(nodeport_addresses),
         pod_cidrs: first_of_each_family(pod_networks),
         service_cidrs: disjoint(service_cidrs),
     }
+}
+
+fn sorted(mut addresses: Vec<IpAddr>) -> Vec<IpAddr> {
+    addresses.sort_unstable();
+    addresses.dedup();
+    addresses
 }
 
 fn first_of_each_family(networks: &[IpNetwork]) -> Vec<IpNetwork> {
@@ -73,39 +93,4 @@ fn answers(address: IpAddr) -> bool {
         IpAddr::V4(address) => !address.is_loopback(),
         IpAddr::V6(address) => !address.is_loopback() && !address.is_unicast_link_local(),
     }
-}
-
-/// The same addresses as the fewest networks: sorted and disjoint, host bits cleared, the two halves of a network
-/// joined.
-fn disjoint(networks: impl Iterator<Item = IpNetwork>) -> Vec<IpNetwork> {
-    let mut sorted: Vec<_> = networks.map(|network| resize(network, network.prefix())).collect();
-    // By address, the wider first: what follows a network is either inside it or beyond it.
-    sorted.sort_unstable_by_key(|network| (network.ip(), network.prefix()));
-    let mut merged: Vec<IpNetwork> = Vec::new();
-    for mut network in sorted {
-        if merged.last().is_some_and(|last| last.contains(network.ip())) {
-            continue;
-        }
-        while let Some(parent) = merged.last().and_then(|last| parent_of(*last, network)) {
-            merged.pop();
-            network = parent;
-        }
-        merged.push(network);
-    }
-    merged
-}
-
-/// The network whose two halves these are.
-fn parent_of(low: IpNetwork, high: IpNetwork) -> Option<IpNetwork> {
-    let prefix = low.prefix().checked_sub(1)?;
-    let parent = resize(low, prefix);
-    let halves = low.prefix() == high.prefix() && low != high && parent == resize(high, prefix);
-    halves.then_some(parent)
-}
-
-/// The network of this prefix length around another's first address.
-fn resize(network: IpNetwork, prefix: u8) -> IpNetwork {
-    IpNetwork::new(network.ip(), prefix)
-        .and_then(|wide| IpNetwork::new(wide.network(), prefix))
-        .unwrap_or(network)
 }

@@ -47,6 +47,8 @@ pub(super) struct Slice {
     pub(super) service: ServiceKey,
     pub(super) ports: Box<[SlicePort]>,
     endpoints: Endpoints,
+    /// For which zones the endpoint of a position is meant: sorted, and empty where there are no hints.
+    zone_hints: Box<[(u32, Arc<str>)]>,
 }
 
 /// The endpoints of a slice, in no more room than its family needs.
@@ -72,39 +74,82 @@ impl State {
     const SERVING: u8 = 2;
     const TERMINATING: u8 = 4;
     const LOCAL: u8 = 8;
+    const NODE_HINTS: u8 = 16;
+    const FOR_THIS_NODE: u8 = 32;
+    const ZONE_HINTS: u8 = 64;
+    /// Not kept: the zone can change, and is given by who reads.
+    const FOR_THIS_ZONE: u8 = 128;
 
     fn new(endpoint: &input::Endpoint, node_name: &str) -> Self {
         let bit = |is: bool, bit: u8| if is { bit } else { 0 };
+        let (nodes, zones) = endpoint.hints.as_deref().map_or((&[][..], &[][..]), |h| (&h.nodes, &h.zones));
         Self(
             bit(endpoint.ready, Self::READY)
                 | bit(endpoint.serving, Self::SERVING)
                 | bit(endpoint.terminating, Self::TERMINATING)
-                | bit(endpoint.node.as_deref() == Some(node_name), Self::LOCAL),
+                | bit(endpoint.node.as_deref() == Some(node_name), Self::LOCAL)
+                | bit(!nodes.is_empty(), Self::NODE_HINTS)
+                | bit(nodes.iter().any(|node| **node == *node_name), Self::FOR_THIS_NODE)
+                | bit(!zones.is_empty(), Self::ZONE_HINTS),
         )
     }
 
+    fn has(self, bit: u8) -> bool {
+        self.0 & bit != 0
+    }
+
     pub(super) fn ready(self) -> bool {
-        self.0 & Self::READY != 0
+        self.has(Self::READY)
     }
 
     pub(super) fn serving(self) -> bool {
-        self.0 & Self::SERVING != 0
+        self.has(Self::SERVING)
     }
 
-    pub(super) fn terminating(self) -> bool {
-        self.0 & Self::TERMINATING != 0
+    /// It still serves while it terminates: of use where nothing is ready.
+    pub(super) fn last_resort(self) -> bool {
+        self.serving() && self.has(Self::TERMINATING)
     }
 
     pub(super) fn local(self) -> bool {
-        self.0 & Self::LOCAL != 0
+        self.has(Self::LOCAL)
+    }
+
+    pub(super) fn has_node_hints(self) -> bool {
+        self.has(Self::NODE_HINTS)
+    }
+
+    pub(super) fn for_this_node(self) -> bool {
+        self.has(Self::FOR_THIS_NODE)
+    }
+
+    pub(super) fn has_zone_hints(self) -> bool {
+        self.has(Self::ZONE_HINTS)
+    }
+
+    pub(super) fn for_this_zone(self) -> bool {
+        self.has(Self::FOR_THIS_ZONE)
+    }
+
+    /// Of two endpoints of one address:port the lesser counts: the one that is not terminating, then the one that is
+    /// ready, then serving, then local, then by its hints.
+    pub(super) fn rank(self) -> impl Ord {
+        (self.has(Self::TERMINATING), !self.ready(), !self.serving(), !self.local(), self.0)
     }
 }
 
 impl Slice {
     /// Keeps what planning reads; endpoints of another family than the slice's are not read.
     fn new(slice: EndpointSlice, service: ServiceKey, node_name: &str) -> Self {
-        let endpoints =
-            slice.endpoints.iter().map(|endpoint| (endpoint.address, State::new(endpoint, node_name)));
+        let of_family = || slice.endpoints.iter().filter(|e| Family::of(e.address) == slice.family);
+        let mut zone_hints: Vec<(u32, Arc<str>)> = (0..)
+            .zip(of_family())
+            .filter_map(|(position, endpoint)| Some((position, endpoint.hints.as_deref()?)))
+            .flat_map(|(position, hints)| hints.zones.iter().map(move |zone| (position, Arc::clone(zone))))
+            .collect();
+        zone_hints.sort_unstable();
+        zone_hints.dedup();
+        let endpoints = of_family().map(|endpoint| (endpoint.address, State::new(endpoint, node_name)));
         let endpoints = match slice.family {
             Family::V4 => Endpoints::V4(
                 endpoints
@@ -123,7 +168,12 @@ impl Slice {
                     .collect(),
             ),
         };
-        Self { service, ports: slice.ports.into_boxed_slice(), endpoints }
+        Self {
+            service,
+            ports: slice.ports.into_boxed_slice(),
+            endpoints,
+            zone_hints: zone_hints.into_boxed_slice(),
+        }
     }
 
     pub(super) fn family(&self) -> Family {
@@ -133,14 +183,23 @@ impl Slice {
         }
     }
 
-    /// The endpoints, in the object's order.
-    pub(super) fn endpoints(&self) -> impl Iterator<Item = (IpAddr, State)> {
+    /// The endpoints, in the object's order, as a node of this zone sees them.
+    pub(super) fn endpoints(&self, zone: Option<&str>) -> impl Iterator<Item = (IpAddr, State)> {
         let (v4, v6): (&[_], &[_]) = match &self.endpoints {
             Endpoints::V4(endpoints) => (endpoints, &[]),
             Endpoints::V6(endpoints) => (&[], endpoints),
         };
         let v4 = v4.iter().map(|endpoint| (endpoint.address.into(), endpoint.state));
-        v4.chain(v6.iter().map(|endpoint| (endpoint.address.into(), endpoint.state)))
+        let all = v4.chain(v6.iter().map(|endpoint| (endpoint.address.into(), endpoint.state)));
+        (0..).zip(all).map(move |(position, (address, state))| {
+            let here = state.has_zone_hints() && zone.is_some_and(|zone| self.is_for_zone(position, zone));
+            (address, if here { State(state.0 | State::FOR_THIS_ZONE) } else { state })
+        })
+    }
+
+    fn is_for_zone(&self, position: u32, zone: &str) -> bool {
+        let hint = |(at, name): &(u32, Arc<str>)| (*at, &**name).cmp(&(position, zone));
+        self.zone_hints.binary_search_by(hint).is_ok()
     }
 }
 
@@ -181,6 +240,18 @@ impl Objects {
     /// The own Node: the static one, else the API's. A Node is complete in itself, so it waits for no latch.
     pub(super) fn node(&self) -> Option<&Node> {
         self.nodes.iter().find_map(Option::as_ref)
+    }
+
+    /// The Services whose plans the own zone can change.
+    pub(super) fn with_zone_hints(&self) -> impl Iterator<Item = &ServiceKey> {
+        self.slices.all().filter(|(_, slice)| !slice.zone_hints.is_empty()).map(|(_, slice)| &slice.service)
+    }
+
+    /// The Services whose plans the node's own addresses can change.
+    pub(super) fn with_source_ranges(&self) -> impl Iterator<Item = &ServiceKey> {
+        let ranged =
+            |service: &Service| service.external.as_ref().is_some_and(|e| !e.source_ranges.is_empty());
+        self.services.all().filter(move |(_, service)| ranged(service)).map(|(key, _)| key)
     }
 
     /// The ServiceCIDRs of the origins that have synced: what no Service has in them is dropped, so they wait for
@@ -292,6 +363,11 @@ impl<V> Default for Layers<V> {
 impl<V: PartialEq> Layers<V> {
     fn get(&self, origin: Origin, key: &ObjectKey) -> Option<&Arc<V>> {
         self.0[origin as usize].get(key)
+    }
+
+    /// The objects of both layers, whether or not they count.
+    fn all(&self) -> impl Iterator<Item = (&ObjectKey, &V)> {
+        self.0.iter().flatten().map(|(key, object)| (key, object.as_ref()))
     }
 
     /// Rebuilds a layer with full nodes: a list in the order of its keys leaves them half empty.

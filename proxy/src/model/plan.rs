@@ -50,6 +50,7 @@ pub struct PortPlan {
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     pub local_backends: Box<[Backend]>,
     /// Endpoints in neither set that still serve: connections they have are left alone. Sorted, no address:port twice.
+    /// Empty for TCP, whose connections end by themselves.
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     pub draining: Box<[AddressPort]>,
     /// What clients dial: sorted, and claimed by no other Service.
@@ -170,6 +171,7 @@ pub struct NodePlan {
     #[serde(rename = "podCIDRs")]
     pub pod_cidrs: Vec<IpNetwork>,
     /// The ServiceCIDRs: an address inside one that no Service has is dropped. Sorted, disjoint.
+    #[serde(rename = "serviceCIDRs")]
     pub service_cidrs: Vec<IpNetwork>,
 }
 

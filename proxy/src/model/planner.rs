@@ -12,6 +12,7 @@ use ipnetwork::IpNetwork;
 use super::claims::{Claim, Claimant, Claims};
 use super::frontend::{Ask, asks};
 use super::input::{Change, Event, Origin, Service, ServiceKey};
+use super::node::Facts;
 use super::objects::{Effective, Objects, Replaced, Slice};
 use super::plan::{NodePlan, Plan};
 use super::{node, service};
@@ -79,7 +80,9 @@ pub struct Planner {
     host_addresses: Vec<IpAddr>,
     claims: Claims,
     dirty: BTreeSet<ServiceKey>,
+    /// The Node, the host's addresses or the ServiceCIDRs may differ from what was planned.
     node_dirty: bool,
+    facts: Facts,
     plans: BTreeMap<ServiceKey, Arc<Plan>>,
     node: Option<NodePlan>,
     services_planned: u64,
@@ -95,7 +98,8 @@ impl Planner {
             host_addresses: Vec::new(),
             claims: Claims::default(),
             dirty: BTreeSet::new(),
-            node_dirty: false,
+            node_dirty: true,
+            facts: Facts::default(),
             plans: BTreeMap::new(),
             node: None,
             services_planned: 0,
@@ -162,6 +166,7 @@ impl Planner {
 
     /// Plans again what is dirty. Afterwards the plans are those of a planner that was told the present objects alone.
     pub fn replan(&mut self) -> Changes {
+        self.replan_facts();
         let mut services = Vec::new();
         for key in std::mem::take(&mut self.dirty) {
             let next = self.plan_service(&key);
@@ -208,15 +213,39 @@ impl Planner {
         self.node.as_ref()
     }
 
+    /// Whether load balancers should send this node new connections: its Node exists and is not about to go. Without
+    /// an API server to ask, a Node need not exist.
+    pub fn node_eligible(&self) -> bool {
+        let unknown = !self.settings.origins.contains(&Origin::Api);
+        self.objects.node().map_or(unknown, |node| !node.leaving)
+    }
+
     /// How many times a Service was planned: the work done, whether or not it changed a plan.
     pub fn services_planned(&self) -> u64 {
         self.services_planned
     }
 
     fn plan_service(&mut self, key: &ServiceKey) -> Option<Plan> {
-        let (_, service) = self.objects.service(key)?;
+        let (origin, service) = self.objects.service(key)?;
         self.services_planned += 1;
-        Some(service::plan(&service, &self.objects.slices_of(key), |claim| self.claims.owner(claim)))
+        let claimant = Claimant::new(origin, &service);
+        let first = |claim: &Claim| self.claims.before(claim, &claimant);
+        Some(service::plan(&service, &self.objects.slices_of(key), &self.facts, first))
+    }
+
+    /// Marks the Services whose plans depend on what has changed of the node.
+    fn replan_facts(&mut self) {
+        if !self.node_dirty {
+            return;
+        }
+        let facts = node::facts(&self.settings, self.objects.node(), &self.host_addresses);
+        if facts.zone != self.facts.zone {
+            self.dirty.extend(self.objects.with_zone_hints().cloned());
+        }
+        if facts.addresses != self.facts.addresses {
+            self.dirty.extend(self.objects.with_source_ranges().cloned());
+        }
+        self.facts = facts;
     }
 
     fn replan_node(&mut self) -> Option<NodePlan> {

@@ -5,11 +5,19 @@
 
 use std::fmt::{self, Display, Formatter};
 
-use super::plan::{Backend, Frontend, FrontendAddress, FrontendKind, NodePlan, Plan, PortPlan, Verdict};
+use super::input::Family;
+use super::plan::{
+    Backend, Frontend, FrontendAddress, FrontendKind, HealthCheck, NodePlan, Plan, PortPlan, Verdict,
+};
 
 impl Display for Plan {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         writeln!(f, "service {}", self.service)?;
+        if let Some(HealthCheck { port, v4_endpoints, v6_endpoints }) = self.health_check {
+            for (family, count) in [(Family::V4, v4_endpoints), (Family::V6, v6_endpoints)] {
+                count.map_or(Ok(()), |count| writeln!(f, "  health check {port} {family}: {count} local"))?;
+            }
+        }
         for port in &self.ports {
             port.fmt(f)?;
         }
@@ -27,7 +35,16 @@ impl Display for PortPlan {
         for frontend in &self.frontends {
             writeln!(f, "    {frontend}")?;
         }
-        self.backends.iter().try_for_each(|backend| writeln!(f, "    to {backend}"))
+        for range in self.source_ranges.iter().flat_map(|ranges| ranges.iter()) {
+            writeln!(f, "    LoadBalancer from {range}")?;
+        }
+        if let Some(seconds) = self.affinity {
+            writeln!(f, "    affinity {seconds} s")?;
+        }
+        self.backends.iter().try_for_each(|backend| writeln!(f, "    to {backend}"))?;
+        let local = |backend: &Backend| writeln!(f, "    locally to {}", backend.address.socket());
+        self.local_backends.iter().try_for_each(local)?;
+        self.draining.iter().try_for_each(|address| writeln!(f, "    draining {}", address.socket()))
     }
 }
 

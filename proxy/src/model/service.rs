@@ -1,50 +1,117 @@
-//! The plan of one Service: a pure function of the Service, its slices and who owns the addresses it asks for.
+//! The plan of one Service: a pure function of the Service, its slices, the node and who comes first where it is not
+//! alone.
+
+use std::sync::Arc;
+
+use ipnetwork::IpNetwork;
 
 use super::claims::Claim;
-use super::endpoint::cluster_set;
+use super::endpoint::Slices;
 use super::frontend::{Ask, asks};
-use super::input::{Service, ServiceKey};
+use super::input::{Family, Service, ServiceKey, ServiceType};
+use super::node::Facts;
 use super::objects::Slice;
-use super::plan::{Frontend, Plan, PortPlan, Verdict};
+use super::plan::{Frontend, FrontendKind, HealthCheck, Plan, PortPlan};
+use super::source_ranges;
+use super::traffic_policy::Policies;
 
-/// Plans one Service. `owner` names the Service that has a claimed address.
+/// Plans one Service. `first` names the Service that comes before this one at a claim, if there is one.
 pub(super) fn plan<'a>(
     service: &Service,
     slices: &[&Slice],
-    owner: impl Fn(&Claim) -> Option<&'a ServiceKey>,
+    node: &Facts,
+    first: impl Fn(&Claim) -> Option<&'a ServiceKey>,
 ) -> Plan {
     let mut warnings = Vec::new();
     let mut asks = asks(service, &mut warnings);
     asks.retain(|ask| {
         let claim = ask.claim();
-        let winner = owner(&claim).filter(|winner| **winner != service.key);
-        if let Some(winner) = winner {
-            warnings.push(format!("{claim} belongs to Service {winner}"));
+        let first = first(&claim);
+        if let Some(first) = first {
+            warnings.push(format!("Service {first} comes first at {claim}"));
         }
-        winner.is_none()
+        first.is_none()
     });
-    let ports = asks.chunk_by(|a, b| a.port_key() == b.port_key()).filter_map(|asks| port_plan(asks, slices));
+    let policies = Policies::of(service);
+    let slices = |family| Slices { slices, family, zone: node.zone.as_deref() };
+    let ranges = Family::ALL.map(|family| source_ranges(service, family, &asks, node, &mut warnings));
+    let ports = asks.chunk_by(|a, b| a.port_key() == b.port_key()).filter_map(|asks| {
+        let family = asks.first()?.family;
+        port_plan(service, policies, asks, slices(family), ranges[family as usize].as_ref())
+    });
     Plan {
         service: service.key.clone(),
         ports: ports.collect(),
-        health_check: None,
+        health_check: health_check(service, policies, &asks, slices),
         warnings: warnings.into_boxed_slice(),
     }
 }
 
-fn port_plan(asks: &[Ask<'_>], slices: &[&Slice]) -> Option<PortPlan> {
+fn port_plan(
+    service: &Service,
+    policies: Policies,
+    asks: &[Ask<'_>],
+    slices: Slices<'_>,
+    source_ranges: Option<&Arc<[IpNetwork]>>,
+) -> Option<PortPlan> {
     let Ask { family, port, .. } = *asks.first()?;
-    let backends = cluster_set(port, family, slices);
-    let verdict = if backends.is_empty() { Verdict::Reject } else { Verdict::Cluster };
+    let used = policies.used(asks.iter().map(|ask| ask.kind));
+    let endpoints = slices.endpoints(&port.name, port.protocol, used);
+    let frontend = |ask: &Ask<'_>| Frontend {
+        at: ask.at,
+        kind: ask.kind,
+        verdict: policies.verdict(ask.kind, endpoints.any),
+    };
     Some(PortPlan {
         family,
         protocol: port.protocol,
         name: port.name.clone(),
-        frontends: asks.iter().map(|ask| Frontend { at: ask.at, kind: ask.kind, verdict }).collect(),
-        affinity: None,
-        source_ranges: None,
-        backends,
-        local_backends: Box::default(),
-        draining: Box::default(),
+        affinity: service.affinity,
+        source_ranges: source_ranges.filter(|_| asks.iter().any(is_load_balancer)).cloned(),
+        frontends: asks.iter().map(frontend).collect(),
+        backends: endpoints.cluster,
+        local_backends: endpoints.local,
+        draining: endpoints.draining,
     })
+}
+
+/// Who may dial the load balancer addresses that the Service has in a family.
+fn source_ranges(
+    service: &Service,
+    family: Family,
+    asks: &[Ask<'_>],
+    node: &Facts,
+    warnings: &mut Vec<String>,
+) -> Option<Arc<[IpNetwork]>> {
+    let external = service.external.as_deref().filter(|external| !external.source_ranges.is_empty())?;
+    if !asks.iter().any(|ask| ask.family == family && is_load_balancer(ask)) {
+        return None;
+    }
+    if !external.source_ranges.iter().any(|range| Family::of(range.ip()) == family) {
+        let all =
+            format!("loadBalancerSourceRanges has no {family} range: all {family} clients are let through");
+        warnings.push(all);
+    }
+    source_ranges::allowed(external, family, &node.addresses)
+}
+
+fn is_load_balancer(ask: &Ask<'_>) -> bool {
+    ask.kind == FrontendKind::LoadBalancer
+}
+
+fn health_check<'a>(
+    service: &Service,
+    policies: Policies,
+    asks: &[Ask<'_>],
+    slices: impl Fn(Family) -> Slices<'a>,
+) -> Option<HealthCheck> {
+    let port = service.external.as_deref()?.health_check_node_port?;
+    let asked = service.kind == ServiceType::LoadBalancer && policies.external_is_local();
+    let endpoints = |family| {
+        let served = asks.iter().any(|ask| ask.family == family);
+        served.then(|| slices(family).local_ready_addresses())
+    };
+    let health_check =
+        HealthCheck { port, v4_endpoints: endpoints(Family::V4), v6_endpoints: endpoints(Family::V6) };
+    (asked && !asks.is_empty()).then_some(health_check)
 }

@@ -13,18 +13,31 @@ fn the_oldest_has_the_address_until_it_goes() {
     planner.apply(api(Change::Service(service("middle", 15, &["10.96.0.1"], None))));
     assert_eq!(reported(&mut planner), ["middle", "old", "young"]);
     assert_eq!(
-        text(&planner, "young"),
-        "service demo/young\n  warning: 10.96.0.1:80/TCP belongs to Service demo/old\n"
+        text(&planner, "middle"),
+        "service demo/middle\n  warning: Service demo/old comes first at 10.96.0.1:80/TCP\n"
     );
+    assert!(text(&planner, "young").contains("Service demo/middle comes first"));
 
     planner.apply(api(Change::ServiceGone(key("old"))));
-    assert_eq!(reported(&mut planner), ["middle", "old", "young"]);
+    assert_eq!(reported(&mut planner), ["middle", "old"]);
     assert!(text(&planner, "middle").contains("ClusterIP 10.96.0.1:80"));
-    assert!(text(&planner, "young").contains("belongs to Service demo/middle"));
 
     planner.apply(api(Change::Service(service("middle", 15, &["10.96.0.2"], None))));
     assert_eq!(reported(&mut planner), ["middle", "young"]);
     assert!(text(&planner, "young").contains("ClusterIP 10.96.0.1:80"));
+}
+
+#[test]
+fn a_newcomer_moves_one_other_however_many_ask() {
+    let mut planner = synced();
+    for n in (0..2_000).rev() {
+        let contested = service(&format!("web-{n:04}"), n, &["10.96.0.1"], None);
+        planner.apply(api(Change::Service(contested)));
+        assert!(planner.replan().services.len() <= 2);
+    }
+    assert_eq!(planner.services_planned(), 2_000 + 1_999, "each newcomer outranks all before it");
+    planner.apply(api(Change::ServiceGone(key("web-0000"))));
+    assert_eq!(reported(&mut planner), ["web-0000", "web-0001"]);
 }
 
 #[test]
@@ -75,8 +88,8 @@ fn a_lost_node_port_leaves_the_cluster_ip() {
     ClusterIP 10.96.0.2:80 reject
   port http TCP IPv6
     ClusterIP [fd00::2]:80 reject
-  warning: NodePort 30080/TCP (IPv4) belongs to Service demo/a
-  warning: NodePort 30080/TCP (IPv6) belongs to Service demo/a
+  warning: Service demo/a comes first at NodePort 30080/TCP (IPv4)
+  warning: Service demo/a comes first at NodePort 30080/TCP (IPv6)
 "
     );
 }

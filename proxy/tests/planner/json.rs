@@ -34,6 +34,6 @@ fn plans_as_json() {
     );
     assert_eq!(
         serde_json::to_value(planner.node().unwrap()).unwrap(),
-        json!({"nodePortAddresses": ["192.0.2.1"], "serviceCidrs": ["10.96.0.0/16"]})
+        json!({"nodePortAddresses": ["192.0.2.1"], "podCIDRs": [], "serviceCIDRs": ["10.96.0.0/16"]})
     );
 }
