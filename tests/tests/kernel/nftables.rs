@@ -85,6 +85,74 @@ fn named(name: &str, number: u16, endpoints: &[u16]) -> (ServiceKey, Option<Arc<
     (service, Some(Arc::new(plan)))
 }
 
+/// How a Service of every kind looks from outside; the same number gives the same addresses.
+#[derive(Clone, Copy)]
+struct Outside {
+    /// `type: LoadBalancer`, with its VIP.
+    load_balancer: bool,
+    external_ip: bool,
+    node_port: bool,
+    /// What its external frontends meet.
+    external: Verdict,
+    /// What its cluster IP meets.
+    internal: Verdict,
+    ranges: Option<&'static [&'static str]>,
+}
+
+const EVERYTHING: Outside = Outside {
+    load_balancer: true,
+    external_ip: true,
+    node_port: true,
+    external: Verdict::Cluster,
+    internal: Verdict::Cluster,
+    ranges: None,
+};
+
+const RANGES: &[&str] = &["10.0.0.0/9", "192.168.77.0/24", "198.51.100.7/32", "fd00::/32", "fd00:77::9/128"];
+
+/// A Service with these ways in and so many endpoints, the even ones of them local.
+fn reached(number: u16, endpoints: u16, outside: Outside) -> (ServiceKey, Option<Arc<Plan>>) {
+    let (key, plan) = service(number, endpoints);
+    let mut plan = Plan::clone(plan.as_deref().unwrap());
+    for port in &mut plan.ports {
+        let wants_local = [outside.external, outside.internal].contains(&Verdict::Local);
+        let local = port.backends.iter().filter(|backend| backend.local && wants_local);
+        port.local_backends = local.copied().collect();
+        if ![outside.external, outside.internal].contains(&Verdict::Cluster) && !outside.node_port {
+            port.backends = [].into();
+        }
+        let ranges = outside.ranges.map(|ranges| {
+            let networks = ranges.iter().map(|range| range.parse::<ipnetwork::IpNetwork>().unwrap());
+            let mut networks: Vec<_> = networks.filter(|n| Family::of(n.ip()) == port.family).collect();
+            networks.sort();
+            networks.into()
+        });
+        port.source_ranges = ranges;
+        let vip = |v4: [u8; 2], v6: &str| {
+            let [high, low] = number.to_be_bytes();
+            let ip: std::net::IpAddr = match port.family {
+                Family::V4 => [v4[0], v4[1], high, low].into(),
+                Family::V6 => format!("{v6}::{number:x}").parse().unwrap(),
+            };
+            FrontendAddress::Vip(SocketAddr::from((ip, 80)).into())
+        };
+        let mut frontends = vec![Frontend { verdict: outside.internal, ..port.frontends[0] }];
+        let external = |at, kind| Frontend { at, kind, verdict: outside.external };
+        if outside.load_balancer {
+            frontends.push(external(vip([203, 0], "fd00:203"), FrontendKind::LoadBalancer));
+        }
+        if outside.external_ip {
+            frontends.push(external(vip([198, 51], "fd00:198"), FrontendKind::ExternalIp));
+        }
+        if outside.node_port {
+            frontends.push(external(FrontendAddress::NodePort(number), FrontendKind::NodePort));
+        }
+        frontends.sort();
+        port.frontends = frontends.into();
+    }
+    (key, Some(Arc::new(plan)))
+}
+
 fn node() -> NodePlan {
     NodePlan {
         nodeport_addresses: vec!["192.168.77.1".parse().unwrap(), "fd00:77::1".parse().unwrap()],
@@ -144,13 +212,31 @@ fn what_nft_lists_nft_takes_back() {
         longest.service = ServiceKey::new(&long("n"), &long("s"));
         longest.ports.iter_mut().for_each(|port| port.name = long("p").into());
         let longest = (longest.service.clone(), Some(Arc::new(longest)));
-        let outcome = apply(&mut dataplane, vec![service(1, 5), service(2, 1), service(3, 0), longest]);
+        let local = Outside { external: Verdict::Local, internal: Verdict::Local, ..EVERYTHING };
+        let ranged = Outside { ranges: Some(RANGES), ..EVERYTHING };
+        let services = vec![
+            service(1, 5),
+            service(2, 1),
+            service(3, 0),
+            longest,
+            reached(5, 4, local),
+            reached(6, 4, ranged),
+        ];
+        let outcome = apply(&mut dataplane, services);
         assert!(outcome.failed.is_empty(), "{outcome:?}");
         let before = listing();
         assert!(
             before.contains("10.96.0.1 . tcp . 80 . 4 comment \"default/svc-1:http\" : 10.1.0.5 . 8080"),
             "{before}"
         );
+        for there in [
+            "203.0.0.6 . tcp . 80 . 10.0.0.0/9 comment \"default/svc-6:http\"",
+            "203.0.0.6 . tcp . 80 . 198.51.100.7 comment",
+            "fd00:203::6 . tcp . 80 . fd00::/32 comment",
+            "203.0.0.5 . tcp . 80 . 65537 comment \"default/svc-5:http\" : 10.1.0.4 . 8080",
+        ] {
+            assert!(before.contains(there), "{there}\n{before}");
+        }
         nft(&["flush", "ruleset"], None);
         nft(&["-f", "-"], Some(&before));
         assert_eq!(sorted(&before), sorted(&listing()));

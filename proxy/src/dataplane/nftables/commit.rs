@@ -9,11 +9,12 @@ use std::sync::Arc;
 use nix::errno::Errno;
 
 use super::element::{Element, Key, Place, ranges};
-use super::lower::{Empty, Lowered, Shared, lower};
+use super::lower::{Empty, Kernel, Lowered, lower};
 use super::message::{ELEMENTS_PER_MESSAGE, Transaction};
 use super::netlink::{CommitError, Refusal};
 use super::schema::Set;
-use super::{Nftables, NftablesError};
+use super::shared::Shared;
+use super::{Nftables, NftablesError, rewrite};
 use crate::dataplane::{Batch, Outcome};
 use crate::model::input::{Family, ServiceKey};
 use crate::model::plan::{NodePlan, Plan};
@@ -83,7 +84,9 @@ impl Nftables {
         let (mut removed, mut added, mut owned) = (Vec::new(), Vec::new(), self.node_places.clone());
         for (family, set, wanted) in node_elements(&node) {
             let found = self.found.as_ref().map(|found| found.places_in(family, set)).unwrap_or_default();
-            if !exact && !found.is_empty() && set != Set::PodCidrs {
+            // Where pods are is known or it is not; it does not grow with what the sources have listed.
+            let partial = set != Set::PodCidrs || wanted.is_empty();
+            if !exact && !found.is_empty() && partial {
                 continue;
             }
             let have: BTreeSet<_> = owned.remove(&(family, set)).into_iter().flatten().chain(found).collect();
@@ -97,6 +100,12 @@ impl Nftables {
         let mut transaction = self.netlink.begin();
         write_removals(&mut transaction, &removed, Owner::Node);
         write_additions(&mut transaction, &added, Owner::Node);
+        let pod_cidrs = self.pod_cidrs_after(&owned);
+        for family in self.pod_cidrs.symmetric_difference(&pod_cidrs) {
+            let policy = |families: &BTreeSet<_>| self.settings.policy(families.contains(family));
+            let (old, new) = (policy(&self.pod_cidrs), policy(&pod_cidrs));
+            rewrite(&mut transaction, *family, &old, &new, Owner::Node);
+        }
         match self.send(&mut transaction, removed.len(), added.len(), outcome) {
             Ok(()) => {}
             Err(CommitError::Refused(refusals)) if refusals.iter().any(disagrees) => {
@@ -111,7 +120,18 @@ impl Nftables {
         }
         self.node = node;
         self.node_places = owned;
+        self.pod_cidrs = pod_cidrs;
         Ok(())
+    }
+
+    /// The families that have pod CIDRs when the node's own elements are these; where none are owned yet, what was
+    /// found counts.
+    fn pod_cidrs_after(&self, owned: &BTreeMap<(Family, Set), BTreeSet<Place>>) -> BTreeSet<Family> {
+        let has = |family: &Family| match owned.get(&(*family, Set::PodCidrs)) {
+            Some(places) => !places.is_empty(),
+            None => self.pod_cidrs.contains(family),
+        };
+        Family::ALL.into_iter().filter(has).collect()
     }
 
     /// All Services of a batch. Together where they fit one transaction; else first what goes, then what changes,
@@ -215,7 +235,7 @@ impl Nftables {
     fn against_found<'a>(&self, elements: &'a [Element]) -> (Vec<Place>, Vec<&'a Element>) {
         let Some(found) = &self.found else { return (Vec::new(), elements.iter().collect()) };
         let add: Vec<_> = elements.iter().filter(|element| !found.has(element)).collect();
-        let clear = add.iter().map(|element| element.place).filter(|place| found.contains(place)).collect();
+        let clear = add.iter().map(|element| element.place).filter(|place| found.holds(place)).collect();
         (clear, add)
     }
 
@@ -226,7 +246,7 @@ impl Nftables {
             if let Some(found) = &mut self.found {
                 lowered.removed.iter().for_each(|place| found.settle(place));
                 lowered.added.iter().for_each(|element| found.settle(&element.place));
-                lowered.gained.iter().for_each(|shared| found.settle(&shared.place()));
+                lowered.shared.gained.iter().for_each(|shared| found.settle(&shared.place()));
             }
             match lowered.applied {
                 Some(applied) => self.applied.insert(key.clone(), applied),
@@ -296,8 +316,8 @@ fn node_elements(node: &NodePlan) -> Vec<(Family, Set, Vec<Element>)> {
 fn shared_delta(part: &[Staged<'_>]) -> BTreeMap<Shared, i64> {
     let mut delta = BTreeMap::new();
     for staged in part {
-        staged.lowered.lost.iter().for_each(|shared| *delta.entry(*shared).or_default() -= 1);
-        staged.lowered.gained.iter().for_each(|shared| *delta.entry(*shared).or_default() += 1);
+        staged.lowered.shared.lost.iter().for_each(|shared| *delta.entry(*shared).or_default() -= 1);
+        staged.lowered.shared.gained.iter().for_each(|shared| *delta.entry(*shared).or_default() += 1);
     }
     delta
 }

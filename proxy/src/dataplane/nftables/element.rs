@@ -8,11 +8,11 @@ use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
 
-use super::schema::{Field, Set};
+use super::schema::{Field, Set, address_len};
 use crate::model::input::{Family, Protocol};
 
-/// The longest key: two IPv6 addresses.
-const KEY_MAX: usize = 32;
+/// The longest key: IPv6 address, protocol, port, IPv6 address.
+const KEY_MAX: usize = 40;
 /// The longest data: IPv6 address, port.
 const DATA_MAX: usize = 20;
 /// The longest comment that nft takes back is 128 bytes (`NFTNL_UDATA_COMMENT_MAXLEN`), its NUL included.
@@ -23,6 +23,8 @@ const COMMENT_MAX: usize = 127;
 pub(crate) struct Key {
     bytes: [u8; KEY_MAX],
     len: u8,
+    /// It stands for every key that differs from it in its last so many bits alone.
+    free_bits: u8,
     /// It is where a range ends: the first address behind it (`NFT_SET_ELEM_INTERVAL_END`).
     pub(crate) interval_end: bool,
 }
@@ -57,15 +59,20 @@ pub(crate) struct Element {
 }
 
 impl Key {
-    /// From what the kernel says; `None` where it is longer than any key of ours.
-    pub(crate) fn from_kernel(bytes: &[u8], interval_end: bool) -> Option<Self> {
-        let mut key = Self { bytes: [0; KEY_MAX], len: u8::try_from(bytes.len()).ok()?, interval_end };
+    /// From what the kernel says: the key, and where it is a range the last key of it. `None` where it is longer than
+    /// any key of ours. A range that is no network can only be somebody else's doing; it is known, and removed, by
+    /// its first key.
+    pub(crate) fn from_kernel(bytes: &[u8], last: Option<&[u8]>, interval_end: bool) -> Option<Self> {
+        let mut key = Self { len: u8::try_from(bytes.len()).ok()?, interval_end, ..Self::empty() };
         key.bytes.get_mut(..bytes.len())?.copy_from_slice(bytes);
+        if let Some(last) = last {
+            key.free_bits = (0..=128).find(|bits| key.range(*bits).last().as_bytes() == last).unwrap_or(0);
+        }
         Some(key)
     }
 
     fn empty() -> Self {
-        Self { bytes: [0; KEY_MAX], len: 0, interval_end: false }
+        Self { bytes: [0; KEY_MAX], len: 0, free_bits: 0, interval_end: false }
     }
 
     /// Appends a component, padded with zeros to a multiple of four bytes.
@@ -106,6 +113,42 @@ impl Key {
     /// The same key with a slot number (or a 2^i) behind it.
     pub(crate) fn slot(self, slot: u32) -> Self {
         self.push(&slot.to_ne_bytes())
+    }
+
+    /// The same VIP with the network of its clients behind it, as `ranges` has it.
+    pub(crate) fn clients(self, network: IpNetwork) -> Self {
+        let bits = match network {
+            IpNetwork::V4(_) => 32,
+            IpNetwork::V6(_) => 128,
+        };
+        self.push_address(network.network()).range(bits - network.prefix())
+    }
+
+    fn range(mut self, free_bits: u8) -> Self {
+        self.free_bits = free_bits;
+        self
+    }
+
+    /// The last of the keys that it stands for.
+    pub(crate) fn last(self) -> Self {
+        let mut last = self.range(0);
+        let mut left = self.free_bits;
+        for byte in last.bytes[..usize::from(self.len)].iter_mut().rev() {
+            let here = left.min(8);
+            *byte |= 0xffu8.checked_shr(u32::from(8 - here)).unwrap_or(0);
+            left -= here;
+        }
+        last
+    }
+
+    /// Whether it stands for more than one key.
+    pub(crate) fn is_range(&self) -> bool {
+        self.free_bits > 0
+    }
+
+    /// Whether its first components are those of the other.
+    pub(crate) fn starts_with(&self, other: &Self) -> bool {
+        self.as_bytes().starts_with(other.as_bytes())
     }
 
     /// The bytes, padding included.
@@ -154,6 +197,9 @@ impl fmt::Debug for Key {
         for byte in self.as_bytes() {
             write!(f, "{byte:02x}")?;
         }
+        if self.is_range() {
+            write!(f, " + {} bits", self.free_bits)?;
+        }
         if self.interval_end { f.write_str(" end") } else { Ok(()) }
     }
 }
@@ -189,6 +235,9 @@ impl fmt::Display for Place {
                 (Field::Slot, [a, b, c, d]) => write!(f, "{}", u32::from_ne_bytes([*a, *b, *c, *d]))?,
                 (_, bytes) => write!(f, "{bytes:?}")?,
             }
+        }
+        if self.key.is_range() {
+            write!(f, "/{}", address_len(self.family) * 8 - usize::from(self.key.free_bits))?;
         }
         f.write_str(" }")
     }
@@ -276,6 +325,26 @@ mod tests {
         for backend in ["10.0.0.1:8080", "[fd00::1]:53"] {
             let backend: SocketAddr = backend.parse().unwrap();
             assert_eq!(Data::backend(backend).to_backend(), Some(backend));
+        }
+    }
+
+    #[test]
+    fn a_network_of_clients_reads_back() {
+        let cases = [
+            ("203.0.113.1:80", "10.0.0.0/9", "ranges { 203.0.113.1 . 6 . 80 . 10.0.0.0/9 }", "0a7fffff"),
+            ("203.0.113.1:80", "10.0.0.1/32", "ranges { 203.0.113.1 . 6 . 80 . 10.0.0.1 }", "0a000001"),
+            ("203.0.113.1:80", "0.0.0.0/0", "ranges { 203.0.113.1 . 6 . 80 . 0.0.0.0/0 }", "ffffffff"),
+            ("[fd00::1]:80", "fd01::/127", "ranges { fd00::1 . 6 . 80 . fd01::/127 }", "00000001"),
+            ("[fd00::1]:80", "::/0", "ranges { fd00::1 . 6 . 80 . ::/0 }", "ffffffff"),
+        ];
+        for (vip, network, text, last) in cases {
+            let vip: SocketAddr = vip.parse().unwrap();
+            let key = Key::vip(vip, Protocol::Tcp).clients(network.parse().unwrap());
+            let place = Place { family: Family::of(vip.ip()), set: Set::Ranges, key };
+            assert_eq!(place.to_string(), text);
+            let end = key.last();
+            assert!(format!("{end:?}").ends_with(last), "{end:?}");
+            assert_eq!(Key::from_kernel(key.as_bytes(), Some(end.as_bytes()), false), Some(key));
         }
     }
 

@@ -43,6 +43,10 @@ pub(crate) enum Expr {
     Network { offset: u32, len: u32, reg: Reg },
     /// Loads the destination port.
     DestinationPort { reg: Reg },
+    /// Loads the name of the interface that the packet came in through (`iifname`); empty for what this host sends.
+    InInterface { reg: Reg },
+    /// Loads what kind of address the source is to this host (`fib saddr type`).
+    SourceType { reg: Reg },
     /// Loads the transport protocol (`meta l4proto`).
     Protocol { reg: Reg },
     /// Loads the destination address that the connection was opened to (`ct original ip daddr`).
@@ -57,8 +61,8 @@ pub(crate) enum Expr {
     Connection { word: ConnectionWord, reg: Reg },
     /// Keeps these bits of the register.
     Mask { reg: Reg, bits: u32 },
-    /// Goes on where the register is not zero.
-    NotZero { reg: Reg },
+    /// Goes on where the bytes from this register on are these (inverted: are not).
+    Compare { reg: Reg, bytes: Vec<u8>, invert: bool },
     /// DNAT to the address and port in these registers.
     Dnat { v6: bool, address: Reg, port: Reg },
     /// `masquerade fully-random`.
@@ -100,6 +104,13 @@ pub(crate) const ANONYMOUS_SET_ID: u32 = 0x6b6c;
 /// The name of every anonymous set: the kernel puts a number in.
 pub(crate) const ANONYMOUS_SET: &CStr = c"__set%d";
 
+/// `RTN_LOCAL`: the kind of an address that is this host's own.
+pub(crate) const ADDRESS_LOCAL: u32 = 2;
+
+/// `NFT_FIB_RESULT_ADDRTYPE`.
+const FIB_ADDRESS_TYPE: u32 = 3;
+/// `NFTA_FIB_F_SADDR`.
+const FIB_SOURCE: u32 = 1;
 /// `IP_CT_DIR_ORIGINAL`.
 const DIRECTION_ORIGINAL: u8 = 0;
 /// `NF_NAT_RANGE_PROTO_RANDOM_FULLY`.
@@ -133,10 +144,10 @@ impl Builder {
         self
     }
 
-    fn word(self, attribute: u32, value: u32) -> Self {
-        let bytes = value.to_ne_bytes();
-        // SAFETY: as in `u32`; libnftnl copies the four bytes.
-        unsafe { sys::nftnl_expr_set(self.0.as_ptr(), attribute as u16, bytes.as_ptr().cast(), 4) };
+    fn bytes(self, attribute: u32, value: &[u8]) -> Self {
+        let len = value.len() as u32;
+        // SAFETY: as in `u32`; libnftnl copies the bytes.
+        unsafe { sys::nftnl_expr_set(self.0.as_ptr(), attribute as u16, value.as_ptr().cast(), len) };
         self
     }
 
@@ -159,9 +170,12 @@ impl Expression for Expr {
                 payload(libc::NFT_PAYLOAD_NETWORK_HEADER, *offset, *len, *reg)
             }
             Self::DestinationPort { reg } => payload(libc::NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2, *reg),
-            Self::Protocol { reg } => Builder::new(c"meta")
-                .u32(sys::NFTNL_EXPR_META_KEY, libc::NFT_META_L4PROTO as u32)
-                .u32(sys::NFTNL_EXPR_META_DREG, reg.raw()),
+            Self::InInterface { reg } => meta(libc::NFT_META_IIFNAME, *reg),
+            Self::SourceType { reg } => Builder::new(c"fib")
+                .u32(sys::NFTNL_EXPR_FIB_RESULT, FIB_ADDRESS_TYPE)
+                .u32(sys::NFTNL_EXPR_FIB_FLAGS, FIB_SOURCE)
+                .u32(sys::NFTNL_EXPR_FIB_DREG, reg.raw()),
+            Self::Protocol { reg } => meta(libc::NFT_META_L4PROTO, *reg),
             Self::OriginalAddress { v6, reg } => {
                 let key = if *v6 { libc::NFT_CT_DST_IP6 } else { libc::NFT_CT_DST_IP };
                 connection(key, *reg).u8(sys::NFTNL_EXPR_CT_DIR, DIRECTION_ORIGINAL)
@@ -181,12 +195,15 @@ impl Expression for Expr {
                 .u32(sys::NFTNL_EXPR_BITWISE_SREG, reg.raw())
                 .u32(sys::NFTNL_EXPR_BITWISE_DREG, reg.raw())
                 .u32(sys::NFTNL_EXPR_BITWISE_LEN, 4)
-                .word(sys::NFTNL_EXPR_BITWISE_MASK, *bits)
-                .word(sys::NFTNL_EXPR_BITWISE_XOR, 0),
-            Self::NotZero { reg } => Builder::new(c"cmp")
-                .u32(sys::NFTNL_EXPR_CMP_SREG, reg.raw())
-                .u32(sys::NFTNL_EXPR_CMP_OP, libc::NFT_CMP_NEQ as u32)
-                .word(sys::NFTNL_EXPR_CMP_DATA, 0),
+                .bytes(sys::NFTNL_EXPR_BITWISE_MASK, &bits.to_ne_bytes())
+                .bytes(sys::NFTNL_EXPR_BITWISE_XOR, &[0; 4]),
+            Self::Compare { reg, bytes, invert } => {
+                let operation = if *invert { libc::NFT_CMP_NEQ } else { libc::NFT_CMP_EQ };
+                Builder::new(c"cmp")
+                    .u32(sys::NFTNL_EXPR_CMP_SREG, reg.raw())
+                    .u32(sys::NFTNL_EXPR_CMP_OP, operation as u32)
+                    .bytes(sys::NFTNL_EXPR_CMP_DATA, bytes)
+            }
             Self::Dnat { v6, address, port } => {
                 let family = if *v6 { ProtoFamily::Ipv6 } else { ProtoFamily::Ipv4 };
                 Builder::new(c"nat")
@@ -214,6 +231,10 @@ fn payload(base: i32, offset: u32, len: u32, reg: Reg) -> Builder {
         .u32(sys::NFTNL_EXPR_PAYLOAD_OFFSET, offset)
         .u32(sys::NFTNL_EXPR_PAYLOAD_LEN, len)
         .u32(sys::NFTNL_EXPR_PAYLOAD_DREG, reg.raw())
+}
+
+fn meta(key: i32, reg: Reg) -> Builder {
+    Builder::new(c"meta").u32(sys::NFTNL_EXPR_META_KEY, key as u32).u32(sys::NFTNL_EXPR_META_DREG, reg.raw())
 }
 
 fn connection(key: i32, reg: Reg) -> Builder {

@@ -4,14 +4,19 @@
 //! *sets*; the order of slots is decided here and depends on history: a removed backend's slot is taken by a new
 //! one, or by the last, so that a change costs a few elements whatever the size of the set.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, SocketAddr};
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::sync::Arc;
 
+use ipnetwork::IpNetwork;
+
 use super::element::{Data, Element, Key, Place, comment};
-use super::schema::{CLASSES, MAX_SLOTS, Set};
+use super::schema::{CLASSES, LOCAL_SLOTS, MAX_SLOTS, Set};
+use super::shared::{SharedChange, only_in};
 use crate::model::input::{Family, Protocol};
-use crate::model::plan::{Backend, Frontend, FrontendAddress, FrontendKind, Plan, PortPlan, Verdict};
+use crate::model::plan::{
+    AddressPort, Backend, Frontend, FrontendAddress, FrontendKind, Plan, PortPlan, Verdict,
+};
 
 /// A Service as it was programmed: its plan, and which slot each backend has.
 #[derive(Clone, Debug)]
@@ -19,19 +24,6 @@ pub(crate) struct Applied {
     plan: Arc<Plan>,
     /// For each port of the plan.
     ports: Box<[Slots]>,
-}
-
-/// Slot by slot the position of its backend in the port's sorted list.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Slots(Box<[u16]>);
-
-/// An element that several Services may want: it exists as long as one of them does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Shared {
-    /// A cluster IP in use.
-    ClusterIp(IpAddr),
-    /// A local backend, which may dial itself through the Service.
-    Hairpin(IpAddr),
 }
 
 /// What one Service's change does to the kernel.
@@ -43,38 +35,34 @@ pub(crate) struct Lowered {
     pub(crate) removed: Vec<Place>,
     /// Elements to add.
     pub(crate) added: Vec<Element>,
-    /// Shared elements that this Service no longer wants.
-    pub(crate) lost: Vec<Shared>,
-    /// Shared elements that it wants from now on.
-    pub(crate) gained: Vec<Shared>,
+    /// Elements that other Services may want too.
+    pub(crate) shared: SharedChange,
 }
 
-/// Tells which backend the kernel was found to have in a slot, when a Service is taken over from an earlier run.
-pub(crate) trait KernelSlots {
+/// What the kernel was found to hold and nobody has claimed, when Services are taken over from an earlier run.
+pub(crate) trait Kernel {
+    /// Whether there is something at this place.
+    fn holds(&self, place: &Place) -> bool;
     /// The backend at this place of a slot map, if there is one.
     fn backend(&self, place: &Place) -> Option<SocketAddr>;
+    /// What there is in `ranges` of the VIP with this place's family and key.
+    fn ranges(&self, vip: Place) -> impl Iterator<Item = Place>;
 }
 
 /// A kernel that holds nothing.
 pub(crate) struct Empty;
 
-impl KernelSlots for Empty {
+impl Kernel for Empty {
+    fn holds(&self, _: &Place) -> bool {
+        false
+    }
+
     fn backend(&self, _: &Place) -> Option<SocketAddr> {
         None
     }
-}
 
-impl Shared {
-    /// The element it stands for.
-    pub(crate) fn place(self) -> Place {
-        match self {
-            Self::ClusterIp(address) => {
-                Place { family: Family::of(address), set: Set::ClusterIps, key: Key::address(address) }
-            }
-            Self::Hairpin(address) => {
-                Place { family: Family::of(address), set: Set::Hairpin, key: Key::to_itself(address) }
-            }
-        }
+    fn ranges(&self, _: Place) -> impl Iterator<Item = Place> {
+        std::iter::empty()
     }
 }
 
@@ -84,92 +72,171 @@ impl Applied {
         &self.plan
     }
 
-    fn find(&self, port: &PortPlan, at: FrontendAddress) -> Option<(usize, Frontend)> {
-        self.plan.ports.iter().enumerate().find_map(|(i, candidate)| {
-            let same = candidate.family == port.family && candidate.protocol == port.protocol;
-            let frontend = candidate.frontends.iter().find(|frontend| frontend.at == at);
-            frontend.filter(|_| same).map(|frontend| (i, *frontend))
-        })
+    fn ports(&self) -> impl Iterator<Item = AppliedPort<'_>> {
+        let ports = self.plan.ports.iter().zip(&self.ports).enumerate();
+        ports.map(|(index, (plan, slots))| AppliedPort { index, plan, slots })
     }
+}
+
+/// One port of a Service as it was programmed.
+#[derive(Clone, Copy)]
+struct AppliedPort<'a> {
+    /// Its position in the plan.
+    index: usize,
+    plan: &'a PortPlan,
+    slots: &'a Slots,
 }
 
 /// What has to change so that `next` is programmed where `previous` was.
-pub(crate) fn lower(
-    previous: Option<&Applied>,
-    next: Option<&Arc<Plan>>,
-    kernel: &impl KernelSlots,
-) -> Lowered {
+pub(crate) fn lower(previous: Option<&Applied>, next: Option<&Arc<Plan>>, kernel: &impl Kernel) -> Lowered {
     let mut lowered = Lowered::default();
-    let mut kept = BTreeSet::new();
+    // What was programmed and has no counterpart in `next`: ports by position, frontends by what tells them apart.
+    let mut ports: BTreeMap<_, _> =
+        previous.into_iter().flat_map(Applied::ports).map(|port| (port.index, port)).collect();
+    let mut frontends: BTreeMap<_, _> = ports
+        .values()
+        .flat_map(|port| port.plan.frontends.iter().map(|f| (identity(port.plan, f), (*port, f))))
+        .collect();
     if let Some(plan) = next {
-        let mut ports = Vec::with_capacity(plan.ports.len());
+        let mut slots = Vec::with_capacity(plan.ports.len());
         for port in &plan.ports {
-            let slots = Slots(assign(&current_order(previous, port, kernel), &port.backends));
+            let old = port.frontends.iter().find_map(|f| frontends.get(&identity(port, f)));
+            let old = old.map(|(old, _)| *old);
+            let same = old.filter(|old| old.plan == port);
+            let order = same.map_or_else(|| Slots::new(old, port, kernel), |same| same.slots.clone());
             let comment = comment(&plan.port_name(port));
             for frontend in &port.frontends {
-                let target = Target::new(port, frontend);
-                let mut before = None;
-                if let Some((applied, (i, old))) =
-                    previous.zip(previous.and_then(|p| p.find(port, frontend.at)))
-                {
-                    kept.insert((port.family, port.protocol, frontend.at));
-                    let old_port = &applied.plan.ports[i];
-                    before = Some((old.verdict, Order { slots: &applied.ports[i], port: old_port }));
-                    if old_port.name != port.name {
-                        // A comment cannot be changed in place.
-                        target.change(before.take(), None, &comment, &mut lowered);
+                let before = frontends.remove(&identity(port, frontend));
+                if same.is_some() {
+                    continue;
+                }
+                let change = Change { at: Target::new(port, frontend), comment: &comment, kernel };
+                let after = Shape::new(frontend, port, &order);
+                let before = before.map(|(old, f)| (old, Shape::new(f, old.plan, old.slots)));
+                match before {
+                    None => change.lower(Shape::default(), after, &mut lowered),
+                    Some((old, before)) if old.plan.name == port.name => {
+                        change.lower(before, after, &mut lowered);
+                    }
+                    // A comment cannot be changed in place.
+                    Some((_, before)) => {
+                        change.lower(before, Shape::default(), &mut lowered);
+                        change.lower(Shape::default(), after, &mut lowered);
                     }
                 }
-                let after = (frontend.verdict, Order { slots: &slots, port });
-                target.change(before, Some(after), &comment, &mut lowered);
             }
-            ports.push(slots);
+            let counterpart = old.and_then(|old| ports.remove(&old.index));
+            lowered.shared.between(counterpart.map(|old| old.plan), Some(port));
+            slots.push(order);
         }
-        lowered.applied = Some(Applied { plan: Arc::clone(plan), ports: ports.into() });
+        lowered.applied = Some(Applied { plan: Arc::clone(plan), ports: slots.into() });
     }
-    if let Some(applied) = previous {
-        for (port, slots) in applied.plan.ports.iter().zip(&applied.ports) {
-            for frontend in &port.frontends {
-                if !kept.contains(&(port.family, port.protocol, frontend.at)) {
-                    let before = (frontend.verdict, Order { slots, port });
-                    Target::new(port, frontend).change(Some(before), None, &"".into(), &mut lowered);
-                }
-            }
-        }
+    for (port, frontend) in frontends.into_values() {
+        let change = Change { at: Target::new(port.plan, frontend), comment: &"".into(), kernel };
+        change.lower(Shape::new(frontend, port.plan, port.slots), Shape::default(), &mut lowered);
     }
-    let (old, new) = (shared(previous.map(Applied::plan)), shared(next));
-    lowered.lost = old.difference(&new).copied().collect();
-    lowered.gained = new.difference(&old).copied().collect();
+    for port in ports.into_values() {
+        lowered.shared.between(Some(port.plan), None);
+    }
     lowered
 }
 
-/// The backends in the order of the slots that they have now: as programmed, else as the kernel was found.
-fn current_order(previous: Option<&Applied>, port: &PortPlan, kernel: &impl KernelSlots) -> Vec<SocketAddr> {
-    let programmed = previous.and_then(|applied| {
-        let (i, _) = port.frontends.iter().find_map(|frontend| applied.find(port, frontend.at))?;
-        Some(Order { slots: &applied.ports[i], port: &applied.plan.ports[i] }.iter().collect())
-    });
-    programmed.unwrap_or_else(|| {
-        let Some(frontend) = port.frontends.first() else { return Vec::new() };
-        let target = Target::new(port, frontend);
-        (0..MAX_SLOTS as u32).map_while(|slot| kernel.backend(&target.slot(slot))).collect()
-    })
+/// What tells one frontend of a Service from another.
+fn identity(port: &PortPlan, frontend: &Frontend) -> (Family, Protocol, FrontendAddress) {
+    (port.family, port.protocol, frontend.at)
 }
 
-/// Gives each of the sorted `wanted` backends a slot so that as few of the `current` slots as possible change: who
-/// stays keeps its slot, newcomers fill the gaps, and the last ones move into gaps that are left.
-fn assign(current: &[SocketAddr], wanted: &[Backend]) -> Box<[u16]> {
-    let wanted = &wanted[..wanted.len().min(MAX_SLOTS)];
-    let mut placed = vec![false; wanted.len()];
-    let mut slots: Vec<Option<u16>> = current
-        .iter()
-        .map(|address| {
-            let i = wanted.binary_search_by(|backend| backend.address.cmp(&(*address).into())).ok()?;
-            // Twice in the kernel can only be somebody else's doing; the second place counts as a gap.
-            (!std::mem::replace(&mut placed[i], true)).then_some(i as u16)
+/// Slot by slot the position of its backend in the port's sorted list: those of the Cluster set, then those of the
+/// Local set.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Slots(Box<[u16]>);
+
+/// One of a port's two endpoint sets.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum EndpointSet {
+    Cluster,
+    Local,
+}
+
+impl EndpointSet {
+    /// Its backends, as many as there can be slots.
+    fn of(self, port: &PortPlan) -> &[Backend] {
+        let backends = match self {
+            Self::Cluster => &port.backends,
+            Self::Local => &port.local_backends,
+        };
+        &backends[..backends.len().min(MAX_SLOTS)]
+    }
+}
+
+impl Slots {
+    /// Slots for a port in place of what there is: as programmed, else as the kernel was found.
+    fn new(old: Option<AppliedPort<'_>>, port: &PortPlan, kernel: &impl Kernel) -> Self {
+        let of_set = |set: EndpointSet| {
+            let wanted = set.of(port);
+            let positions = match old {
+                Some(old) => {
+                    let stay = positions(set.of(old.plan), wanted);
+                    old.slots.of(old.plan, set).slots.iter().map(|i| stay[usize::from(*i)]).collect()
+                }
+                None => found(port, set, kernel),
+            };
+            assign(positions, wanted.len())
+        };
+        Self([of_set(EndpointSet::Cluster), of_set(EndpointSet::Local)].concat().into())
+    }
+
+    fn of<'a>(&'a self, port: &'a PortPlan, set: EndpointSet) -> Order<'a> {
+        let (cluster, local) = self.0.split_at(EndpointSet::Cluster.of(port).len());
+        let slots = match set {
+            EndpointSet::Cluster => cluster,
+            EndpointSet::Local => local,
+        };
+        Order { slots, backends: set.of(port) }
+    }
+}
+
+/// Where each of the sorted `old` backends is among the sorted `new` ones.
+fn positions(old: &[Backend], new: &[Backend]) -> Vec<Option<u16>> {
+    let mut new = (0u16..).zip(new).peekable();
+    old.iter()
+        .map(|old| {
+            while new.next_if(|(_, backend)| backend.address < old.address).is_some() {}
+            new.peek().filter(|(_, backend)| backend.address == old.address).map(|(i, _)| *i)
         })
-        .collect();
-    let mut newcomers = (0..wanted.len() as u16).filter(|i| !placed[usize::from(*i)]);
+        .collect()
+}
+
+/// The slots that the kernel was found to have, by position in the port's sorted list.
+fn found(port: &PortPlan, set: EndpointSet, kernel: &impl Kernel) -> Vec<Option<u16>> {
+    let wanted = set.of(port);
+    let mut placed = vec![false; wanted.len()];
+    let mut position = |address: SocketAddr| {
+        let i = wanted.binary_search_by(|backend| backend.address.cmp(&address.into())).ok()?;
+        // Twice in the kernel can only be somebody else's doing; the second place counts as a gap.
+        (!std::mem::replace(&mut placed[i], true)).then(|| u16::try_from(i).ok())?
+    };
+    let Some((target, first)) = port.frontends.iter().find_map(|frontend| {
+        let base = layout(frontend).1.iter().position(|used| *used == Some(set))?;
+        Some((Target::new(port, frontend), BASES[base]))
+    }) else {
+        return Vec::new();
+    };
+    let slots = (first..first + MAX_SLOTS as u32).map_while(|slot| kernel.backend(&target.slot(slot)));
+    slots.map(&mut position).collect()
+}
+
+/// Gives each of `wanted` backends a slot so that as few of the current slots as possible change: who stays keeps
+/// its slot, newcomers fill the gaps, and the last ones move into gaps that are left.
+fn assign(mut slots: Vec<Option<u16>>, wanted: usize) -> Vec<u16> {
+    let mut placed = vec![false; wanted];
+    for slot in &mut slots {
+        *slot = slot.filter(|i| usize::from(*i) < wanted);
+        if let Some(i) = slot {
+            placed[usize::from(*i)] = true;
+        }
+    }
+    let mut newcomers = (0u16..).zip(placed).filter(|(_, placed)| !placed).map(|(i, _)| i);
     for slot in slots.iter_mut().filter(|slot| slot.is_none()) {
         *slot = newcomers.next();
     }
@@ -189,16 +256,76 @@ fn assign(current: &[SocketAddr], wanted: &[Backend]) -> Box<[u16]> {
     }
 }
 
-/// A port's backends by slot.
-#[derive(Clone, Copy)]
+/// An endpoint set by slot.
+#[derive(Clone, Copy, Default)]
 struct Order<'a> {
-    slots: &'a Slots,
-    port: &'a PortPlan,
+    slots: &'a [u16],
+    backends: &'a [Backend],
 }
 
-impl<'a> Order<'a> {
-    fn iter(self) -> impl ExactSizeIterator<Item = SocketAddr> + 'a {
-        self.slots.0.iter().map(move |i| self.port.backends[usize::from(*i)].address.socket())
+impl Order<'_> {
+    fn len(self) -> u32 {
+        self.slots.len() as u32
+    }
+
+    fn at(self, slot: u32) -> Option<AddressPort> {
+        let i = self.slots.get(slot as usize)?;
+        self.backends.get(usize::from(*i)).map(|backend| backend.address)
+    }
+}
+
+/// The first slot of each of the two endpoint sets that a frontend may have.
+const BASES: [u32; 2] = [0, LOCAL_SLOTS];
+
+/// The sets that name frontends. Each kind of frontend uses some of them.
+const NAMING: [Set; 8] = [
+    Set::Vips,
+    Set::VipsLocal,
+    Set::VipsMasq,
+    Set::VipsReject,
+    Set::Nps,
+    Set::NpsLocal,
+    Set::NpsReject,
+    Set::Ranged,
+];
+
+/// The sets that name a frontend, and its endpoint sets at each of [`BASES`].
+fn layout(frontend: &Frontend) -> (&'static [Set], [Option<EndpointSet>; 2]) {
+    use EndpointSet as E;
+    use FrontendAddress::{NodePort, Vip};
+    match (frontend.at, frontend.kind, frontend.verdict) {
+        (Vip(_), _, Verdict::Reject) => (&[Set::VipsReject], [None, None]),
+        (Vip(_), FrontendKind::ClusterIp, Verdict::Cluster) => (&[Set::Vips], [Some(E::Cluster), None]),
+        (Vip(_), FrontendKind::ClusterIp, Verdict::Local) => (&[Set::Vips], [Some(E::Local), None]),
+        (Vip(_), _, Verdict::Cluster) => (&[Set::Vips, Set::VipsMasq], [Some(E::Cluster), None]),
+        (Vip(_), _, Verdict::Local) => (&[Set::Vips, Set::VipsLocal], [Some(E::Cluster), Some(E::Local)]),
+        (NodePort(_), _, Verdict::Reject) => (&[Set::NpsReject], [None, None]),
+        (NodePort(_), _, Verdict::Cluster) => (&[Set::Nps], [Some(E::Cluster), None]),
+        (NodePort(_), _, Verdict::Local) => (&[Set::Nps, Set::NpsLocal], [Some(E::Cluster), Some(E::Local)]),
+    }
+}
+
+/// What a frontend is in the kernel; the default: nothing.
+#[derive(Clone, Copy, Default)]
+struct Shape<'a> {
+    /// The sets that name it, `ranged` apart.
+    named: &'static [Set],
+    /// Its endpoint sets, at each of [`BASES`].
+    endpoints: [Order<'a>; 2],
+    /// Who may dial it; `None`: everybody.
+    ranges: Option<&'a [IpNetwork]>,
+}
+
+impl<'a> Shape<'a> {
+    fn new(frontend: &Frontend, port: &'a PortPlan, slots: &'a Slots) -> Self {
+        let (named, sets) = layout(frontend);
+        let endpoints = sets.map(|set| set.map(|set| slots.of(port, set)).unwrap_or_default());
+        let ranges = port.source_ranges.as_deref().filter(|_| frontend.kind == FrontendKind::LoadBalancer);
+        Self { named, endpoints, ranges }
+    }
+
+    fn is_in(&self, set: Set) -> bool {
+        self.named.contains(&set) || (set == Set::Ranged && self.ranges.is_some())
     }
 }
 
@@ -208,30 +335,20 @@ struct Target {
     key: Key,
     slots: Set,
     more: Set,
-    member: Set,
-    reject: Set,
 }
 
 impl Target {
     fn new(port: &PortPlan, frontend: &Frontend) -> Self {
-        let (family, protocol): (Family, Protocol) = (port.family, port.protocol);
+        let (family, protocol) = (port.family, port.protocol);
         match frontend.at {
-            FrontendAddress::Vip(address) => Self {
-                family,
-                key: Key::vip(address.socket(), protocol),
-                slots: Set::Endpoints,
-                more: Set::More,
-                member: Set::Vips,
-                reject: Set::VipsReject,
-            },
-            FrontendAddress::NodePort(port) => Self {
-                family,
-                key: Key::nodeport(port, protocol),
-                slots: Set::NpEndpoints,
-                more: Set::NpMore,
-                member: Set::Nps,
-                reject: Set::NpsReject,
-            },
+            FrontendAddress::Vip(address) => {
+                let key = Key::vip(address.socket(), protocol);
+                Self { family, key, slots: Set::Endpoints, more: Set::More }
+            }
+            FrontendAddress::NodePort(port) => {
+                let key = Key::nodeport(port, protocol);
+                Self { family, key, slots: Set::NpEndpoints, more: Set::NpMore }
+            }
         }
     }
 
@@ -242,117 +359,72 @@ impl Target {
     fn slot(&self, slot: u32) -> Place {
         self.place(self.slots, self.key.slot(slot))
     }
+}
 
-    fn membership(&self, verdict: Verdict) -> Place {
-        let set = match verdict {
-            Verdict::Cluster | Verdict::Local => self.member,
-            Verdict::Reject => self.reject,
-        };
-        self.place(set, self.key)
+/// The change of one frontend.
+struct Change<'a, K> {
+    at: Target,
+    comment: &'a Arc<str>,
+    kernel: &'a K,
+}
+
+impl<K: Kernel> Change<'_, K> {
+    /// Adds to `out` what leads from one shape to another. Whatever else the kernel was found to hold of the frontend
+    /// goes.
+    fn lower(&self, old: Shape<'_>, new: Shape<'_>, out: &mut Lowered) {
+        for set in NAMING {
+            let place = self.at.place(set, self.at.key);
+            self.toggle(place, old.is_in(set), new.is_in(set), out);
+        }
+        for ((first, old), new) in BASES.into_iter().zip(old.endpoints).zip(new.endpoints) {
+            self.slots(first, old, new, out);
+            for step in (0..CLASSES - 1).map(|i| 1 << i) {
+                let place = self.at.place(self.at.more, self.at.key.slot(first + step));
+                self.toggle(place, old.len() > step, new.len() > step, out);
+            }
+        }
+        if self.at.slots == Set::Endpoints {
+            self.ranges(old.ranges.unwrap_or_default(), new.ranges.unwrap_or_default(), out);
+        }
     }
 
-    /// Adds to `out` what leads from one state of the frontend to another; `None`: it does not exist.
-    fn change(
-        &self,
-        before: Option<(Verdict, Order<'_>)>,
-        after: Option<(Verdict, Order<'_>)>,
-        comment: &Arc<str>,
-        out: &mut Lowered,
-    ) {
-        let mut add = |place, data| {
-            out.added.push(Element { place, data, comment: Some(Arc::clone(comment)) });
-        };
-        let (old, new) = (balanced(before), balanced(after));
-        let mut count = (0u32, 0u32);
-        let (mut old, mut new) = (old.map(Order::iter), new.map(Order::iter));
+    fn toggle(&self, place: Place, old: bool, new: bool, out: &mut Lowered) {
+        match (old, new) {
+            (false, true) => self.add(place, None, out),
+            (true, false) => out.removed.push(place),
+            (false, false) if self.kernel.holds(&place) => out.removed.push(place),
+            _ => {}
+        }
+    }
+
+    fn slots(&self, first: u32, old: Order<'_>, new: Order<'_>, out: &mut Lowered) {
         for slot in 0.. {
-            let pair = (old.as_mut().and_then(Iterator::next), new.as_mut().and_then(Iterator::next));
-            if pair == (None, None) {
+            let (old, new, place) = (old.at(slot), new.at(slot), self.at.slot(first + slot));
+            let stale = (old, new) == (None, None);
+            if stale && !self.kernel.holds(&place) {
                 break;
             }
-            count.0 += u32::from(pair.0.is_some());
-            count.1 += u32::from(pair.1.is_some());
-            if pair.0 != pair.1 {
-                if pair.0.is_some() {
-                    out.removed.push(self.slot(slot));
-                }
-                if let Some(backend) = pair.1 {
-                    add(self.slot(slot), Some(Data::backend(backend)));
-                }
+            if stale || (old.is_some() && old != new) {
+                out.removed.push(place);
             }
-        }
-        for step in (0..CLASSES - 1).map(|i| 1 << i) {
-            let place = self.place(self.more, self.key.slot(step));
-            match (count.0 > step, count.1 > step) {
-                (false, true) => add(place, None),
-                (true, false) => out.removed.push(place),
-                _ => {}
-            }
-        }
-        let (old, new) = (before.map(|b| b.0), after.map(|a| a.0));
-        if old != new {
-            if let Some(verdict) = old {
-                out.removed.push(self.membership(verdict));
-            }
-            if let Some(verdict) = new {
-                add(self.membership(verdict), None);
+            if let Some(backend) = new.filter(|_| old != new) {
+                self.add(place, Some(Data::backend(backend.socket())), out);
             }
         }
     }
-}
 
-fn balanced(state: Option<(Verdict, Order<'_>)>) -> Option<Order<'_>> {
-    state.and_then(|(verdict, order)| match verdict {
-        Verdict::Cluster | Verdict::Local => Some(order),
-        Verdict::Reject => None,
-    })
-}
-
-/// The shared elements that a plan wants.
-fn shared(plan: Option<&Arc<Plan>>) -> BTreeSet<Shared> {
-    let mut wanted = BTreeSet::new();
-    for port in plan.iter().flat_map(|plan| &plan.ports) {
-        for frontend in &port.frontends {
-            if let (FrontendKind::ClusterIp, FrontendAddress::Vip(address)) = (frontend.kind, frontend.at) {
-                wanted.insert(Shared::ClusterIp(address.ip));
-            }
+    fn ranges(&self, old: &[IpNetwork], new: &[IpNetwork], out: &mut Lowered) {
+        let place = |network: &IpNetwork| self.at.place(Set::Ranges, self.at.key.clients(*network));
+        let stale = self.kernel.ranges(self.at.place(Set::Ranges, self.at.key));
+        out.removed.extend(stale.filter(|held| new.iter().all(|network| place(network) != *held)));
+        out.removed.extend(only_in(old, new).map(place));
+        for network in only_in(new, old) {
+            self.add(place(network), None, out);
         }
-        let local = port.backends.iter().filter(|backend| backend.local);
-        wanted.extend(local.map(|backend| Shared::Hairpin(backend.address.ip)));
-    }
-    wanted
-}
-
-/// How many Services want each shared element, as committed.
-#[derive(Debug, Default)]
-pub(crate) struct SharedCounts(BTreeMap<Shared, u32>);
-
-impl SharedCounts {
-    /// Which elements appear and vanish when Services lose and gain these.
-    pub(crate) fn preview(&self, delta: &BTreeMap<Shared, i64>) -> (Vec<Place>, Vec<Element>) {
-        let (mut removed, mut added) = (Vec::new(), Vec::new());
-        for (shared, change) in delta {
-            let before = i64::from(self.0.get(shared).copied().unwrap_or(0));
-            match (before > 0, before + change > 0) {
-                (true, false) => removed.push(shared.place()),
-                (false, true) => {
-                    added.push(Element { place: shared.place(), data: None, comment: None });
-                }
-                _ => {}
-            }
-        }
-        (removed, added)
     }
 
-    /// Takes a committed change over.
-    pub(crate) fn commit(&mut self, delta: &BTreeMap<Shared, i64>) {
-        for (shared, change) in delta {
-            let count = self.0.entry(*shared).or_default();
-            *count = u32::try_from(i64::from(*count) + change).unwrap_or(0);
-            if *count == 0 {
-                self.0.remove(shared);
-            }
-        }
+    fn add(&self, place: Place, data: Option<Data>, out: &mut Lowered) {
+        out.added.push(Element { place, data, comment: Some(Arc::clone(self.comment)) });
     }
 }
 

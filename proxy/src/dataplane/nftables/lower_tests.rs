@@ -38,9 +38,9 @@ fn plan(backends: impl IntoIterator<Item = Backend>, nodeport: bool) -> Arc<Plan
 
 /// A model of the kernel: applies what is lowered, and refuses what the kernel refuses.
 #[derive(Default)]
-struct Kernel(BTreeMap<Place, Option<Data>>);
+struct Model(BTreeMap<Place, Option<Data>>);
 
-impl Kernel {
+impl Model {
     fn apply(&mut self, lowered: &Lowered) {
         for place in &lowered.removed {
             assert!(self.0.remove(place).is_some(), "{place} is not there");
@@ -88,12 +88,12 @@ fn an_equal_plan_costs_nothing() {
     let first = lower(None, Some(&plan((0..9).map(backend), true)), &Empty).applied.unwrap();
     let lowered = lower(Some(&first), Some(&plan((0..9).map(backend), true)), &Empty);
     assert!(lowered.removed.is_empty() && lowered.added.is_empty());
-    assert!(lowered.lost.is_empty() && lowered.gained.is_empty());
+    assert!(lowered.shared.lost.is_empty() && lowered.shared.gained.is_empty());
 }
 
 #[test]
 fn slots_are_dense_through_any_history() {
-    let mut kernel = Kernel::default();
+    let mut kernel = Model::default();
     let mut applied: Option<Applied> = None;
     let mut state = 1u64;
     let mut random = move |n: u64| {
@@ -116,7 +116,7 @@ fn slots_are_dense_through_any_history() {
 
 #[test]
 fn a_service_that_goes_leaves_nothing() {
-    let mut kernel = Kernel::default();
+    let mut kernel = Model::default();
     let first = lower(None, Some(&plan((0..7).map(backend), true)), &Empty);
     kernel.apply(&first);
     kernel.apply(&lower(first.applied.as_ref(), None, &Empty));
@@ -136,7 +136,15 @@ fn a_renamed_port_gets_its_new_comment() {
 #[test]
 fn slots_found_in_the_kernel_are_kept() {
     struct Held;
-    impl KernelSlots for Held {
+    impl Kernel for Held {
+        fn holds(&self, place: &Place) -> bool {
+            self.backend(place).is_some()
+        }
+
+        fn ranges(&self, _: Place) -> impl Iterator<Item = Place> {
+            std::iter::empty()
+        }
+
         fn backend(&self, place: &Place) -> Option<SocketAddr> {
             let key = Key::vip("10.96.0.1:80".parse().unwrap(), Protocol::Tcp);
             let held = [3, 9, 1, 2].map(address);
@@ -145,18 +153,7 @@ fn slots_found_in_the_kernel_are_kept() {
     }
     let lowered = lower(None, Some(&plan([1, 2, 3].map(backend), false)), &Held);
     let applied = lowered.applied.unwrap();
-    let order = Order { slots: &applied.ports[0], port: &applied.plan.ports[0] };
-    assert_eq!(order.iter().collect::<Vec<_>>(), [3, 2, 1].map(address));
-}
-
-#[test]
-fn shared_elements_live_as_long_as_somebody_wants_them() {
-    let address = "10.1.0.1".parse().unwrap();
-    let mut counts = SharedCounts::default();
-    let change = |n| BTreeMap::from([(Shared::Hairpin(address), n)]);
-    assert_eq!(counts.preview(&change(2)).1.len(), 1);
-    counts.commit(&change(2));
-    assert_eq!(counts.preview(&change(-1)), (vec![], vec![]));
-    counts.commit(&change(-1));
-    assert_eq!(counts.preview(&change(-1)).0.len(), 1);
+    let order = applied.ports[0].of(&applied.plan.ports[0], EndpointSet::Cluster);
+    let backends: Vec<_> = (0..).map_while(|slot| order.at(slot)).map(AddressPort::socket).collect();
+    assert_eq!(backends, [3, 2, 1].map(address));
 }

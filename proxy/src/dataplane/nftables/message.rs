@@ -114,6 +114,10 @@ impl<Owner: Copy> Transaction<Owner> {
             raw.u32(sys::NFTNL_SET_DATA_TYPE, type_of(data, family));
             raw.u32(sys::NFTNL_SET_DATA_LEN, len_of(data, family) as u32);
         }
+        if set.has_ranges() {
+            let lengths: Vec<_> = set.key().iter().map(|field| field.len(family) as u8).collect();
+            raw.bytes(sys::NFTNL_SET_DESC_CONCAT, &lengths);
+        }
         raw.bytes(sys::NFTNL_SET_USERDATA, &set.userdata(family));
         self.build_set(&raw, family, owner);
     }
@@ -324,7 +328,8 @@ pub(crate) fn parse_elements(message: &[u8], mut each: impl FnMut(Option<Key>, O
             let flags = get(sys::NFTNL_SET_ELEM_FLAGS).and_then(|flags| flags.first_chunk());
             let flags = flags.map_or(0, |flags| u32::from_ne_bytes(*flags));
             let end = flags & libc::NFT_SET_ELEM_INTERVAL_END as u32 != 0;
-            let key = get(sys::NFTNL_SET_ELEM_KEY).and_then(|key| Key::from_kernel(key, end));
+            let last = get(sys::NFTNL_SET_ELEM_KEY_END);
+            let key = get(sys::NFTNL_SET_ELEM_KEY).and_then(|key| Key::from_kernel(key, last, end));
             let data = get(sys::NFTNL_SET_ELEM_DATA).and_then(Data::from_kernel);
             let comment = get(sys::NFTNL_SET_ELEM_USERDATA).and_then(comment_of);
             each(key, data, comment);
@@ -434,6 +439,9 @@ impl RawElement {
 
     fn of(key: &Key) -> Self {
         let element = Self::new(key.as_bytes());
+        if key.is_range() {
+            element.bytes(sys::NFTNL_SET_ELEM_KEY_END, key.last().as_bytes());
+        }
         if key.interval_end {
             // SAFETY: the element is valid.
             unsafe {

@@ -6,7 +6,7 @@
 //! | file | owns |
 //! |---|---|
 //! | `schema`, `rules`, `expr` | the constant part: sets, chains and rules as data, and libnftnl's form of them |
-//! | `element`, `lower` | a Service's part: elements, and what a change adds and removes (pure) |
+//! | `element`, `lower`, `shared` | a Service's part: elements, and what a change adds and removes (pure) |
 //! | `message`, `netlink` | transactions as netlink messages, the socket, refusals |
 //! | `observe`, `monitor` | reading the truth back, noticing foreign changes |
 //! | `commit` | one batch: parts, refusals, retries |
@@ -21,6 +21,7 @@ mod netlink;
 mod observe;
 mod rules;
 mod schema;
+mod shared;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -33,13 +34,14 @@ use tracing::{info, warn};
 use self::commit::Owner;
 use self::element::Place;
 use self::expr::c_name;
-use self::lower::{Applied, SharedCounts};
+use self::lower::Applied;
 use self::message::{Transaction, table};
 use self::monitor::Monitor;
 use self::netlink::{CommitError, Netlink};
 use self::observe::{Found, TableState};
-use self::rules::ClusterIpSnat;
+use self::rules::{Detection, Policy};
 use self::schema::Set;
+use self::shared::SharedCounts;
 use super::{Batch, Dataplane, Outcome};
 use crate::model::input::{Family, ServiceKey};
 use crate::model::plan::NodePlan;
@@ -51,6 +53,19 @@ pub struct Settings {
     pub detector: Detector,
     /// Masquerade everybody who dials a cluster IP.
     pub masquerade_all: bool,
+}
+
+impl Settings {
+    /// What the rules of one family depend on; `pod_cidrs`: whether its set of them has any.
+    fn policy(&self, pod_cidrs: bool) -> Policy {
+        let detection = match &self.detector {
+            Detector::PodCidrs if pod_cidrs => Detection::PodCidrs,
+            Detector::None | Detector::PodCidrs => Detection::None,
+            Detector::Interface(name) => Detection::Interface(name.clone()),
+            Detector::InterfacePrefix(prefix) => Detection::InterfacePrefix(prefix.clone()),
+        };
+        Policy { detection, masquerade_all: self.masquerade_all }
+    }
 }
 
 /// How this node's pods are told from other clients (`detectLocalMode`): who dials a cluster IP and is none of them is
@@ -99,6 +114,8 @@ pub struct Nftables {
     node: NodePlan,
     /// Where the node's own elements are, as programmed.
     node_places: BTreeMap<(Family, Set), BTreeSet<Place>>,
+    /// The families whose rules are written for a set of pod CIDRs that has any.
+    pod_cidrs: BTreeSet<Family>,
     /// What the kernel was found to hold and nobody has claimed; `None` once swept.
     found: Option<Found>,
     /// What has to be applied again since reading back succeeded and applying did not.
@@ -127,6 +144,7 @@ impl Nftables {
             shared: SharedCounts::default(),
             node: NodePlan::default(),
             node_places: BTreeMap::new(),
+            pod_cidrs: BTreeSet::new(),
             found: None,
             owed: None,
             ready: false,
@@ -150,6 +168,7 @@ impl Nftables {
         self.applied.clear();
         self.shared = SharedCounts::default();
         self.node_places.clear();
+        self.pod_cidrs.clear();
         self.expected_generation = Some(self.netlink.generation().map_err(NftablesError::ReadBack)?);
         let mut found = Found::default();
         let mut transaction = self.netlink.begin::<Owner>();
@@ -159,7 +178,11 @@ impl Nftables {
                 warn!(?family, "table `kube-lane` has another layout than this build's: it is replaced");
                 transaction.object(&table(family), MsgType::Del, Owner::Ruleset);
             }
-            ruleset(&mut transaction, family, &self.settings);
+            let pod_cidrs = !found.places_in(family, Set::PodCidrs).is_empty();
+            if pod_cidrs {
+                self.pod_cidrs.insert(family);
+            }
+            ruleset(&mut transaction, family, &self.settings, pod_cidrs);
         }
         let outcome =
             Outcome { messages: transaction.messages(), bytes: transaction.len(), ..Outcome::default() };
@@ -268,37 +291,42 @@ impl Dataplane for Nftables {
 }
 
 /// Puts the constant part of one family's table into a transaction: what exists stays, rules are written anew.
-fn ruleset(transaction: &mut Transaction<Owner>, family: Family, settings: &Settings) {
+/// `pod_cidrs`: whether the family's set of them has any.
+fn ruleset(transaction: &mut Transaction<Owner>, family: Family, settings: &Settings, pod_cidrs: bool) {
     let owner = Owner::Ruleset;
     let table = table(family);
     transaction.object(&table, MsgType::Add, owner);
     for set in Set::ALL {
         transaction.set(set, family, owner);
     }
-    let snat = match (settings.masquerade_all, &settings.detector) {
-        (true, _) => ClusterIpSnat::Always,
-        (false, Detector::None) => ClusterIpSnat::Never,
-        (false, _) => ClusterIpSnat::NonLocal,
-    };
-    let specs = rules::chains(family, snat);
-    let chains: Vec<_> = specs
-        .iter()
-        .map(|spec| {
-            let mut chain = nftnl::Chain::new(c_name(&spec.name), &table);
-            if let Some(base) = spec.base {
-                chain.set_type(base.kind);
-                chain.set_hook(base.hook, base.priority);
-                chain.set_policy(nftnl::Policy::Accept);
-            }
-            chain
-        })
-        .collect();
+    let specs = rules::chains(family, &settings.policy(pod_cidrs));
+    let chains: Vec<_> = specs.iter().map(|spec| chain(spec, &table)).collect();
     for chain in &chains {
         transaction.object(chain, MsgType::Add, owner);
     }
     for (chain, spec) in chains.iter().zip(&specs) {
         transaction.rules(chain, spec, family, owner);
     }
+}
+
+/// Writes anew those chains whose rules differ between two policies.
+fn rewrite(transaction: &mut Transaction<Owner>, family: Family, old: &Policy, new: &Policy, owner: Owner) {
+    let table = table(family);
+    for (old, new) in rules::chains(family, old).iter().zip(&rules::chains(family, new)) {
+        if old != new {
+            transaction.rules(&chain(new, &table), new, family, owner);
+        }
+    }
+}
+
+fn chain<'a>(spec: &rules::Chain, table: &'a nftnl::Table) -> nftnl::Chain<'a> {
+    let mut chain = nftnl::Chain::new(c_name(&spec.name), table);
+    if let Some(base) = spec.base {
+        chain.set_type(base.kind);
+        chain.set_hook(base.hook, base.priority);
+        chain.set_policy(nftnl::Policy::Accept);
+    }
+    chain
 }
 
 /// Removes all that is ours from the current network namespace. Established flows lose their translation unless another

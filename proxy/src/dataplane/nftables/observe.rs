@@ -3,7 +3,7 @@
 //!
 //! Owns the read-back. Never runs for a change of a Service: what was committed is known, not listed.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::hash::{BuildHasher, RandomState};
 use std::net::SocketAddr;
 
@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use tracing::warn;
 
 use super::element::{Data, Element, Place};
-use super::lower::KernelSlots;
+use super::lower::Kernel;
 use super::message::{SetInfo, parse_elements, parse_set};
 use super::netlink::Netlink;
 use super::schema::{Set, len_of};
@@ -24,6 +24,8 @@ const ATTEMPTS: usize = 20;
 #[derive(Debug, Default)]
 pub(crate) struct Found {
     elements: HashMap<Place, Held>,
+    /// Those of `ranges`, in order: what is there of a VIP must be known to write another range of it.
+    ranges: BTreeSet<Place>,
     /// Comments are compared, not kept.
     hasher: RandomState,
 }
@@ -75,13 +77,16 @@ impl Found {
     }
 
     fn read_set(&mut self, netlink: &mut Netlink, family: Family, set: Set) -> Result<(), Errno> {
-        let (elements, hasher) = (&mut self.elements, &self.hasher);
+        let (elements, ranges, hasher) = (&mut self.elements, &mut self.ranges, &self.hasher);
         again(|| {
             netlink.dump(family, Some(set), |message| {
                 parse_elements(message, |key, data, comment| match key {
                     Some(key) => {
-                        let held = Held { data, comment: hasher.hash_one(comment) };
-                        elements.insert(Place { family, set, key }, held);
+                        let (place, comment) = (Place { family, set, key }, hasher.hash_one(comment));
+                        elements.insert(place, Held { data, comment });
+                        if set.has_ranges() {
+                            ranges.insert(place);
+                        }
                     }
                     None => warn!(set = set.name(), "an element of a strange size is left alone"),
                 });
@@ -97,14 +102,12 @@ impl Found {
             .is_some_and(|held| held.data == element.data && held.comment == self.hasher.hash_one(comment))
     }
 
-    /// Whether the kernel holds something at this place.
-    pub(crate) fn contains(&self, place: &Place) -> bool {
-        self.elements.contains_key(place)
-    }
-
     /// Somebody applied owns this place from now on.
     pub(crate) fn settle(&mut self, place: &Place) {
         self.elements.remove(place);
+        if place.set.has_ranges() {
+            self.ranges.remove(place);
+        }
     }
 
     /// The places of one set that nobody has claimed.
@@ -120,9 +123,18 @@ impl Found {
     }
 }
 
-impl KernelSlots for Found {
+impl Kernel for Found {
+    fn holds(&self, place: &Place) -> bool {
+        self.elements.contains_key(place)
+    }
+
     fn backend(&self, place: &Place) -> Option<SocketAddr> {
         self.elements.get(place)?.data?.to_backend()
+    }
+
+    fn ranges(&self, vip: Place) -> impl Iterator<Item = Place> {
+        let of_vip = move |place: &&Place| place.family == vip.family && place.key.starts_with(&vip.key);
+        self.ranges.range(Place { set: Set::Ranges, ..vip }..).take_while(of_vip).copied()
     }
 }
 

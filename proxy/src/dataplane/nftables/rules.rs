@@ -6,11 +6,16 @@
 //! slot mod 2^k, again on a miss, then mod 2^(k−1), where every slot exists, and ends with slot 0, else drop. That
 //! ending is not decoration: a transaction is atomic for one lookup, not for a packet's several, so while the
 //! backends change a pick can miss each time, and must still never let the packet through untranslated.
+//!
+//! The same holds between the sets. What is in `vips-local` or `vips-masq` is in `vips` too (NodePorts likewise), so
+//! that a packet which looks one up before and the other after a change of policy is still translated; a pick from a
+//! Local set that is gone goes on with the Cluster set; what is translated from now on and passed the DNAT before is
+//! refused, as it was until now; and a client of a Local VIP that was led to another node is masqueraded.
 
 use nftnl::{ChainType, Hook};
 
-use super::expr::{ConnectionWord, Expr, LookupIn, Reg, STATE_NEW, STATUS_DNAT, Verdict};
-use super::schema::{CLASSES, Set, address_len};
+use super::expr::{ADDRESS_LOCAL, ConnectionWord, Expr, LookupIn, Reg, STATE_NEW, STATUS_DNAT, Verdict};
+use super::schema::{CLASSES, LOCAL_SLOTS, Set, address_len};
 use crate::model::input::Family;
 
 /// A chain and its rules.
@@ -35,21 +40,36 @@ pub(crate) struct Base {
     pub(crate) priority: i32,
 }
 
-/// Whose packets to a cluster IP are masqueraded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum ClusterIpSnat {
-    /// Nobody's (but hairpin): no detector is set for the family.
-    Never,
-    /// Those from outside of the pods' CIDRs.
-    NonLocal,
-    /// All (`masqueradeAll`).
-    Always,
+/// What the rules of one family depend on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Policy {
+    /// How this node's pods are told from other clients.
+    pub(crate) detection: Detection,
+    /// Masquerade everybody who dials a cluster IP.
+    pub(crate) masquerade_all: bool,
+}
+
+/// How this node's pods are told from other clients.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Detection {
+    /// They are not.
+    None,
+    /// By their address: it is in `pod-cidrs`.
+    PodCidrs,
+    /// By the interface that their packets come in through.
+    Interface(String),
+    /// By the beginning of its name.
+    InterfacePrefix(String),
 }
 
 /// Ours come just before kube-proxy's (−100, 100), so that both can run side by side: the first DNAT decides.
+const FIREWALL_PRIORITY: i32 = -115;
 const DNAT_PRIORITY: i32 = -105;
 const SNAT_PRIORITY: i32 = 95;
 const FILTER_PRIORITY: i32 = 0;
+
+/// `IFNAMSIZ`: what `iifname` loads, the name padded with zeros.
+const INTERFACE_NAME: usize = 16;
 
 /// How often a pick draws again on a miss. A class is more than half full, so 2^−8 is left at worst.
 const TRIES: usize = 8;
@@ -130,68 +150,126 @@ impl Keys {
             Expr::OriginalPort { reg: Reg(4) },
         ]
     }
+
+    /// `ip daddr . ip daddr`.
+    fn twice_destination(&self) -> Vec<Expr> {
+        vec![self.destination(Reg(0)), self.destination(self.after_address())]
+    }
+
+    /// The client is a pod of this node (or, inverted, is not); `None` where that cannot be told.
+    fn pod_client(&self, detection: &Detection, invert: bool) -> Option<Vec<Expr>> {
+        let reg = Reg(0);
+        let interface = |bytes| Some(vec![Expr::InInterface { reg }, Expr::Compare { reg, bytes, invert }]);
+        match detection {
+            Detection::None => None,
+            Detection::PodCidrs => Some(vec![
+                self.source(reg),
+                Expr::Lookup { set: LookupIn::Table(Set::PodCidrs), key: reg, data: None, invert },
+            ]),
+            Detection::Interface(name) => {
+                let mut bytes = name.clone().into_bytes();
+                bytes.resize(INTERFACE_NAME, 0);
+                interface(bytes)
+            }
+            Detection::InterfacePrefix(prefix) => {
+                let mut bytes = prefix.clone().into_bytes();
+                bytes.truncate(INTERFACE_NAME);
+                interface(bytes)
+            }
+        }
+    }
 }
 
-/// Every chain of the table, each before the first that names it.
-pub(crate) fn chains(family: Family, snat: ClusterIpSnat) -> Vec<Chain> {
+/// Every chain of the table.
+pub(crate) fn chains(family: Family, policy: &Policy) -> Vec<Chain> {
     let keys = Keys { family };
     let mut chains = Vec::new();
-    pick_chains(&mut chains, "vip", &keys, keys.vip(), Set::Endpoints, Set::More);
-    pick_chains(&mut chains, "np", &keys, keys.nodeport(), Set::NpEndpoints, Set::NpMore);
+    let vip = Pick { keys: &keys, key: keys.vip(), slots: Set::Endpoints, more: Set::More };
+    let nodeport = Pick { keys: &keys, key: keys.nodeport(), slots: Set::NpEndpoints, more: Set::NpMore };
+    for (pick, prefix, local) in [(vip, "vip", Set::VipsLocal), (nodeport, "np", Set::NpsLocal)] {
+        let cluster = format!("{prefix}-pick");
+        pick.chains(&mut chains, prefix, 0, vec![vec![Expr::Verdict(Verdict::Drop)]]);
+        let gone = vec![then(pick.key.0.clone(), local, Verdict::Drop), goto(&cluster)];
+        pick.chains(&mut chains, &format!("{prefix}-local"), LOCAL_SLOTS, gone);
+        chains.push(short_circuit(prefix, &keys, policy));
+    }
     translation(&mut chains, &keys);
+    firewall(&mut chains, &keys);
     refusals(&mut chains, &keys);
-    masquerading(&mut chains, &keys, snat);
+    masquerading(&mut chains, &keys, policy);
     chains
 }
 
-fn pick_chains(
-    chains: &mut Vec<Chain>,
-    prefix: &str,
-    keys: &Keys,
-    (key, slot): (Vec<Expr>, Reg),
+/// Where the endpoint sets of a kind of frontend are.
+struct Pick<'a> {
+    keys: &'a Keys,
+    /// Its key, and the register of the slot behind it.
+    key: (Vec<Expr>, Reg),
     slots: Set,
     more: Set,
-) {
-    let class = |k: u32| format!("{prefix}-{k}");
-    let draw = |modulus: u32| {
-        let mut rule = key.clone();
-        rule.push(Expr::Random { modulus, offset: 0, reg: slot });
-        rule.push(Expr::Lookup {
-            set: LookupIn::Table(slots),
-            key: Reg(0),
-            data: Some(Reg(0)),
-            invert: false,
-        });
-        rule.push(Expr::Dnat { v6: keys.v6(), address: Reg(0), port: keys.after_address() });
-        rule
-    };
-    chains.push(regular(&class(1), vec![draw(1), vec![Expr::Verdict(Verdict::Drop)]]));
-    for k in (1..CLASSES).map(|i| 1 << i) {
-        let mut rules = vec![draw(k); TRIES];
-        if k > 2 {
-            rules.push(draw(k / 2));
+}
+
+impl Pick<'_> {
+    /// One backend of the set whose slots begin at `first`; `last` is what happens where not even that slot exists.
+    fn chains(&self, chains: &mut Vec<Chain>, prefix: &str, first: u32, last: Vec<Vec<Expr>>) {
+        let class = |k: u32| format!("{prefix}-{k}");
+        chains.push(regular(&class(1), [vec![self.draw(1, first)], last].concat()));
+        for k in (1..CLASSES).map(|i| 1 << i) {
+            let mut rules = vec![self.draw(k, first); TRIES];
+            if k > 2 {
+                rules.push(self.draw(k / 2, first));
+            }
+            rules.push(goto(&class(1)));
+            chains.push(regular(&class(k), rules));
         }
-        rules.push(goto(&class(1)));
-        chains.push(regular(&class(k), rules));
-    }
-    let mut climb: Vec<_> = (0..CLASSES - 1)
-        .map(|i| {
-            let mut rule = key.clone();
+        let climb = (0..CLASSES - 1).map(|i| {
             // `numgen random mod 1 offset K` is the one constant that nft can print inside a concatenation.
-            rule.push(Expr::Random { modulus: 1, offset: 1 << i, reg: slot });
-            rule.push(Expr::Lookup { set: LookupIn::Table(more), key: Reg(0), data: None, invert: true });
+            let mut rule = self.key(1, first + (1 << i));
+            rule.push(Expr::Lookup {
+                set: LookupIn::Table(self.more),
+                key: Reg(0),
+                data: None,
+                invert: true,
+            });
             rule.push(Expr::Verdict(Verdict::Goto(class(1 << i))));
             rule
-        })
-        .collect();
-    climb.push(goto(&class(1 << (CLASSES - 1))));
-    chains.push(regular(&format!("{prefix}-pick"), climb));
+        });
+        let rules = climb.chain([goto(&class(1 << (CLASSES - 1)))]).collect();
+        chains.push(regular(&format!("{prefix}-pick"), rules));
+    }
+
+    /// DNAT to a slot that is drawn.
+    fn draw(&self, modulus: u32, offset: u32) -> Vec<Expr> {
+        let mut rule = self.key(modulus, offset);
+        let slots = LookupIn::Table(self.slots);
+        rule.push(Expr::Lookup { set: slots, key: Reg(0), data: Some(Reg(0)), invert: false });
+        rule.push(Expr::Dnat { v6: self.keys.v6(), address: Reg(0), port: self.keys.after_address() });
+        rule
+    }
+
+    fn key(&self, modulus: u32, offset: u32) -> Vec<Expr> {
+        let (mut key, reg) = self.key.clone();
+        key.push(Expr::Random { modulus, offset, reg });
+        key
+    }
+}
+
+/// `externalTrafficPolicy: Local`: this node's own clients get the Cluster set all the same.
+fn short_circuit(prefix: &str, keys: &Keys, policy: &Policy) -> Chain {
+    let cluster = goto(&format!("{prefix}-pick"));
+    let pods = keys.pod_client(&policy.detection, false).map(|pod| [pod, cluster.clone()].concat());
+    let mut rules: Vec<_> = pods.into_iter().collect();
+    rules.push([host_client(), cluster].concat());
+    rules.push(goto(&format!("{prefix}-local-pick")));
+    regular(&format!("{prefix}-etp-local"), rules)
 }
 
 /// DNAT: VIPs are decided before NodePorts, so a VIP that is one of the node's addresses stays a VIP.
 fn translation(chains: &mut Vec<Chain>, keys: &Keys) {
     let services = vec![
+        then(keys.vip().0, Set::VipsLocal, Verdict::Goto("vip-etp-local".into())),
         then(keys.vip().0, Set::Vips, Verdict::Goto("vip-pick".into())),
+        then(keys.on_nodeport_address(), Set::NpsLocal, Verdict::Goto("np-etp-local".into())),
         then(keys.on_nodeport_address(), Set::Nps, Verdict::Goto("np-pick".into())),
     ];
     chains.push(regular("services", services));
@@ -200,17 +278,29 @@ fn translation(chains: &mut Vec<Chain>, keys: &Keys) {
     }
 }
 
+/// `loadBalancerSourceRanges`: who is in none of them is dropped, before the DNAT.
+fn firewall(chains: &mut Vec<Chain>, keys: &Keys) {
+    let (vip, client) = keys.vip();
+    let ranged = [vip.clone(), vec![is_in(Set::Ranged)]].concat();
+    let outside = Expr::Lookup { set: LookupIn::Table(Set::Ranges), key: Reg(0), data: None, invert: true };
+    let drop = vec![keys.source(client), outside, Expr::Verdict(Verdict::Drop)];
+    chains.push(regular("firewall", vec![[ranged, vip, drop].concat()]));
+    let enter = [state_new(), goto("firewall")].concat();
+    for (name, hook) in [("pre-dnat", Hook::PreRouting), ("out-pre-dnat", Hook::Out)] {
+        chains.push(base(name, ChainType::Filter, hook, FIREWALL_PRIORITY, vec![enter.clone()]));
+    }
+}
+
 /// ICMP for what has no endpoint and for unused ports; drop for unallocated ServiceCIDR addresses.
 fn refusals(chains: &mut Vec<Chain>, keys: &Keys) {
-    let refuse = |mut rule: Vec<Expr>, set| {
-        rule.push(is_in(set));
-        rule.push(Expr::Reject { v6: keys.v6() });
-        rule
-    };
+    let reject = || vec![Expr::Reject { v6: keys.v6() }];
+    let refuse = |rule: Vec<Expr>, set| [rule, vec![is_in(set)], reject()].concat();
     let new = |rule: Vec<Expr>| [state_new(), rule].concat();
     let vips = refuse(keys.vip().0, Set::VipsReject);
+    let untranslated = bit(ConnectionWord::Status, STATUS_DNAT, false);
+    let missed = [keys.vip().0, vec![is_in(Set::Vips)], untranslated, reject()].concat();
     let nodeports = refuse(keys.on_nodeport_address(), Set::NpsReject);
-    chains.push(regular("refused", vec![vips]));
+    chains.push(regular("refused", vec![vips, missed]));
     chains.push(regular(
         "cluster-ips-check",
         vec![
@@ -230,33 +320,42 @@ fn refusals(chains: &mut Vec<Chain>, keys: &Keys) {
 }
 
 /// SNAT, decided by the destination that the connection was opened to: no packet marks.
-fn masquerading(chains: &mut Vec<Chain>, keys: &Keys, snat: ClusterIpSnat) {
-    chains.push(regular("masq", vec![vec![Expr::Masquerade]]));
-    let cluster_ip = match snat {
-        ClusterIpSnat::Never => vec![],
-        ClusterIpSnat::Always => vec![vec![Expr::Masquerade]],
-        ClusterIpSnat::NonLocal => vec![vec![
-            keys.source(Reg(0)),
-            Expr::Lookup { set: LookupIn::Table(Set::PodCidrs), key: Reg(0), data: None, invert: true },
-            Expr::Masquerade,
-        ]],
-    };
-    chains.push(regular("masq-cluster-ip", cluster_ip));
-    let masq = || Verdict::Goto("masq".into());
+fn masquerading(chains: &mut Vec<Chain>, keys: &Keys, policy: &Policy) {
+    let masquerade = |rule: Vec<Expr>| [rule, vec![Expr::Masquerade]].concat();
+    chains.push(regular("masq", vec![masquerade(vec![])]));
+    let not_local =
+        Expr::Lookup { set: LookupIn::Table(Set::Hairpin), key: Reg(0), data: None, invert: true };
+    let accept = vec![Expr::Verdict(Verdict::Accept)];
+    let pods = keys.pod_client(&policy.detection, false).map(|pod| [pod, accept].concat());
+    let mut local = vec![masquerade(host_client())];
+    local.extend(pods);
+    local.push(masquerade([keys.twice_destination(), vec![not_local]].concat()));
+    chains.push(regular("masq-etp-local", local));
+    let everybody = policy.masquerade_all.then(Vec::new);
+    let whose = everybody.or_else(|| keys.pod_client(&policy.detection, true));
+    chains.push(regular("masq-cluster-ip", whose.map(masquerade).into_iter().collect()));
+    let go = |chain: &str| Verdict::Goto(chain.into());
+    let itself = vec![keys.source(Reg(0)), keys.destination(keys.after_address())];
+    let original = vec![Expr::OriginalAddress { v6: keys.v6(), reg: Reg(0) }];
     let dnatted = vec![
-        then(vec![keys.source(Reg(0)), keys.destination(keys.after_address())], Set::Hairpin, masq()),
-        then(
-            vec![Expr::OriginalAddress { v6: keys.v6(), reg: Reg(0) }],
-            Set::ClusterIps,
-            Verdict::Goto("masq-cluster-ip".into()),
-        ),
+        then(itself, Set::Hairpin, go("masq")),
+        then(keys.original_vip(), Set::VipsMasq, go("masq")),
+        then(keys.original_vip(), Set::VipsLocal, go("masq-etp-local")),
+        then(original, Set::ClusterIps, go("masq-cluster-ip")),
         then(keys.original_vip(), Set::Vips, Verdict::Accept),
-        then(keys.original_nodeport(), Set::Nps, masq()),
+        then(keys.original_nodeport(), Set::NpsLocal, go("masq-etp-local")),
+        then(keys.original_nodeport(), Set::Nps, go("masq")),
     ];
     chains.push(regular("dnatted", dnatted));
-    let status = bit(ConnectionWord::Status, STATUS_DNAT);
+    let status = bit(ConnectionWord::Status, STATUS_DNAT, true);
     let enter = [status, goto("dnatted")].concat();
     chains.push(base("nat-postrouting", ChainType::Nat, Hook::PostRouting, SNAT_PRIORITY, vec![enter]));
+}
+
+/// `fib saddr type local`: a process of this host.
+fn host_client() -> Vec<Expr> {
+    let (reg, bytes) = (Reg(0), ADDRESS_LOCAL.to_ne_bytes().to_vec());
+    vec![Expr::SourceType { reg }, Expr::Compare { reg, bytes, invert: false }]
 }
 
 fn regular(name: &str, rules: Vec<Vec<Expr>>) -> Chain {
@@ -282,10 +381,12 @@ fn goto(chain: &str) -> Vec<Expr> {
 }
 
 fn state_new() -> Vec<Expr> {
-    bit(ConnectionWord::State, STATE_NEW)
+    bit(ConnectionWord::State, STATE_NEW, true)
 }
 
-fn bit(word: ConnectionWord, bits: u32) -> Vec<Expr> {
+/// Goes on where the bit is set, or where it is not.
+fn bit(word: ConnectionWord, bits: u32, set: bool) -> Vec<Expr> {
     let reg = Reg(0);
-    vec![Expr::Connection { word, reg }, Expr::Mask { reg, bits }, Expr::NotZero { reg }]
+    let compare = Expr::Compare { reg, bytes: vec![0; 4], invert: set };
+    vec![Expr::Connection { word, reg }, Expr::Mask { reg, bits }, compare]
 }

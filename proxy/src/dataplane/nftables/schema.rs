@@ -16,6 +16,12 @@ pub(crate) const CLASSES: u32 = 15;
 /// The largest number of backends that one port spreads over.
 pub(crate) const MAX_SLOTS: usize = 1 << (CLASSES - 1);
 
+/// Where the slots of the Local set begin, at a frontend that has both sets (`externalTrafficPolicy: Local`).
+pub(crate) const LOCAL_SLOTS: u32 = 1 << 16;
+
+/// `NFT_SET_CONCAT`: ranges in a concatenation.
+const NFT_SET_CONCAT: u32 = 0x80;
+
 /// A set or map of the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Set {
@@ -29,12 +35,22 @@ pub(crate) enum Set {
     NpMore,
     /// The VIPs that are translated.
     Vips,
+    /// Those of them that lead clients from outside to the Local set.
+    VipsLocal,
+    /// Those of them that are always masqueraded.
+    VipsMasq,
     /// The VIPs that are refused: no usable endpoint.
     VipsReject,
     /// The NodePorts that are translated.
     Nps,
+    /// Those of them that lead clients from outside to the Local set.
+    NpsLocal,
     /// The NodePorts that are refused.
     NpsReject,
+    /// The VIPs that not everybody may dial.
+    Ranged,
+    /// (address, protocol, port, client's network): who may.
+    Ranges,
     /// The addresses that NodePorts answer on.
     NodeportIps,
     /// Every cluster IP in use: their other ports are refused, and their SNAT follows the detector.
@@ -62,15 +78,20 @@ pub(crate) enum Field {
 
 impl Set {
     /// All of them, in the order in which they are created.
-    pub(crate) const ALL: [Self; 13] = [
+    pub(crate) const ALL: [Self; 18] = [
         Self::Endpoints,
         Self::More,
         Self::NpEndpoints,
         Self::NpMore,
         Self::Vips,
+        Self::VipsLocal,
+        Self::VipsMasq,
         Self::VipsReject,
         Self::Nps,
+        Self::NpsLocal,
         Self::NpsReject,
+        Self::Ranged,
+        Self::Ranges,
         Self::NodeportIps,
         Self::ClusterIps,
         Self::ServiceCidrs,
@@ -86,9 +107,14 @@ impl Set {
             Self::NpEndpoints => "np-endpoints",
             Self::NpMore => "np-more",
             Self::Vips => "vips",
+            Self::VipsLocal => "vips-local",
+            Self::VipsMasq => "vips-masq",
             Self::VipsReject => "vips-reject",
             Self::Nps => "nps",
+            Self::NpsLocal => "nps-local",
             Self::NpsReject => "nps-reject",
+            Self::Ranged => "ranged",
+            Self::Ranges => "ranges",
             Self::NodeportIps => "nodeport-ips",
             Self::ClusterIps => "cluster-ips",
             Self::ServiceCidrs => "service-cidrs",
@@ -108,8 +134,11 @@ impl Set {
         match self {
             Self::Endpoints | Self::More => &[Address, Protocol, Port, Slot],
             Self::NpEndpoints | Self::NpMore => &[Protocol, Port, Slot],
-            Self::Vips | Self::VipsReject => &[Address, Protocol, Port],
-            Self::Nps | Self::NpsReject => &[Protocol, Port],
+            Self::Vips | Self::VipsLocal | Self::VipsMasq | Self::VipsReject | Self::Ranged => {
+                &[Address, Protocol, Port]
+            }
+            Self::Nps | Self::NpsLocal | Self::NpsReject => &[Protocol, Port],
+            Self::Ranges => &[Address, Protocol, Port, Address],
             Self::NodeportIps | Self::ClusterIps | Self::ServiceCidrs | Self::PodCidrs => &[Address],
             Self::Hairpin => &[Address, Address],
         }
@@ -123,16 +152,23 @@ impl Set {
         }
     }
 
-    /// Whether its elements are ranges of addresses.
+    /// Whether its elements are the starts and ends of ranges, which depend on each other.
     pub(crate) fn is_interval(self) -> bool {
         matches!(self, Self::ServiceCidrs | Self::PodCidrs)
+    }
+
+    /// Whether each of its elements is a range: all keys whose last component is in a network.
+    pub(crate) fn has_ranges(self) -> bool {
+        self == Self::Ranges
     }
 
     /// `NFT_SET_*` flags.
     pub(crate) fn flags(self) -> u32 {
         let map = if self.data().is_some() { libc::NFT_SET_MAP as u32 } else { 0 };
-        let interval = if self.is_interval() { libc::NFT_SET_INTERVAL as u32 } else { 0 };
-        map | interval
+        let interval =
+            if self.is_interval() || self.has_ranges() { libc::NFT_SET_INTERVAL as u32 } else { 0 };
+        let concat = if self.has_ranges() { NFT_SET_CONCAT } else { 0 };
+        map | interval | concat
     }
 
     /// What nft needs to print the set: the byte order of its key and, since a slot is an integer of no named type,
@@ -172,12 +208,19 @@ impl Field {
         }
     }
 
-    /// Bytes it takes in a key, padding included.
-    pub(crate) fn padded_len(self, family: Family) -> usize {
+    /// Bytes it has.
+    pub(crate) fn len(self, family: Family) -> usize {
         match self {
             Self::Address => address_len(family),
-            Self::Protocol | Self::Port | Self::Slot => 4,
+            Self::Protocol => 1,
+            Self::Port => 2,
+            Self::Slot => 4,
         }
+    }
+
+    /// Bytes it takes in a key, padding included.
+    pub(crate) fn padded_len(self, family: Family) -> usize {
+        self.len(family).next_multiple_of(4)
     }
 
     /// The expression that yields it, as nft stores it for `typeof` (`expr_ops_by_type` and the `build_udata` of
@@ -297,6 +340,8 @@ mod tests {
         assert_eq!(type_of(Set::Endpoints.key(), Family::V6), 0x20_c344);
         assert_eq!(type_of(Set::NpMore.key(), Family::V4), 0xc344);
         assert_eq!(type_of(Set::Hairpin.key(), Family::V4), 0x1c7);
+        assert_eq!(type_of(Set::Ranges.key(), Family::V4), 0x1c_c347);
+        assert_eq!(Set::Ranges.flags(), 0x84);
         assert_eq!(len_of(Set::Endpoints.key(), Family::V6), 28);
         assert_eq!(len_of(&[Field::Address, Field::Port], Family::V4), 8);
     }
