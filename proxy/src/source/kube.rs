@@ -6,6 +6,8 @@
 mod client;
 mod health;
 mod keeper;
+mod list;
+mod protobuf;
 mod watch;
 
 use std::path::PathBuf;

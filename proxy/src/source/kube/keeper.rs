@@ -11,12 +11,15 @@ use tracing::{debug, warn};
 use super::super::convert::{Converted, Converter};
 use super::super::problem::Problem;
 use super::super::wire;
+use super::protobuf;
 use crate::model::input::{Change, Node, ObjectKey, Origin};
 
 /// Turns the objects of one resource into changes.
 pub(super) trait Keeper: Send + 'static {
     /// The object as it arrives.
     type Object<'a>: Deserialize<'a> + wire::Object<'a>;
+    /// The object as it comes in a list in protobuf.
+    type Message: prost::Message + Default;
     /// The resource's name in the API.
     const RESOURCE: &'static str;
     /// The path of its collection.
@@ -26,6 +29,8 @@ pub(super) trait Keeper: Send + 'static {
 
     /// The field and label selectors.
     fn selectors(&self) -> (Option<String>, Option<&'static str>);
+    /// The same object in the form that it arrives in elsewhere.
+    fn object(message: &Self::Message) -> Self::Object<'_>;
     /// A list begins: what it does not name is gone.
     fn list_begins(&mut self);
     /// An object exists.
@@ -118,11 +123,16 @@ macro_rules! namespaced {
 
         impl Keeper for $keeper {
             type Object<'a> = wire::$wire<'a>;
+            type Message = protobuf::$wire;
             const RESOURCE: &'static str = $resource;
             const PATH: &'static str = $path;
 
             fn selectors(&self) -> (Option<String>, Option<&'static str>) {
                 ($fields, $labels)
+            }
+
+            fn object(message: &protobuf::$wire) -> wire::$wire<'_> {
+                message.into()
             }
 
             fn list_begins(&mut self) {
@@ -215,12 +225,17 @@ impl OwnNode {
 
 impl Keeper for OwnNode {
     type Object<'a> = wire::Node<'a>;
+    type Message = protobuf::Node;
     const RESOURCE: &'static str = "nodes";
     const PATH: &'static str = "/api/v1/nodes";
     const OPTIONAL: bool = true;
 
     fn selectors(&self) -> (Option<String>, Option<&'static str>) {
         (Some(format!("metadata.name={}", self.name)), None)
+    }
+
+    fn object(message: &protobuf::Node) -> wire::Node<'_> {
+        message.into()
     }
 
     fn list_begins(&mut self) {
@@ -282,12 +297,17 @@ fn name<'o>(metadata: Option<&'o wire::Metadata<'_>>) -> &'o str {
 
 impl Keeper for ServiceCidrs {
     type Object<'a> = wire::ServiceCidr<'a>;
+    type Message = protobuf::ServiceCidr;
     const RESOURCE: &'static str = "servicecidrs";
     const PATH: &'static str = "/apis/networking.k8s.io/v1/servicecidrs";
     const OPTIONAL: bool = true;
 
     fn selectors(&self) -> (Option<String>, Option<&'static str>) {
         (None, None)
+    }
+
+    fn object(message: &protobuf::ServiceCidr) -> wire::ServiceCidr<'_> {
+        message.into()
     }
 
     fn list_begins(&mut self) {

@@ -1,17 +1,21 @@
 //! One resource: list it, watch it, list it again when the server has forgotten where we were.
 //!
-//! Owns the resource version, the fallback from streaming lists to one plain list, and the backoff. Objects are
-//! decoded from the line they arrive in, without a copy. kube's own watcher is not used: it resumes a broken watch
-//! silently, so nobody can say when trouble is over, and it never falls back.
+//! Owns the resource version, the fallback from lists in protobuf to lists in JSON, and the backoff. A list comes in
+//! one answer from the server's cache: pages would each go to etcd. A watch is in JSON, each object decoded from the
+//! line it arrives in, without a copy. kube's own watcher is not used: it resumes a broken watch silently, so nobody
+//! can say when trouble is over, and it knows no protobuf.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures::{AsyncBufRead, AsyncBufReadExt, FutureExt};
+use http::HeaderValue;
 use kube::Client;
 use kube::api::{ListParams, VersionMatch, WatchParams};
 use kube::core::{Request, Status};
+use prost::Message;
 use serde::Deserialize;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout};
@@ -20,10 +24,14 @@ use tracing::{debug, info, warn};
 use super::client::connect;
 use super::health::{Health, Kind, Trouble};
 use super::keeper::Keeper;
+use super::list::{List, Part};
+use super::protobuf::ListMetadata;
 use super::{KubeSourceConfig, api_event};
 use crate::model::input::{Change, Event};
 use crate::source::wire::{self, Object, Text};
 
+/// What the objects of a list are asked for in.
+const PROTOBUF: HeaderValue = HeaderValue::from_static("application/vnd.kubernetes.protobuf");
 /// Changes sent in one message.
 const BATCH: usize = 256;
 /// The first pause after a failure; each further one is twice as long.
@@ -60,8 +68,8 @@ pub(super) struct Watch<K> {
     /// Where to go on; `None` where a list is due.
     version: Option<String>,
     listed: bool,
-    /// The server takes streaming lists.
-    streams: bool,
+    /// The server lists in protobuf.
+    protobuf: bool,
     /// The server does not give this resource.
     absent: bool,
     /// The watch that was resumed is one that the server goes on with.
@@ -99,9 +107,9 @@ struct Line<'a, T> {
     object: T,
 }
 
-/// A plain list.
+/// A list in JSON.
 #[derive(Deserialize)]
-struct List<'a, T> {
+struct JsonList<'a, T> {
     #[serde(borrow)]
     metadata: wire::Metadata<'a>,
     items: Option<Vec<T>>,
@@ -115,7 +123,7 @@ impl<K: Keeper> Watch<K> {
             keeper,
             version: None,
             listed: false,
-            streams: true,
+            protobuf: true,
             absent: false,
             settled: false,
             pauses: 0,
@@ -155,15 +163,6 @@ impl<K: Keeper> Watch<K> {
                 self.version = None;
                 return Ok(self.pause());
             }
-            Kind::Refused if self.streams && self.version.is_none() => {
-                debug!(
-                    resource = K::RESOURCE,
-                    error = trouble.message,
-                    "no streaming lists here: listing plainly"
-                );
-                self.streams = false;
-                return Ok(Duration::ZERO);
-            }
             Kind::Refused if self.version.is_some() => self.version = None,
             Kind::Forbidden | Kind::NotFound if K::OPTIONAL => {
                 if !std::mem::replace(&mut self.absent, true) {
@@ -202,7 +201,7 @@ impl<K: Keeper> Watch<K> {
 
     /// Lists if need be, then watches until it ends.
     async fn session(&mut self) -> End {
-        if self.version.is_none() && !self.streams {
+        if self.version.is_none() {
             match self.list().await {
                 Ok(()) => {}
                 Err(end) => return end,
@@ -220,7 +219,20 @@ impl<K: Keeper> Watch<K> {
         (!self.listed).then_some("0")
     }
 
+    /// Lists in protobuf; in JSON where the server has none, or refuses: its words are text then.
     async fn list(&mut self) -> Result<(), End> {
+        let mut changes = Vec::new();
+        self.keeper.list_begins();
+        let version = match self.list_protobuf(&mut changes).await? {
+            Some(version) => version,
+            None => self.list_json(&mut changes).await?,
+        };
+        self.keeper.list_ends(&mut changes);
+        self.version = Some(version);
+        self.list_is_whole(changes).await
+    }
+
+    fn list_request(&self) -> Result<http::Request<Vec<u8>>, End> {
         let (fields, labels) = self.keeper.selectors();
         let oldest = self.oldest();
         let params = ListParams {
@@ -230,23 +242,60 @@ impl<K: Keeper> Watch<K> {
             version_match: oldest.map(|_| VersionMatch::NotOlderThan),
             ..ListParams::default()
         };
-        let request = Request::new(K::PATH).list(&params).map_err(kube::Error::BuildRequest)?;
-        let text = timeout(ANSWER, self.client.request_text(request)).await.map_err(|_| silent("list"))??;
-        let mut changes = Vec::new();
-        let list: List<'_, K::Object<'_>> =
-            serde_json::from_str(&text).map_err(|error| undecodable(&error))?;
-        self.keeper.list_begins();
-        for object in list.items.iter().flatten() {
-            self.keeper.put(object, &mut changes);
-            if changes.len() >= BATCH {
-                self.send(&mut changes).await?;
+        Ok(Request::new(K::PATH).list(&params).map_err(kube::Error::BuildRequest)?)
+    }
+
+    /// Takes the objects in as they arrive; returns the list's version. `None`: not in protobuf.
+    async fn list_protobuf(&mut self, changes: &mut Vec<Change>) -> Result<Option<String>, End> {
+        if !self.protobuf {
+            return Ok(None);
+        }
+        let mut request = self.list_request()?;
+        request.headers_mut().insert(http::header::ACCEPT, PROTOBUF);
+        let answer =
+            timeout(ANSWER, self.client.request_stream(request)).await.map_err(|_| silent("list"))?;
+        let body = match answer {
+            Ok(body) => std::pin::pin!(body),
+            // A refusal is in protobuf too: asked for again in JSON, it can be read.
+            Err(kube::Error::Api(_) | kube::Error::FromUtf8(_)) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        let Some(mut list) = in_time(List::begin(body)).await? else {
+            debug!(resource = K::RESOURCE, "no protobuf here: listing in JSON");
+            self.protobuf = false;
+            return Ok(None);
+        };
+        let mut version = String::new();
+        while let Some(part) = in_time(list.next()).await? {
+            match part {
+                Part::Metadata(bytes) => {
+                    version =
+                        ListMetadata::decode(bytes).map_err(|error| undecodable(&error))?.resource_version;
+                }
+                Part::Item(bytes) => {
+                    let message = K::Message::decode(bytes).map_err(|error| undecodable(&error))?;
+                    self.keeper.put(&K::object(&message), changes);
+                    if changes.len() >= BATCH {
+                        self.send(changes).await?;
+                    }
+                }
             }
         }
-        self.keeper.list_ends(&mut changes);
-        let version = list.metadata.resource_version.as_deref().unwrap_or_default().to_owned();
-        drop(list);
-        self.version = Some(version);
-        self.list_is_whole(changes).await
+        Ok(Some(version))
+    }
+
+    async fn list_json(&mut self, changes: &mut Vec<Change>) -> Result<String, End> {
+        let request = self.list_request()?;
+        let text = timeout(ANSWER, self.client.request_text(request)).await.map_err(|_| silent("list"))??;
+        let list: JsonList<'_, K::Object<'_>> =
+            serde_json::from_str(&text).map_err(|error| undecodable(&error))?;
+        for object in list.items.iter().flatten() {
+            self.keeper.put(object, changes);
+            if changes.len() >= BATCH {
+                self.send(changes).await?;
+            }
+        }
+        Ok(list.metadata.resource_version.as_deref().unwrap_or_default().to_owned())
     }
 
     async fn watch(&mut self) -> Result<(), End> {
@@ -256,17 +305,14 @@ impl<K: Keeper> Watch<K> {
             label_selector: labels.map(str::to_owned),
             timeout: Some(WATCH_SECONDS + fastrand::u32(0..WATCH_SECONDS)),
             bookmarks: true,
-            send_initial_events: self.version.is_none(),
+            send_initial_events: false,
         };
-        let version = self.version.as_deref().unwrap_or(self.oldest().unwrap_or_default());
+        let version = self.version.as_deref().unwrap_or_default();
         let request = Request::new(K::PATH).watch(&params, version).map_err(kube::Error::BuildRequest)?;
         let response =
             timeout(ANSWER, self.client.request_stream(request)).await.map_err(|_| silent("watch"))??;
         let mut response = std::pin::pin!(response);
-        self.settled = self.version.is_none();
-        if self.version.is_none() {
-            self.keeper.list_begins();
-        }
+        self.settled = false;
         let mut changes = Vec::new();
         let mut line = Vec::new();
         loop {
@@ -275,13 +321,11 @@ impl<K: Keeper> Watch<K> {
                 self.send(&mut changes).await?;
                 return Ok(());
             }
-            let list_is_whole = self.take(&line, &mut changes)?;
+            self.take(&line, &mut changes)?;
             if !self.settled {
                 self.is_well();
             }
-            if list_is_whole {
-                self.list_is_whole(std::mem::take(&mut changes)).await?;
-            } else if changes.len() >= BATCH {
+            if changes.len() >= BATCH {
                 self.send(&mut changes).await?;
             }
         }
@@ -299,10 +343,7 @@ impl<K: Keeper> Watch<K> {
             if let Some(read) = response.read_until(b'\n', line).now_or_never() {
                 break read;
             }
-            // A server streams a list one object a packet; before it is whole, nobody can use its beginning.
-            if self.version.is_some() {
-                self.send(changes).await?;
-            }
+            self.send(changes).await?;
             let patience = if self.settled { SILENCE } else { SETTLE };
             tokio::select! {
                 () = self.shared.events.closed() => return Err(End::Unheard),
@@ -318,16 +359,15 @@ impl<K: Keeper> Watch<K> {
             Ok(_) => Ok(line.ends_with(b"\n")),
             // Servers and load balancers cut watches off at any point; whether that is trouble shows when the watch
             // is resumed.
-            Err(error) if self.version.is_some() => {
+            Err(error) => {
                 debug!(resource = K::RESOURCE, %error, "the watch was cut off");
                 Ok(false)
             }
-            Err(error) => Err(Trouble::new(Kind::Unreachable, error.to_string()).into()),
         }
     }
 
-    /// Takes one line in. True where it ends the list.
-    fn take(&mut self, line: &[u8], changes: &mut Vec<Change>) -> Result<bool, End> {
+    /// Takes one line in.
+    fn take(&mut self, line: &[u8], changes: &mut Vec<Change>) -> Result<(), End> {
         let decoded: Line<'_, K::Object<'_>> = match serde_json::from_slice(line) {
             Ok(decoded) => decoded,
             Err(error) => {
@@ -343,19 +383,8 @@ impl<K: Keeper> Watch<K> {
         match &*decoded.kind {
             "ADDED" | "MODIFIED" => self.keeper.put(&decoded.object, changes),
             "DELETED" => self.keeper.remove(&decoded.object, changes),
-            "BOOKMARK" => {
-                let ends = metadata
-                    .and_then(|metadata| metadata.annotations.as_ref())
-                    .is_some_and(|annotations| annotations.initial_events_end.is_some());
-                let version = version.map(str::to_owned);
-                if self.version.is_none() {
-                    if ends {
-                        self.version = version;
-                        self.keeper.list_ends(changes);
-                    }
-                    return Ok(ends);
-                }
-            }
+            // It brings a version alone.
+            "BOOKMARK" => {}
             "ERROR" => {
                 let line =
                     serde_json::from_slice::<Line<'_, Status>>(line).map_err(|error| undecodable(&error))?;
@@ -363,11 +392,10 @@ impl<K: Keeper> Watch<K> {
             }
             other => debug!(resource = K::RESOURCE, kind = other, "a watch event of unknown type"),
         }
-        // While a list streams in, its versions are those of the objects, in no order.
         if let (Some(current), Some(version)) = (&mut self.version, version) {
             version.clone_into(current);
         }
-        Ok(false)
+        Ok(())
     }
 
     async fn send(&self, changes: &mut Vec<Change>) -> Result<(), End> {
@@ -408,6 +436,12 @@ fn silent(what: &str) -> Trouble {
     Trouble::new(Kind::Unreachable, format!("no answer to a {what} for {} s", ANSWER.as_secs()))
 }
 
-fn undecodable(error: &serde_json::Error) -> Trouble {
+/// Waits for a part of a list, though not for ever.
+async fn in_time<T>(part: impl Future<Output = io::Result<T>>) -> Result<T, Trouble> {
+    let read = timeout(ANSWER, part).await.map_err(|_| silent("list"))?;
+    read.map_err(|error| Trouble::new(Kind::Unreachable, error.to_string()))
+}
+
+fn undecodable(error: &dyn std::error::Error) -> Trouble {
     Trouble::new(Kind::Failing, format!("an answer that cannot be read: {error}"))
 }
