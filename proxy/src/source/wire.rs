@@ -62,7 +62,6 @@ pub(crate) struct Metadata<'a> {
     pub(crate) creation_timestamp: Option<Text<'a>>,
     pub(crate) deletion_timestamp: Option<IgnoredAny>,
     pub(crate) labels: Option<Labels<'a>>,
-    pub(crate) annotations: Option<Annotations>,
 }
 
 /// The labels that mean something to a Service proxy.
@@ -77,14 +76,6 @@ pub(crate) struct Labels<'a> {
     pub(crate) headless: Option<IgnoredAny>,
     #[serde(rename = "topology.kubernetes.io/zone")]
     pub(crate) zone: Option<Text<'a>>,
-}
-
-/// The annotation of the bookmark that ends a streaming list.
-#[derive(Debug, Default, serde::Deserialize)]
-#[serde(default)]
-pub(crate) struct Annotations {
-    #[serde(rename = "k8s.io/initial-events-end")]
-    pub(crate) initial_events_end: Option<IgnoredAny>,
 }
 
 /// An object that has nothing that we read but `metadata`.

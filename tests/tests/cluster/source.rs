@@ -1,6 +1,6 @@
 //! The API source: what it says of objects, and what it does when the server is away, has forgotten, or refuses.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use kube::Client;
 use kube::api::{Api, ApiResource, DeleteParams, DynamicObject, GroupVersionKind, Patch, PatchParams};
 use kube_lane::model::input::{Change, Event, Origin};
 use kube_lane::source::kube::{KubeSourceConfig, spawn};
-use kube_lane_tests::controlplane::{ControlPlane, Options};
+use kube_lane_tests::controlplane::ControlPlane;
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
@@ -69,6 +69,23 @@ impl Source {
         let (sender, events) = mpsc::channel(64);
         let task = spawn(config, sender).await.unwrap();
         Self { events, task }
+    }
+
+    /// Takes in the next events: what was last said of each object.
+    async fn hear(&mut self, said: &mut BTreeMap<String, Change>) {
+        for event in self.events.recv().await.expect("a source never ends") {
+            let Event::Source { change, .. } = event else { panic!("{event:?}") };
+            let about = match &change {
+                Change::Service(service) => service.key.to_string(),
+                Change::Slice(slice) => slice.key.to_string(),
+                Change::ServiceGone(key) | Change::SliceGone(key) => key.to_string(),
+                Change::Node(_) => "node".to_owned(),
+                Change::ServiceCidrs(_) => "cidrs".to_owned(),
+                Change::Complete(_) => "complete".to_owned(),
+                Change::Synced => "synced".to_owned(),
+            };
+            said.insert(about, change);
+        }
     }
 
     /// Takes in events until all of `wanted` were said; hands over what else was.
@@ -348,16 +365,69 @@ async fn goes_on_without_what_it_may_not_read() {
     assert_eq!(refused.count(), 1, "{}", lines.join("\n"));
 }
 
+/// Every field that is read, in lists (protobuf) and in watches (JSON).
 #[tokio::test]
-async fn lists_plainly_where_lists_cannot_be_streamed() {
-    let options =
-        Options { apiserver_args: vec!["--feature-gates=WatchList=false".into()], ..Options::default() };
-    let control_plane = ControlPlane::start_with(options).await.unwrap();
+async fn a_list_says_what_a_watch_says() {
+    let control_plane = ControlPlane::start().await.unwrap();
     let client = control_plane.client().await.unwrap();
-    let (log, _guard) = Log::capture();
-    let mut source = Source::spawn(control_plane.admin_kubeconfig(), None).await;
-    source.until(&["default/kubernetes at 443", "node None", "cidrs 2", "synced"]).await;
-    apply(&client, &service("web", "10.96.1.1", 80)).await;
-    source.until(&["default/web at 80"]).await;
-    assert_lines(&log, &[]);
+    let mut watching = Source::spawn(control_plane.admin_kubeconfig(), None).await;
+    let mut watched = BTreeMap::new();
+    while !watched.contains_key("synced") {
+        watching.hear(&mut watched).await;
+    }
+
+    let balanced = json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": {"name": "web", "namespace": "default"},
+        "spec": {
+            "type": "LoadBalancer", "externalTrafficPolicy": "Local", "internalTrafficPolicy": "Local",
+            "ipFamilyPolicy": "PreferDualStack", "externalIPs": ["192.0.2.1", "2001:db8::1"],
+            "loadBalancerSourceRanges": ["10.0.0.0/8", "fd00::/8"],
+            "sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 77}},
+            "ports": [{"name": "http", "port": 80}, {"name": "dns", "protocol": "UDP", "port": 53}],
+        },
+    });
+    apply(&client, &balanced).await;
+    let (services, name) = api(&client, &balanced);
+    let ingress = json!([{"ip": "192.0.2.2"}, {"ip": "192.0.2.3", "ipMode": "Proxy"},
+                         {"ip": "2001:db8::2", "ipMode": "VIP"}, {"hostname": "lb.example.com"}]);
+    let status = json!({"status": {"loadBalancer": {"ingress": ingress}}});
+    services.patch_status(&name, &PatchParams::default(), &Patch::Merge(&status)).await.unwrap();
+    apply(&client, &service("plain", "10.96.1.1", 80)).await;
+
+    let mut pods = slice("web-1", "web", &["10.1.0.1", "10.1.0.2", "10.1.0.3"]);
+    pods["endpoints"][0]["hints"] = json!({"forZones": [{"name": "east"}], "forNodes": [{"name": "node-a"}]});
+    pods["endpoints"][0]["nodeName"] = json!("node-a");
+    pods["endpoints"][1]["conditions"] = json!({"ready": false, "serving": true, "terminating": true});
+    pods["ports"] = json!([{"name": "http", "port": 8080}, {"name": "dns", "protocol": "UDP", "port": 5353}]);
+    apply(&client, &pods).await;
+    let mut unnamed = slice("plain-1", "plain", &["fd00::1"]);
+    unnamed["addressType"] = json!("IPv6");
+    unnamed["ports"] = json!([{"port": 8080}]);
+    apply(&client, &unnamed).await;
+
+    let node = json!({
+        "apiVersion": "v1", "kind": "Node",
+        "metadata": {"name": "node-a", "labels": {"topology.kubernetes.io/zone": "east"}},
+        "spec": {"podCIDR": "10.1.0.0/24", "podCIDRs": ["10.1.0.0/24", "fd00:1::/64"],
+                 "taints": [{"key": "ToBeDeletedByClusterAutoscaler", "effect": "NoSchedule"}]},
+    });
+    apply(&client, &node).await;
+    let (nodes, name) = api(&client, &node);
+    let addresses =
+        json!([{"type": "ExternalIP", "address": "192.0.2.9"}, {"type": "InternalIP", "address": "fd00::9"}]);
+    let status = json!({"status": {"addresses": addresses}});
+    nodes.patch_status(&name, &PatchParams::default(), &Patch::Merge(&status)).await.unwrap();
+
+    let mut listing = Source::spawn(control_plane.admin_kubeconfig(), None).await;
+    let mut listed = BTreeMap::new();
+    while !listed.contains_key("synced") {
+        listing.hear(&mut listed).await;
+    }
+    for name in ["default/web", "default/plain", "default/web-1", "default/plain-1"] {
+        assert!(listed.contains_key(name), "{name} is not in {listed:#?}");
+    }
+    while watched != listed {
+        let heard = timeout(Duration::from_secs(5), watching.hear(&mut watched)).await;
+        assert!(heard.is_ok(), "watched: {watched:#?}\nlisted: {listed:#?}");
+    }
 }

@@ -259,14 +259,16 @@ impl<'a> From<&'a Metadata> for wire::Metadata<'a> {
         Self {
             name: text(&metadata.name),
             namespace: text(&metadata.namespace),
+            // A list has one of its own.
             resource_version: None,
             creation_timestamp: metadata.creation_timestamp.and_then(time),
+            deletion_timestamp: metadata.deletion_timestamp.map(|_| IgnoredAny),
             labels: Some(wire::Labels {
                 service_name: optional(label("kubernetes.io/service-name")),
                 service_proxy_name: label("service.kubernetes.io/service-proxy-name").map(|_| IgnoredAny),
                 headless: label("service.kubernetes.io/headless").map(|_| IgnoredAny),
+                zone: optional(label("topology.kubernetes.io/zone")),
             }),
-            annotations: None,
         }
     }
 }
@@ -276,13 +278,16 @@ impl<'a> From<&'a Service> for wire::Service<'a> {
         Self {
             metadata: service.metadata.as_ref().map(Into::into),
             spec: service.spec.as_ref().map(Into::into),
+            status: service.status.as_ref().map(|status| wire::ServiceStatus {
+                load_balancer: status.load_balancer.as_ref().map(Into::into),
+            }),
         }
     }
 }
 
 impl<'a> From<&'a ServiceSpec> for wire::ServiceSpec<'a> {
     fn from(spec: &'a ServiceSpec) -> Self {
-        let ports = spec.ports.iter().map(|port| wire::ServicePort {
+        let ports = spec.ports.iter().map(|port| wire::Port {
             name: text(&port.name),
             protocol: text(&port.protocol),
             port: Some(port.port.into()),
@@ -293,13 +298,55 @@ impl<'a> From<&'a ServiceSpec> for wire::ServiceSpec<'a> {
             cluster_ip: text(&spec.cluster_ip),
             cluster_ips: texts(&spec.cluster_ips),
             ports: Some(ports.collect()),
+            internal_traffic_policy: optional(spec.internal_traffic_policy.as_ref()),
+            external_traffic_policy: text(&spec.external_traffic_policy),
+            session_affinity: text(&spec.session_affinity),
+            session_affinity_config: spec.session_affinity_config.as_ref().map(|config| {
+                let timeout = |config: ClientIpConfig| wire::ClientIpConfig {
+                    timeout_seconds: config.timeout_seconds.map(i64::from),
+                };
+                wire::SessionAffinityConfig { client_ip: config.client_ip.map(timeout) }
+            }),
+            external_ips: texts(&spec.external_ips),
+            load_balancer_source_ranges: texts(&spec.load_balancer_source_ranges),
+            health_check_node_port: Some(spec.health_check_node_port.into()),
         }
+    }
+}
+
+impl<'a> From<&'a LoadBalancerStatus> for wire::LoadBalancerStatus<'a> {
+    fn from(status: &'a LoadBalancerStatus) -> Self {
+        let ingress = status.ingress.iter().map(|ingress| wire::LoadBalancerIngress {
+            ip: text(&ingress.ip),
+            ip_mode: optional(ingress.ip_mode.as_ref()),
+        });
+        Self { ingress: Some(ingress.collect()) }
     }
 }
 
 impl<'a> From<&'a EndpointSlice> for wire::EndpointSlice<'a> {
     fn from(slice: &'a EndpointSlice) -> Self {
-        let endpoints = slice.endpoints.iter().map(|endpoint| wire::Endpoint {
+        let ports = slice.ports.iter().map(|port| wire::Port {
+            name: optional(port.name.as_ref()),
+            protocol: optional(port.protocol.as_ref()),
+            port: port.port.map(i64::from),
+            node_port: None,
+        });
+        Self {
+            metadata: slice.metadata.as_ref().map(Into::into),
+            address_type: text(&slice.address_type),
+            endpoints: Some(slice.endpoints.iter().map(Into::into).collect()),
+            ports: Some(ports.collect()),
+        }
+    }
+}
+
+impl<'a> From<&'a Endpoint> for wire::Endpoint<'a> {
+    fn from(endpoint: &'a Endpoint) -> Self {
+        let hints = |hints: &'a [Named]| {
+            Some(hints.iter().map(|hint| wire::Hint { name: text(&hint.name) }).collect())
+        };
+        Self {
             addresses: texts(&endpoint.addresses),
             conditions: endpoint.conditions.map(|conditions| wire::Conditions {
                 ready: conditions.ready,
@@ -307,29 +354,28 @@ impl<'a> From<&'a EndpointSlice> for wire::EndpointSlice<'a> {
                 terminating: conditions.terminating,
             }),
             node_name: optional(endpoint.node_name.as_ref()),
-        });
-        let ports = slice.ports.iter().map(|port| wire::SlicePort {
-            name: optional(port.name.as_ref()),
-            protocol: optional(port.protocol.as_ref()),
-            port: port.port.map(i64::from),
-        });
-        Self {
-            metadata: slice.metadata.as_ref().map(Into::into),
-            address_type: text(&slice.address_type),
-            endpoints: Some(endpoints.collect()),
-            ports: Some(ports.collect()),
+            hints: endpoint.hints.as_ref().map(|given| wire::Hints {
+                for_zones: hints(&given.for_zones),
+                for_nodes: hints(&given.for_nodes),
+            }),
         }
     }
 }
 
 impl<'a> From<&'a Node> for wire::Node<'a> {
     fn from(node: &'a Node) -> Self {
+        let taint = |taint: &'a Taint| wire::Taint { key: text(&taint.key) };
         let address = |address: &'a NodeAddress| wire::NodeAddress {
             kind: text(&address.kind),
             address: text(&address.address),
         };
         Self {
             metadata: node.metadata.as_ref().map(Into::into),
+            spec: node.spec.as_ref().map(|spec| wire::NodeSpec {
+                pod_cidr: text(&spec.pod_cidr),
+                pod_cidrs: texts(&spec.pod_cidrs),
+                taints: Some(spec.taints.iter().map(taint).collect()),
+            }),
             status: node.status.as_ref().map(|status| wire::NodeStatus {
                 addresses: Some(status.addresses.iter().map(address).collect()),
             }),
