@@ -85,8 +85,14 @@ fn write_config_to_is_read_back() {
 
 #[test]
 fn warnings_are_logged_for_people_and_for_machines() {
-    let flags =
-        ["--init-only", "--manifests=/tmp", "--proxy-mode=iptables", "--oom-score-adj=5", "--profiling"];
+    let flags = [
+        "--init-only",
+        "--manifests=/tmp",
+        "--proxy-mode=iptables",
+        "--oom-score-adj=5",
+        "--profiling",
+        "--cluster-cidr=10.0.0.0/8",
+    ];
     let output = run(&flags);
     let log = text(&output.stderr);
     assert!(output.status.success(), "{log}");
@@ -145,6 +151,22 @@ fn render_prints_the_plan_as_text_and_as_json() {
     let plan: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(plan["services"][0]["service"], "default/web");
     assert_eq!(plan["problems"], serde_json::json!([]));
+
+    let node = "apiVersion: v1\nkind: Node\nmetadata: {name: here}\nspec: {podCIDRs: [10.244.0.0/24]}\n\
+        status: {addresses: [{type: InternalIP, address: 192.0.2.1}, {type: ExternalIP, address: 198.51.100.1}]}\n";
+    std::fs::write(folder.path("node.yaml"), node).unwrap();
+    for (flags, cidrs, addresses) in [
+        (&["--cluster-cidr=10.0.0.0/8"][..], "10.0.0.0/8", "192.0.2.1"),
+        (&["--detect-local-mode=NodeCIDR", "--bind-address=192.0.2.9"], "10.244.0.0/24", "192.0.2.9"),
+        (&["--cluster-cidr=fd00::/48", "--nodeport-addresses=198.51.100.0/24"], "fd00::/48", "198.51.100.1"),
+    ] {
+        let output = run(&[&["render", &folder.path(""), "--node-name=here", "-o", "json"], flags].concat());
+        let plan: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let found = [&plan["node"]["podCIDRs"], &plan["node"]["nodePortAddresses"]];
+        assert_eq!(found, [&serde_json::json!([cidrs]), &serde_json::json!([addresses])], "{flags:?}");
+    }
+    let output = run(&["render", &folder.path(""), "--nodeport-addresses=eth0"]);
+    assert!(text(&output.stderr).contains("--nodeport-addresses"), "{}", text(&output.stderr));
 }
 
 #[test]

@@ -12,6 +12,7 @@ use crate::observability::telemetry;
 mod cleanup;
 mod render;
 mod run;
+mod settings;
 mod version;
 
 const FLAGS_NOTE: &str = "Every other flag of kube-proxy 1.36 is accepted as well. Those that are set and have no \

@@ -10,10 +10,11 @@ use anyhow::bail;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
-use crate::config::Environment;
-use crate::model::input::Origin;
+use super::settings;
+use crate::config::{Environment, NetworkFlags};
+use crate::model::input::{Change, Event, Origin};
 use crate::model::plan::{NodePlan, Plan};
-use crate::model::planner::{NodePortAddresses, Planner, PodCidrs, Settings};
+use crate::model::planner::Planner;
 use crate::source::manifest;
 
 #[derive(Args, Debug)]
@@ -24,6 +25,8 @@ pub(super) struct RenderFlags {
     /// Plan for the node of this name [default: the host name]
     #[arg(long, value_name = "NAME", alias = "hostname-override")]
     node_name: Option<String>,
+    #[command(flatten)]
+    network: NetworkFlags,
     /// Form of the plan
     #[arg(short, long, value_enum, default_value_t = Output::Text)]
     output: Output,
@@ -49,13 +52,14 @@ pub(super) fn run(flags: &RenderFlags) -> anyhow::Result<ExitCode> {
     }
     let name = flags.node_name.clone().unwrap_or_else(|| Environment::read().hostname).trim().to_lowercase();
     let (events, problems) = manifest::read_dir(&flags.folder, Some(&name));
-    let mut planner = Planner::new(Settings {
-        node_name: name.into(),
-        origins: vec![Origin::Static],
-        node_address: None,
-        pod_cidrs: PodCidrs::Unknown,
-        nodeport_addresses: NodePortAddresses::Primary,
+    let network = flags.network.resolve()?;
+    let mut planner = Planner::new(settings::planner(&name, vec![Origin::Static], &network));
+    // Nothing is known of that node's interfaces: they are taken to have the addresses of its Node.
+    let addresses = events.iter().find_map(|event| match event {
+        Event::Source { change: Change::Node(node), .. } => node.as_ref().map(|node| node.addresses.clone()),
+        _ => None,
     });
+    planner.apply(Event::HostAddresses(addresses.unwrap_or_default()));
     events.into_iter().for_each(|event| planner.apply(event));
     planner.replan();
 

@@ -11,14 +11,15 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
+use super::settings;
 use crate::config::flags::RunFlags;
-use crate::config::{Config, Detector, Environment, Mode};
+use crate::config::{Config, Environment, Mode};
 use crate::controller::Controller;
 use crate::dataplane::nftables::{self, Nftables};
 use crate::dataplane::socket;
 use crate::health::{HealthState, Servers};
 use crate::model::input::{Event, Origin};
-use crate::model::planner::{self, NodePortAddresses, Planner, PodCidrs};
+use crate::model::planner::Planner;
 use crate::observability::commits::Commits;
 use crate::observability::{metrics, telemetry};
 use crate::ready;
@@ -117,18 +118,11 @@ fn agent(
     async move {
         let (events, inbox) = mpsc::channel(EVENTS);
         let origins = start_sources(&config, events).await?;
-        let (pod_cidrs, detector) = match config.detector {
-            Detector::None => (PodCidrs::Unknown, nftables::Detector::None),
-            Detector::ClusterCidr(cidrs) => (PodCidrs::Cluster(cidrs), nftables::Detector::PodCidrs),
+        let planner = Planner::new(settings::planner(&config.node_name, origins, &config.network));
+        let settings = nftables::Settings {
+            detector: settings::detector(&config.network.detector),
+            masquerade_all: config.masquerade_all,
         };
-        let planner = Planner::new(planner::Settings {
-            node_name: config.node_name.as_str().into(),
-            origins,
-            node_address: config.node_address,
-            pod_cidrs,
-            nodeport_addresses: NodePortAddresses::Primary,
-        });
-        let settings = nftables::Settings { detector, masquerade_all: config.masquerade_all };
         let dataplane = Nftables::open(settings)?;
         let foreign = ready::readable(dataplane.descriptor()?)?;
         Controller::new(planner, dataplane, config.min_sync_period, health, commits)

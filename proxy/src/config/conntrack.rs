@@ -2,8 +2,12 @@
 
 use std::time::Duration;
 
+use clap::Args;
+
+use super::check::Checker;
 use super::duration::GoDuration;
-use super::file::{ConntrackSection, KubeLaneSection};
+use super::file::{ConntrackSection, KubeLaneSection, KubeProxyConfiguration};
+use super::flags::go_bool;
 
 const MAX_PER_CORE: u32 = 32 << 10;
 const MIN: u32 = 128 << 10;
@@ -32,6 +36,51 @@ pub struct Conntrack {
     pub clean_sctp: bool,
 }
 
+/// The flags of the section.
+#[derive(Args, Clone, Debug, Default)]
+pub(super) struct ConntrackFlags {
+    /// Connections tracked for each processor; 0 leaves the kernel's limit [default: 32768]
+    #[arg(long, value_name = "N")]
+    conntrack_max_per_core: Option<i32>,
+    /// Connections tracked at least, beside --conntrack-max-per-core [default: 131072]
+    #[arg(long, value_name = "N")]
+    conntrack_min: Option<i32>,
+    /// How long an idle TCP connection is tracked; 0 leaves the kernel's value [default: 24h0m0s]
+    #[arg(long, value_name = "DURATION")]
+    conntrack_tcp_timeout_established: Option<GoDuration>,
+    /// The same in state CLOSE_WAIT [default: 1h0m0s]
+    #[arg(long, value_name = "DURATION")]
+    conntrack_tcp_timeout_close_wait: Option<GoDuration>,
+    /// Packets outside the TCP window are not invalid
+    #[arg(long, value_parser = go_bool(), num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    conntrack_tcp_be_liberal: Option<bool>,
+    /// How long a UDP packet without an answer is tracked; 0 leaves the kernel's value
+    #[arg(long, value_name = "DURATION")]
+    conntrack_udp_timeout: Option<GoDuration>,
+    /// The same of a UDP flow with answers
+    #[arg(long, value_name = "DURATION")]
+    conntrack_udp_timeout_stream: Option<GoDuration>,
+    /// Forget SCTP associations with endpoints that are gone, as UDP flows always are
+    #[arg(long, value_parser = go_bool(), num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    conntrack_clean_sctp: Option<bool>,
+}
+
+impl ConntrackFlags {
+    /// Puts the flags into the form of a file.
+    pub(super) fn fill(&self, file: &mut KubeProxyConfiguration) {
+        file.conntrack = ConntrackSection {
+            max_per_core: self.conntrack_max_per_core,
+            min: self.conntrack_min,
+            tcp_established_timeout: self.conntrack_tcp_timeout_established,
+            tcp_close_wait_timeout: self.conntrack_tcp_timeout_close_wait,
+            tcp_be_liberal: self.conntrack_tcp_be_liberal,
+            udp_timeout: self.conntrack_udp_timeout,
+            udp_stream_timeout: self.conntrack_udp_timeout_stream,
+        };
+        file.kube_lane.conntrack_clean_sctp = self.conntrack_clean_sctp;
+    }
+}
+
 impl Default for Conntrack {
     fn default() -> Self {
         Self {
@@ -48,16 +97,12 @@ impl Default for Conntrack {
 }
 
 impl Conntrack {
-    /// Resolves the section. `count` reads a number that must not be negative, or complains of it.
-    pub(super) fn resolve(
-        section: &ConntrackSection,
-        own: &KubeLaneSection,
-        mut count: impl FnMut(&'static str, i32) -> u32,
-    ) -> Self {
+    /// Resolves the section, and what there is of it in our own.
+    pub(super) fn resolve(section: &ConntrackSection, own: &KubeLaneSection, check: &mut Checker) -> Self {
         let max_per_core = section
             .max_per_core
-            .map_or(MAX_PER_CORE, |max| count("conntrack.maxPerCore (--conntrack-max-per-core)", max));
-        let min = section.min.map_or(MIN, |min| count("conntrack.min (--conntrack-min)", min));
+            .map_or(MAX_PER_CORE, |max| check.count("conntrack.maxPerCore (--conntrack-max-per-core)", max));
+        let min = section.min.map_or(MIN, |min| check.count("conntrack.min (--conntrack-min)", min));
         Self {
             max_per_core: (max_per_core > 0).then_some(max_per_core),
             min,

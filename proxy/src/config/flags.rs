@@ -9,17 +9,22 @@ use clap::Args;
 use clap::builder::TypedValueParser;
 use serde_json::json;
 
+use super::conntrack::ConntrackFlags;
 use super::duration::GoDuration;
 use super::error::ConfigError;
 use super::file::{KubeProxyConfiguration, LoggingSection, leaves, prune};
 use super::resolve::{Environment, Overrides, Resolved, resolve};
-use super::{LogFormat, Logging, parse};
+use super::{LogFormat, Logging, NetworkFlags, parse};
 
 /// The flags of `kube-lane run`, which are those of kube-proxy.
 #[derive(Args, Clone, Debug, Default)]
 pub struct RunFlags {
     #[command(flatten)]
     log: LogFlags,
+    #[command(flatten)]
+    network: NetworkFlags,
+    #[command(flatten)]
+    conntrack: ConntrackFlags,
     #[command(flatten)]
     tolerated: ToleratedFlags,
 
@@ -55,21 +60,12 @@ pub struct RunFlags {
     /// nftables (default) or ebpf; iptables and ipvs are served by nftables
     #[arg(long, value_name = "MODE")]
     proxy_mode: Option<String>,
-    /// Networks of the pods: one CIDR, or one of each family
-    #[arg(long, value_name = "CIDR[,CIDR]")]
-    cluster_cidr: Option<String>,
-    /// How local traffic is told: ClusterCIDR
-    #[arg(long, value_name = "MODE")]
-    detect_local_mode: Option<String>,
     /// Masquerade every connection to a cluster IP
     #[arg(long, value_parser = go_bool(), num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     masquerade_all: Option<bool>,
     /// Least time between two commits; commits are not delayed unless this is set
     #[arg(long, value_name = "DURATION")]
     iptables_min_sync_period: Option<GoDuration>,
-    /// Overrides the node's primary address; binds nothing
-    #[arg(long, value_name = "IP")]
-    bind_address: Option<String>,
     /// Where /healthz and /livez are served; empty: nowhere [default: 0.0.0.0:10256]
     #[arg(long, value_name = "IP:PORT")]
     healthz_bind_address: Option<String>,
@@ -79,9 +75,6 @@ pub struct RunFlags {
     /// End the process when an address cannot be bound, instead of trying again
     #[arg(long, value_parser = go_bool(), num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     bind_address_hard_fail: Option<bool>,
-    /// Forget SCTP associations with endpoints that are gone, as UDP flows always are
-    #[arg(long, value_parser = go_bool(), num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    conntrack_clean_sctp: Option<bool>,
     /// Port of --healthz-bind-address where that names none; 0: nowhere
     #[arg(long, hide = true)]
     healthz_port: Option<u16>,
@@ -142,28 +135,8 @@ struct ToleratedFlags {
     ipvs_tcpfin_timeout: Option<GoDuration>,
     #[arg(long, hide = true)]
     ipvs_udp_timeout: Option<GoDuration>,
-    #[arg(long, hide = true)]
-    pod_bridge_interface: Option<String>,
-    #[arg(long, hide = true)]
-    pod_interface_name_prefix: Option<String>,
-    #[arg(long, hide = true, value_delimiter = ',')]
-    nodeport_addresses: Option<Vec<String>>,
     #[arg(long, hide = true, allow_negative_numbers = true)]
     oom_score_adj: Option<i32>,
-    #[arg(long, hide = true)]
-    conntrack_max_per_core: Option<i32>,
-    #[arg(long, hide = true)]
-    conntrack_min: Option<i32>,
-    #[arg(long, hide = true)]
-    conntrack_tcp_timeout_established: Option<GoDuration>,
-    #[arg(long, hide = true)]
-    conntrack_tcp_timeout_close_wait: Option<GoDuration>,
-    #[arg(long, hide = true, value_parser = go_bool(), num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    conntrack_tcp_be_liberal: Option<bool>,
-    #[arg(long, hide = true)]
-    conntrack_udp_timeout: Option<GoDuration>,
-    #[arg(long, hide = true)]
-    conntrack_udp_timeout_stream: Option<GoDuration>,
     #[arg(long, hide = true)]
     config_sync_period: Option<GoDuration>,
     #[arg(long, hide = true)]
@@ -336,7 +309,6 @@ impl RunFlags {
         let mut file = KubeProxyConfiguration {
             feature_gates: tolerated.feature_gates,
             hostname_override: self.hostname_override.clone(),
-            bind_address: self.bind_address.clone(),
             healthz_bind_address: self
                 .healthz_bind_address
                 .clone()
@@ -349,13 +321,12 @@ impl RunFlags {
             enable_profiling: tolerated.profiling,
             show_hidden_metrics_for_version: tolerated.show_hidden_metrics_for_version,
             mode: self.proxy_mode.clone(),
-            detect_local_mode: self.detect_local_mode.clone(),
-            cluster_cidr: self.cluster_cidr.clone(),
-            node_port_addresses: tolerated.nodeport_addresses.map(not_empty),
             oom_score_adj: tolerated.oom_score_adj,
             config_sync_period: tolerated.config_sync_period,
             ..KubeProxyConfiguration::default()
         };
+        self.network.fill(&mut file);
+        self.conntrack.fill(&mut file);
         file.client_connection.kubeconfig = self.kubeconfig.clone();
         file.client_connection.content_type = tolerated.kube_api_content_type;
         file.client_connection.qps = tolerated.kube_api_qps;
@@ -374,15 +345,6 @@ impl RunFlags {
         file.ipvs.tcp_timeout = tolerated.ipvs_tcp_timeout;
         file.ipvs.tcp_fin_timeout = tolerated.ipvs_tcpfin_timeout;
         file.ipvs.udp_timeout = tolerated.ipvs_udp_timeout;
-        file.detect_local.bridge_interface = tolerated.pod_bridge_interface;
-        file.detect_local.interface_name_prefix = tolerated.pod_interface_name_prefix;
-        file.conntrack.max_per_core = tolerated.conntrack_max_per_core;
-        file.conntrack.min = tolerated.conntrack_min;
-        file.conntrack.tcp_established_timeout = tolerated.conntrack_tcp_timeout_established;
-        file.conntrack.tcp_close_wait_timeout = tolerated.conntrack_tcp_timeout_close_wait;
-        file.conntrack.tcp_be_liberal = tolerated.conntrack_tcp_be_liberal;
-        file.conntrack.udp_timeout = tolerated.conntrack_udp_timeout;
-        file.conntrack.udp_stream_timeout = tolerated.conntrack_udp_timeout_stream;
         file.logging.format = self.log.log_format.clone();
         file.logging.verbosity = self.log.v;
         file.logging.vmodule = tolerated.vmodule.map(Into::into);
@@ -400,7 +362,6 @@ impl RunFlags {
         prune(&mut options);
         file.logging.options = (options != json!({})).then_some(options);
         file.kube_lane.manifests = self.manifests.as_ref().map(PathBuf::from);
-        file.kube_lane.conntrack_clean_sctp = self.conntrack_clean_sctp;
         file.kube_lane.log_level = self.log.log_level.clone();
         file
     }
@@ -430,12 +391,12 @@ fn with_port(address: String, port: Option<u16>) -> String {
 }
 
 /// `--flag=` is an empty list, not a list of one empty text.
-fn not_empty(list: Vec<String>) -> Vec<String> {
+pub(super) fn not_empty(list: Vec<String>) -> Vec<String> {
     list.into_iter().filter(|item| !item.is_empty()).collect()
 }
 
 /// Go's `strconv.ParseBool`.
-fn go_bool() -> impl TypedValueParser<Value = bool> {
+pub(super) fn go_bool() -> impl TypedValueParser<Value = bool> {
     clap::builder::StringValueParser::new().try_map(|text| match text.as_str() {
         "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
         "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),

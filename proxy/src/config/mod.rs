@@ -9,17 +9,17 @@
 //! Owns reading, precedence, defaults and validation. Never touches the kernel, the API server or the logs: warnings
 //! are handed back as text, because how to log is itself configured here.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use ipnetwork::IpNetwork;
-
+mod check;
 mod conntrack;
 mod duration;
 mod error;
 mod file;
 pub mod flags;
+mod network;
 mod parse;
 mod resolve;
 #[cfg(test)]
@@ -27,6 +27,7 @@ mod tests;
 
 pub use conntrack::Conntrack;
 pub use error::{ConfigError, InvalidField};
+pub use network::{Detector, Network, NetworkFlags};
 pub use resolve::{Environment, Resolved};
 
 /// The resolved configuration of an agent.
@@ -40,14 +41,12 @@ pub struct Config {
     pub api: Option<Api>,
     /// The manifest folder.
     pub manifests: Option<PathBuf>,
-    /// Tells pods from other clients.
-    pub detector: Detector,
+    /// Whose addresses are whose.
+    pub network: Network,
     /// Masquerade every connection to a cluster IP.
     pub masquerade_all: bool,
     /// The least time between two commits; zero: commit at once.
     pub min_sync_period: Duration,
-    /// Overrides the node's primary address; it binds nothing.
-    pub node_address: Option<IpAddr>,
     /// Where `/healthz` and `/livez` are served; `None`: nowhere.
     pub healthz_address: Option<SocketAddr>,
     /// Where `/metrics` and `/proxyMode` are served; `None`: nowhere.
@@ -86,16 +85,6 @@ pub struct Api {
     pub kubeconfig: Option<PathBuf>,
     /// The server's URL, in place of the one that the kubeconfig names.
     pub master: Option<String>,
-}
-
-/// Tells the cluster's pods from other clients (`detectLocalMode`).
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum Detector {
-    /// Nothing is known: no client is called non-local.
-    #[default]
-    None,
-    /// Pods have an address in one of these networks: one, or one of each family.
-    ClusterCidr(Vec<IpNetwork>),
 }
 
 /// How to log.

@@ -75,6 +75,9 @@ fn line(location: Option<Location>) -> String {
 
 /// The parser's message without the place, which we name ourselves.
 fn message(error: &Error) -> String {
+    if let Error::DuplicateMappingKey { key: Some(key), .. } = error.without_snippet() {
+        return format!("field {key} is written twice");
+    }
     let text = error.without_snippet().to_string();
     match text.rfind(" at line ") {
         Some(end) => text[..end].to_owned(),

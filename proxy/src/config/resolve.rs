@@ -4,13 +4,13 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use ipnetwork::IpNetwork;
 use serde_json::{Value, json};
 
+use super::check::{Checker, text};
 use super::duration::GoDuration;
-use super::error::{ConfigError, InvalidField};
+use super::error::ConfigError;
 use super::file::{KubeProxyConfiguration, leaves};
-use super::{Api, Config, Conntrack, Detector, LogFormat, Logging, Mode};
+use super::{Api, Config, Conntrack, LogFormat, Logging, Mode, Network};
 
 const HEALTHZ_PORT: u16 = 10256;
 const METRICS_PORT: u16 = 10249;
@@ -24,6 +24,7 @@ const HONOURED: &[&str] = &[
     "clientConnection.",
     "clusterCIDR",
     "conntrack.",
+    "detectLocal.",
     "detectLocalMode",
     "healthzBindAddress",
     "hostnameOverride",
@@ -36,6 +37,7 @@ const HONOURED: &[&str] = &[
     "mode",
     "nftables.masqueradeAll",
     "nftables.minSyncPeriod",
+    "nodePortAddresses",
     // kube-proxy on Linux ignores these as well.
     "portRange",
     "winkernel.",
@@ -86,22 +88,29 @@ pub struct Resolved {
 
 impl Resolved {
     /// The configuration as a KubeProxyConfiguration in YAML, with the defaults of the fields that take effect.
-    /// `--config` reads it back to the same [`Config`], except that a file cannot say an address is off.
+    /// `--config` reads it back to the same [`Config`], except that a file cannot say an address is off. The machine's
+    /// own name is not in it: one file may serve every node.
     pub fn to_yaml(&self) -> String {
         let mut value = self.file.to_value();
-        let Config { healthz_address, metrics_address, min_sync_period, conntrack, .. } = &self.config;
+        let Config { healthz_address, metrics_address, min_sync_period, conntrack, network, .. } =
+            &self.config;
         let address = |address: &Option<SocketAddr>| address.map(|address| address.to_string());
+        let nodeport_addresses = match &network.nodeport_addresses {
+            None => json!(["primary"]),
+            Some(networks) => json!(networks),
+        };
         let timeout = |timeout: Option<Duration>| json!(GoDuration(timeout.unwrap_or_default()));
         for (path, default) in [
             ("/apiVersion", json!(super::file::API_VERSION)),
             ("/kind", json!(super::file::KIND)),
             ("/mode", json!(self.config.mode.as_str())),
-            ("/hostnameOverride", json!(self.config.node_name)),
             ("/healthzBindAddress", json!(address(healthz_address))),
             ("/metricsBindAddress", json!(address(metrics_address))),
             ("/bindAddressHardFail", json!(self.config.bind_address_hard_fail)),
             ("/nftables/masqueradeAll", json!(self.config.masquerade_all)),
             ("/nftables/minSyncPeriod", json!(GoDuration(*min_sync_period))),
+            ("/detectLocalMode", json!(text(&self.file.detect_local_mode).unwrap_or("ClusterCIDR"))),
+            ("/nodePortAddresses", nodeport_addresses),
             ("/conntrack/maxPerCore", json!(conntrack.max_per_core.unwrap_or_default())),
             ("/conntrack/min", json!(conntrack.min)),
             ("/conntrack/tcpEstablishedTimeout", timeout(conntrack.tcp_established)),
@@ -111,6 +120,9 @@ impl Resolved {
             ("/conntrack/udpStreamTimeout", timeout(conntrack.udp_stream)),
         ] {
             set(&mut value, path, default);
+        }
+        if text(&self.file.hostname_override).is_some() {
+            set(&mut value, "/hostnameOverride", json!(self.config.node_name));
         }
         serde_saphyr::to_string(&value).unwrap_or_default()
     }
@@ -138,9 +150,8 @@ pub(super) fn resolve(
     environment: &Environment,
     name_of: impl Fn(&str) -> String,
 ) -> Result<Resolved, ConfigError> {
-    let mut invalid = Vec::new();
     let mut warnings = Vec::new();
-    let mut check = Checker(&mut invalid);
+    let mut check = Checker::default();
 
     let written_mode = text(&file.mode);
     let mode = match written_mode {
@@ -170,14 +181,8 @@ pub(super) fn resolve(
         Some(_) => nftables_all,
     };
 
-    let bind_address = check.parse(
-        "bindAddress (--bind-address)",
-        text(&file.bind_address),
-        "is no IP address",
-        "write an address like 192.0.2.7 or 2001:db8::7, or leave it out",
-        |text| text.parse::<IpAddr>().ok(),
-    );
-    let (any, loopback): (IpAddr, IpAddr) = match bind_address {
+    let network = Network::resolve(&file, &mut check, &mut warnings);
+    let (any, loopback): (IpAddr, IpAddr) = match network.bind_address {
         Some(IpAddr::V6(_)) => (Ipv6Addr::UNSPECIFIED.into(), Ipv6Addr::LOCALHOST.into()),
         _ => (Ipv4Addr::UNSPECIFIED.into(), Ipv4Addr::LOCALHOST.into()),
     };
@@ -192,21 +197,13 @@ pub(super) fn resolve(
         SocketAddr::new(loopback, METRICS_PORT),
     );
 
-    let detector = check.detector(&file);
-    let conntrack =
-        Conntrack::resolve(&file.conntrack, &file.kube_lane, |field, count| check.count(field, count));
+    let conntrack = Conntrack::resolve(&file.conntrack, &file.kube_lane, &mut check);
     let node_name = check.node_name(file.hostname_override.as_deref(), &environment.hostname);
 
     let manifests = file.kube_lane.manifests.clone().filter(|path| !path.as_os_str().is_empty());
     let api = Api {
         kubeconfig: text(&file.client_connection.kubeconfig).map(PathBuf::from),
-        master: check.parse(
-            "--master",
-            text(&overrides.master),
-            "is no URL of an API server",
-            "write it like https://192.0.2.1:6443",
-            |text| is_server_url(text).then(|| text.to_owned()),
-        ),
+        master: check.server_url("--master", text(&overrides.master)),
     };
     let api = if api != Api::default() || environment.in_cluster {
         Some(api)
@@ -231,6 +228,7 @@ pub(super) fn resolve(
         }
     };
 
+    let invalid = check.into_invalid();
     if !invalid.is_empty() {
         return Err(ConfigError::Invalid(invalid));
     }
@@ -245,10 +243,9 @@ pub(super) fn resolve(
         node_name,
         api,
         manifests,
-        detector,
+        network,
         masquerade_all,
         min_sync_period: file.nftables.min_sync_period.unwrap_or_default().0,
-        node_address: bind_address.filter(|address| !address.is_unspecified()),
         healthz_address: (!overrides.no_healthz).then_some(healthz_address),
         metrics_address: (!overrides.no_metrics).then_some(metrics_address),
         bind_address_hard_fail: file.bind_address_hard_fail.unwrap_or_default(),
@@ -260,11 +257,6 @@ pub(super) fn resolve(
         },
     };
     Ok(Resolved { config, warnings, file })
-}
-
-/// A string field; empty means not set, as everywhere in kube-proxy's configuration.
-fn text(field: &Option<String>) -> Option<&str> {
-    field.as_deref().filter(|text| !text.is_empty())
 }
 
 /// The fields that are set to something else than kube-proxy's default, and that nothing here reads. A zero value
@@ -284,10 +276,8 @@ fn without_effect(file: &Value, mode: Option<&str>) -> Vec<String> {
             .iter()
             .any(|&honoured| path == honoured || honoured.ends_with('.') && path.starts_with(honoured));
         let other_mode = match path.split_once('.') {
-            Some(("ipvs", _)) => mode != Some("ipvs"),
             Some(("iptables", _)) => !matches!(mode, None | Some("iptables" | "ipvs")),
             Some(("nftables", _)) => matches!(mode, Some("iptables" | "ipvs")),
-            Some(("detectLocal", _)) => true,
             _ => false,
         };
         honoured || other_mode
@@ -302,122 +292,9 @@ fn without_effect(file: &Value, mode: Option<&str>) -> Vec<String> {
         Value::Object(value) => value.is_empty(),
         Value::Null => true,
     };
-    let mut idle: Vec<String> = leaves(file)
+    leaves(file)
         .into_iter()
         .filter(|(path, value)| !is_read(path) && !is_default(path, value) && !is_zero(value))
         .map(|(path, _)| path)
-        .collect();
-    if file["detectLocalMode"].as_str().is_some_and(|mode| !matches!(mode, "" | "ClusterCIDR")) {
-        idle.push("detectLocalMode".to_owned());
-    }
-    idle
-}
-
-/// Whether a client can be made of it: `http://` or `https://` and a host.
-fn is_server_url(text: &str) -> bool {
-    text.parse::<http::Uri>()
-        .is_ok_and(|url| matches!(url.scheme_str(), Some("http" | "https")) && url.host().is_some())
-}
-
-/// Collects the fields whose values cannot be used.
-struct Checker<'a>(&'a mut Vec<InvalidField>);
-
-impl Checker<'_> {
-    fn invalid(&mut self, field: &'static str, value: &str, problem: &str, remedy: &'static str) {
-        self.0.push(InvalidField { field, value: value.to_owned(), problem: problem.to_owned(), remedy });
-    }
-
-    fn parse<T>(
-        &mut self,
-        field: &'static str,
-        value: Option<&str>,
-        problem: &str,
-        remedy: &'static str,
-        parse: impl Fn(&str) -> Option<T>,
-    ) -> Option<T> {
-        let value = value?;
-        let parsed = parse(value);
-        if parsed.is_none() {
-            self.invalid(field, value, problem, remedy);
-        }
-        parsed
-    }
-
-    /// A number that must not be negative.
-    fn count(&mut self, field: &'static str, value: i32) -> u32 {
-        u32::try_from(value).unwrap_or_else(|_| {
-            self.invalid(field, &value.to_string(), "is negative", "use 0 or more");
-            0
-        })
-    }
-
-    /// `IP:port`, or an IP alone with the default's port.
-    fn address(&mut self, field: &'static str, value: Option<&str>, default: SocketAddr) -> SocketAddr {
-        self.parse(
-            field,
-            value,
-            "is no IP address with a port",
-            "write it like 127.0.0.1:10249 or [::]:10256, with a port from 1 to 65535",
-            |text| match text.parse::<IpAddr>() {
-                Ok(address) => Some(SocketAddr::new(address, default.port())),
-                Err(_) => text.parse().ok().filter(|address: &SocketAddr| address.port() != 0),
-            },
-        )
-        .unwrap_or(default)
-    }
-
-    fn detector(&mut self, file: &KubeProxyConfiguration) -> Detector {
-        match text(&file.detect_local_mode) {
-            None | Some("ClusterCIDR") => {}
-            Some("NodeCIDR" | "BridgeInterface" | "InterfaceNamePrefix") => return Detector::None,
-            Some(mode) => self.invalid(
-                "detectLocalMode (--detect-local-mode)",
-                mode,
-                "is no mode of detection",
-                "use ClusterCIDR, or leave it out",
-            ),
-        }
-        self.parse(
-            "clusterCIDR (--cluster-cidr)",
-            text(&file.cluster_cidr),
-            "is neither a CIDR nor a pair of one IPv4 and one IPv6 CIDR",
-            "write it like 10.244.0.0/16 or 10.244.0.0/16,fd00:10:244::/56",
-            cluster_cidrs,
-        )
-        .map_or(Detector::None, Detector::ClusterCidr)
-    }
-
-    /// Flag, then file, then host name; trimmed and in lower case.
-    fn node_name(&mut self, written: Option<&str>, hostname: &str) -> String {
-        let name = match written {
-            None | Some("") => hostname,
-            Some(written) => written,
-        };
-        let name = name.trim().to_lowercase();
-        if name.is_empty() {
-            self.invalid(
-                "hostnameOverride (--hostname-override)",
-                written.unwrap_or_default(),
-                "leaves the node without a name",
-                "write the name of this machine's Node object",
-            );
-        }
-        name
-    }
-}
-
-/// One CIDR, or one of each family; host bits are cleared, as Go's parser does.
-fn cluster_cidrs(text: &str) -> Option<Vec<IpNetwork>> {
-    let networks = text
-        .split(',')
-        .map(|cidr| {
-            let network: IpNetwork = cidr.trim().parse().ok().filter(|_| cidr.contains('/'))?;
-            IpNetwork::new(network.network(), network.prefix()).ok()
-        })
-        .collect::<Option<Vec<_>>>()?;
-    match networks.as_slice() {
-        [_] => Some(networks),
-        [first, second] if first.is_ipv4() != second.is_ipv4() => Some(networks),
-        _ => None,
-    }
+        .collect()
 }
