@@ -19,20 +19,29 @@ pub(crate) fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
 
-/// A planner of both origins, neither synced.
-pub(crate) fn planner() -> Planner {
-    Planner::new(Settings {
+/// Both origins, and nothing that is unusual.
+pub(crate) fn settings() -> Settings {
+    Settings {
         node_name: NODE.into(),
         origins: vec![Origin::Static, Origin::Api],
         node_address: None,
         pod_cidrs: PodCidrs::Unknown,
         nodeport_addresses: NodePortAddresses::Primary,
-    })
+    }
+}
+
+/// A planner of both origins, neither synced.
+pub(crate) fn planner() -> Planner {
+    Planner::new(settings())
 }
 
 /// A planner whose two origins have synced.
 pub(crate) fn synced() -> Planner {
-    let mut planner = planner();
+    synced_with(settings())
+}
+
+pub(crate) fn synced_with(settings: Settings) -> Planner {
+    let mut planner = Planner::new(settings);
     planner.apply(event(Origin::Static, Change::Synced));
     planner.apply(event(Origin::Api, Change::Synced));
     planner.replan();

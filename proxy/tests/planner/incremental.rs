@@ -1,11 +1,10 @@
 //! What one event costs, and what is reported for it.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::Ipv4Addr;
 
-use kube_lane::model::input::{Change, Event, Node, Origin};
-use kube_lane::model::planner::{NodePortAddresses, Planner, PodCidrs, Settings};
+use kube_lane::model::input::{Change, Node};
 
-use crate::build::{api, endpoint, file, ip, key, reported, service, slice, synced, text};
+use crate::build::{api, endpoint, ip, key, reported, service, slice, synced, text};
 
 #[test]
 fn one_slice_event_among_10_000_services_plans_one_service() {
@@ -115,55 +114,4 @@ fn a_node_change_plans_no_service() {
     assert!(changes.services.is_empty());
     assert_eq!(changes.node.unwrap().nodeport_addresses, [ip("192.0.2.1")]);
     assert_eq!(planner.services_planned(), 1);
-}
-
-#[test]
-fn node_ports_follow_the_node_and_fall_back_to_the_host() {
-    let mut planner = synced();
-    let mut addresses = |event: Event| -> Vec<IpAddr> {
-        planner.apply(event);
-        planner.replan();
-        planner.node().map(|node| node.nodeport_addresses.clone()).unwrap_or_default()
-    };
-    let node = |texts: &[&str]| {
-        Some(Node { addresses: texts.iter().map(|text| ip(text)).collect(), ..Node::default() })
-    };
-
-    let host = ["fe80::1", "::1", "127.0.0.1", "203.0.113.9", "192.0.2.9", "192.0.2.9"].map(ip);
-    assert_eq!(addresses(Event::HostAddresses(host.into())), ["192.0.2.9", "203.0.113.9"].map(ip));
-    let internal_then_external = node(&["192.0.2.1", "192.0.2.2", "2001:db8::1", "2001:db8::2"]);
-    assert_eq!(addresses(api(Change::Node(internal_then_external))), ["192.0.2.1", "2001:db8::1"].map(ip));
-    assert_eq!(addresses(file(Change::Node(node(&["192.0.2.7"])))), ["192.0.2.7"].map(ip));
-    assert_eq!(addresses(file(Change::Node(None))), ["192.0.2.1", "2001:db8::1"].map(ip));
-    assert_eq!(addresses(api(Change::Node(node(&[])))), ["192.0.2.9", "203.0.113.9"].map(ip));
-}
-
-#[test]
-fn service_cidrs_are_united() {
-    let mut planner = synced();
-    let cidrs =
-        |texts: &[&str]| Change::ServiceCidrs(texts.iter().map(|text| text.parse().unwrap()).collect());
-    planner.apply(api(cidrs(&["10.96.7.3/16", "fd00::5/112", "10.98.0.0/24", "10.98.1.0/24"])));
-    planner.apply(file(cidrs(&["10.96.8.0/24", "10.96.0.0/16", "10.100.0.0/25"])));
-    let united: Vec<_> =
-        planner.replan().node.unwrap().service_cidrs.iter().map(ToString::to_string).collect();
-    assert_eq!(united, ["10.96.0.0/16", "10.98.0.0/23", "10.100.0.0/25", "fd00::/112"]);
-}
-
-#[test]
-fn a_bind_address_takes_the_place_of_the_nodes_own_of_its_family() {
-    let origins = vec![Origin::Static];
-    let node_address = Some(ip("198.51.100.4"));
-    let mut planner = Planner::new(Settings {
-        node_name: "n".into(),
-        origins,
-        node_address,
-        pod_cidrs: PodCidrs::Unknown,
-        nodeport_addresses: NodePortAddresses::Primary,
-    });
-    let addresses = ["192.0.2.1", "2001:db8::1"].map(ip).to_vec();
-    planner.apply(file(Change::Node(Some(Node { addresses, ..Node::default() }))));
-    planner.apply(file(Change::Synced));
-    let node = planner.replan().node.unwrap();
-    assert_eq!(node.nodeport_addresses, ["198.51.100.4", "2001:db8::1"].map(ip));
 }

@@ -3,8 +3,11 @@
 #[cfg(test)]
 mod build;
 mod claims;
+#[cfg(test)]
+mod endpoints;
 mod incremental;
 mod json;
 mod latches;
+mod node;
 #[cfg(test)]
 mod random;
