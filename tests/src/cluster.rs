@@ -224,7 +224,8 @@ fn netns(host: &Host) -> PathBuf {
     Path::new("/run/netns").join(host.netns())
 }
 
-async fn apply(client: Client, object: &Value) -> Result<()> {
+/// Creates an object or changes it to what is given; sets its status, where it has one.
+pub(crate) async fn apply(client: Client, object: &Value) -> Result<()> {
     let (api, name) = api(client, object);
     let refused = || format!("cannot apply {object}");
     // Server-side apply allows one address of each type in a Node's status; a merge takes what kubelet writes.
@@ -240,7 +241,7 @@ async fn apply(client: Client, object: &Value) -> Result<()> {
 }
 
 /// Where an object lives in the API, and its name.
-fn api(client: Client, object: &Value) -> (Api<DynamicObject>, String) {
+pub(crate) fn api(client: Client, object: &Value) -> (Api<DynamicObject>, String) {
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let version = text(&object["apiVersion"]);
     let (group, version) = version.split_once('/').unwrap_or(("", &version));

@@ -107,7 +107,8 @@ impl KubeProxy {
     }
 }
 
-fn configuration(options: &Options, healthz: SocketAddr, metrics: SocketAddr) -> Value {
+/// What the configuration file of kube-proxy says.
+pub(crate) fn configuration(options: &Options, healthz: SocketAddr, metrics: SocketAddr) -> Value {
     let mut config = json!({
         "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
         "kind": "KubeProxyConfiguration",
@@ -125,7 +126,7 @@ fn configuration(options: &Options, healthz: SocketAddr, metrics: SocketAddr) ->
 }
 
 /// Lays `over` on `base`: objects field by field, all else as a whole; null changes nothing.
-fn merge(base: &mut Value, over: &Value) {
+pub(crate) fn merge(base: &mut Value, over: &Value) {
     match (base, over) {
         (_, Value::Null) => {}
         (Value::Object(base), Value::Object(over)) => {

@@ -6,4 +6,5 @@ pub mod cluster;
 pub mod controlplane;
 pub mod kube_proxy;
 pub mod objects;
+pub mod oracle;
 pub mod process;

@@ -32,6 +32,8 @@ enum Lane {
     Kernel,
     /// Tests with a real API server.
     Cluster,
+    /// The scenarios, over kube-lane and kube-proxy.
+    Oracle,
 }
 
 impl Lane {
@@ -39,7 +41,7 @@ impl Lane {
         match self {
             Lane::Unit => &[Need::Build],
             Lane::Kernel => &[Need::Build, Need::Kernel],
-            Lane::Cluster => &[Need::Build, Need::Kernel, Need::ControlPlane],
+            Lane::Cluster | Lane::Oracle => &[Need::Build, Need::Kernel, Need::ControlPlane],
         }
     }
 
@@ -54,6 +56,7 @@ impl Lane {
                 &[&["--package", "kube-lane-lab"], &["--package", "kube-lane-tests", "--test", "kernel"]]
             }
             Lane::Cluster => &[&["--package", "kube-lane-tests", "--test", "cluster"]],
+            Lane::Oracle => &[&["--package", "kube-lane-tests", "--test", "oracle"]],
         }
     }
 }
@@ -64,6 +67,7 @@ impl fmt::Display for Lane {
             Lane::Unit => "unit",
             Lane::Kernel => "kernel",
             Lane::Cluster => "cluster",
+            Lane::Oracle => "oracle",
         })
     }
 }

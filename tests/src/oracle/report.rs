@@ -1,0 +1,119 @@
+//! The summary of a run: how many flows each scenario had over each proxy, and where proxies differ.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use k8s_openapi::jiff::Timestamp;
+
+use super::flows::Done;
+use super::format::{Family, Proxy, Scenario};
+
+/// Flows of one scenario over one proxy, by family.
+#[derive(Clone, Copy, Debug, Default)]
+struct Count {
+    flows: [usize; 2],
+    differing: usize,
+    wrong: usize,
+}
+
+/// What a run showed.
+#[derive(Debug, Default)]
+pub(super) struct Report {
+    rows: BTreeMap<String, BTreeMap<Proxy, Count>>,
+    /// Scenario, proxy and reason.
+    differences: BTreeSet<(String, Proxy, String)>,
+    skipped: BTreeSet<(String, Proxy, String)>,
+    orders: usize,
+}
+
+impl Report {
+    /// Takes a scenario up, with what it says of proxies that it leaves out.
+    pub(super) fn begin(&mut self, scenario: &Scenario) {
+        self.rows.entry(scenario.name.clone()).or_default();
+        for (proxy, why) in &scenario.skips {
+            self.skipped.insert((scenario.name.clone(), *proxy, why.clone()));
+        }
+    }
+
+    /// Counts flows.
+    pub(super) fn add(&mut self, scenario: &Scenario, done: &[Done]) {
+        let row = self.rows.entry(scenario.name.clone()).or_default();
+        for flow in done {
+            let count = row.entry(flow.proxy).or_default();
+            count.flows[flow.family.index()] += 1;
+            count.differing += usize::from(flow.why.is_some());
+            count.wrong += usize::from(flow.wrong.is_some());
+            if let Some(why) = &flow.why {
+                let why = why.split_whitespace().collect::<Vec<_>>().join(" ");
+                self.differences.insert((scenario.name.clone(), flow.proxy, why));
+            }
+        }
+    }
+
+    /// Counts flows of a further order, which have no place in the table.
+    pub(super) fn add_order(&mut self, done: &[Done]) {
+        self.orders += done.len();
+    }
+
+    /// The summary as Markdown.
+    pub(super) fn markdown(&self, elapsed: Duration, versions: &str) -> String {
+        let mut text = String::from(
+            "# Conformance\n\nWhat `cargo xtask test --lane oracle` has shown: every scenario of `tests/scenarios/`, \
+             flow by flow, over kube-lane and\nover the real kube-proxy. A cell counts the flows over IPv4 + IPv6; \
+             \"n differ\" of them have an outcome of this proxy's own,\nwhich the scenario states with its reason \
+             (below). Flows with any other outcome than stated are \"wrong\".\n\n",
+        );
+        let totals = self.rows.values().flat_map(BTreeMap::iter).fold(
+            BTreeMap::<Proxy, Count>::new(),
+            |mut totals, (proxy, count)| {
+                let total = totals.entry(*proxy).or_default();
+                for family in Family::ALL {
+                    total.flows[family.index()] += count.flows[family.index()];
+                }
+                total.differing += count.differing;
+                total.wrong += count.wrong;
+                totals
+            },
+        );
+        let (date, scenarios, seconds) = (Timestamp::now().to_string(), self.rows.len(), elapsed.as_secs());
+        let _ = writeln!(text, "{}, {scenarios} scenarios in {seconds} s, {versions}.\n", &date[..10]);
+        text.push_str(
+            "| scenario | kube-lane | kube-proxy nftables | kube-proxy iptables |\n|---|---|---|---|\n",
+        );
+        let rows = self.rows.iter().map(|(name, row)| (name.clone(), row));
+        for (name, row) in rows.chain([("**all**".to_owned(), &totals)]) {
+            let cells = Proxy::ALL.map(|proxy| row.get(&proxy).map_or("–".to_owned(), cell));
+            let _ = writeln!(text, "| {name} | {} |", cells.join(" | "));
+        }
+        let _ = writeln!(
+            text,
+            "\nBesides, {} flows over kube-lane after the same objects had come in other orders: Services first, \
+             slices first, one by one,\nand deleted and created again.",
+            self.orders
+        );
+        list(&mut text, "Where they differ", &self.differences);
+        list(&mut text, "Where a proxy takes no part", &self.skipped);
+        text
+    }
+}
+
+fn list(text: &mut String, title: &str, entries: &BTreeSet<(String, Proxy, String)>) {
+    if entries.is_empty() {
+        return;
+    }
+    let _ = writeln!(text, "\n## {title}\n");
+    for (scenario, proxy, why) in entries {
+        let _ = writeln!(text, "- {scenario}, {proxy}: {why}");
+    }
+}
+
+fn cell(count: &Count) -> String {
+    let mut text = format!("{} + {}", count.flows[0], count.flows[1]);
+    for (number, what) in [(count.differing, "differ"), (count.wrong, "**wrong**")] {
+        if number > 0 {
+            let _ = write!(text, ", {number} {what}");
+        }
+    }
+    text
+}

@@ -1,0 +1,372 @@
+//! Where scenarios of one configuration run: a lab for each proxy, all alike, with one API server for all of them.
+//!
+//! Owns the labs, the proxies in them, and waiting until these have seen what was last put into the API.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use kube::Client;
+use kube_lane_lab::{Dial, Echo, Host, Lab, Outcome, Pod, Proto, topology};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::runtime::{self, Runtime};
+
+use super::format::Proxy;
+use super::names::Hosts;
+use super::objects::Objects;
+use super::relay::Relay;
+use crate::agent::Agent;
+use crate::controlplane::{ControlPlane, Options};
+use crate::kube_proxy::{self, KubeProxy, Mode, merge};
+use crate::objects::{Endpoint, Folder, Port, node, service, slices};
+
+/// The ports that every pod and node serves.
+const TARGETS: [u16; 2] = [8080, 8081];
+const NODES: u8 = 2;
+const PODS: [&str; 3] = ["a", "b", "c"];
+/// How long a proxy may take to start, and to follow.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// The addresses of the Service that tells how far a proxy is: in the API, and in the manifest folder.
+const MARKERS: [[&str; 2]; 2] = [["10.96.255.1", "fd00:10:96::ff01"], ["10.96.255.2", "fd00:10:96::ff02"]];
+
+/// The API server, which outlives the stages.
+pub(super) struct Api {
+    // Dropped in this order: connections before their server.
+    client: Client,
+    control_plane: ControlPlane,
+    runtime: Runtime,
+    /// What it holds of the scenarios', the nodes and the marker.
+    pub(super) objects: Objects,
+    markers: u16,
+}
+
+impl Api {
+    pub(super) fn start() -> Result<Self> {
+        let runtime = runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        let service_cidrs = topology::service_cidrs().map(|cidr| cidr.to_string()).to_vec();
+        let options = Options { service_cidrs, ..Options::default() };
+        let control_plane = runtime.block_on(ControlPlane::start_with(options))?;
+        let client = runtime.block_on(control_plane.client())?;
+        let mut api = Self { client, control_plane, runtime, objects: Objects::default(), markers: 0 };
+        let mut nodes = Objects::default();
+        (0..NODES).map(node_object).for_each(|node| nodes.insert(node));
+        api.push(nodes)?;
+        Ok(api)
+    }
+
+    /// Has the server hold these objects, and nothing else that this put there before.
+    pub(super) fn push(&mut self, objects: Objects) -> Result<()> {
+        let client = self.client.clone();
+        self.runtime.block_on(objects.push(client, &self.objects))?;
+        self.objects = objects;
+        Ok(())
+    }
+
+    /// Makes a namespace.
+    pub(super) fn namespace(&self, name: &str) -> Result<()> {
+        let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
+        self.runtime.block_on(crate::cluster::apply(self.client.clone(), &namespace))
+    }
+
+    /// The nodes and whatever else is no scenario's.
+    pub(super) fn base(&self) -> Objects {
+        let mut base = self.objects.filter(|object| object["metadata"]["namespace"] == "default");
+        (0..NODES).map(node_object).for_each(|node| base.insert(node));
+        base
+    }
+}
+
+/// A node as its kubelet would register it; node0 in zone east, node1 in zone west.
+fn node_object(index: u8) -> Value {
+    let mut object = node(&format!("node{index}"), &topology::node_addresses(index));
+    let zone = ["east", "west"][usize::from(index) % 2];
+    let cidrs = topology::pod_cidrs(index);
+    object["metadata"]["labels"] = json!({"topology.kubernetes.io/zone": zone});
+    object["spec"] = json!({"podCIDR": cidrs[0], "podCIDRs": cidrs});
+    object
+}
+
+/// A client in the lab: a host, and the addresses that it dials from where that is not the kernel's choice.
+pub(super) struct Caller {
+    pub(super) host: Host,
+    from: Option<[IpAddr; 2]>,
+}
+
+impl Caller {
+    /// The addresses that servers may see it by.
+    pub(super) fn addresses(&self) -> Vec<IpAddr> {
+        self.from.map_or_else(|| self.host.addresses(), |from| from.to_vec())
+    }
+
+    /// A dial from here.
+    pub(super) fn dial(&self, proto: Proto, to: SocketAddr) -> Dial {
+        let dial = Dial::new(proto, to);
+        match self.from {
+            Some(from) => dial.from((from[usize::from(to.is_ipv6())], 0).into()),
+            None => dial,
+        }
+    }
+}
+
+/// Everybody who may dial in one proxy's lab.
+pub(super) struct Callers {
+    pub(super) proxy: Proxy,
+    by_name: BTreeMap<String, Caller>,
+}
+
+impl Callers {
+    /// The one of this name.
+    pub(super) fn get(&self, name: &str) -> Result<&Caller> {
+        self.by_name.get(name).with_context(|| format!("the lab has no host `{name}`"))
+    }
+}
+
+/// A proxy on each node of a lab.
+pub(super) struct Rig {
+    pub(super) proxy: Proxy,
+    // Dropped in this order: what runs in the lab before the lab.
+    running: Vec<Running>,
+    _relays: Vec<Relay>,
+    _echoes: Vec<Echo>,
+    pub(super) callers: Callers,
+    pods: Vec<Pod>,
+    _lab: Lab,
+    manifests: Option<Folder>,
+    manifest_markers: u16,
+    _dir: TempDir,
+}
+
+enum Running {
+    KubeLane(Agent),
+    KubeProxy(KubeProxy),
+}
+
+impl Running {
+    fn log_tail(&mut self) -> String {
+        match self {
+            Self::KubeLane(agent) => {
+                let log = agent.log();
+                let lines: Vec<_> = log.lines().collect();
+                lines[lines.len().saturating_sub(20)..].join("\n")
+            }
+            Self::KubeProxy(proxy) => proxy.process().log_tail(),
+        }
+    }
+}
+
+impl Rig {
+    fn start(proxy: Proxy, config: &Value, api: &Api) -> Result<Self> {
+        let bridge = config["detectLocalMode"] == "BridgeInterface";
+        let lab = Lab::builder().nodes(NODES).bridge(bridge).build()?;
+        let mut pods = Vec::new();
+        let mut callers = BTreeMap::new();
+        let caller = |host: &Host| Caller { host: host.clone(), from: None };
+        for (index, node) in lab.nodes().iter().enumerate() {
+            for pod in PODS {
+                let pod = node.add_pod(&format!("pod{index}{pod}"))?;
+                callers.insert(pod.name().to_owned(), caller(&pod));
+                pods.push(pod);
+            }
+            callers.insert(node.name().to_owned(), caller(node));
+        }
+        let mut echoes = Vec::new();
+        for host in lab.nodes().iter().map(|node| &**node).chain(pods.iter().map(|pod| &**pod)) {
+            for port in TARGETS {
+                echoes.push(host.serve(Proto::Tcp, port)?);
+                echoes.push(host.serve(Proto::Udp, port)?);
+            }
+        }
+        for pod in &pods {
+            for port in TARGETS {
+                echoes.push(pod.serve(Proto::Sctp, port)?);
+            }
+        }
+
+        let outside = lab.outside();
+        callers
+            .insert("outside".into(), Caller { from: Some([outside.v4(), outside.v6()]), ..caller(outside) });
+        let from = Some(second(outside, 201)?);
+        callers.insert("outside-b".into(), Caller { from, ..caller(outside) });
+        let from = Some(second(lab.node(0), 11)?);
+        callers.insert("node0-b".into(), Caller { from, ..caller(lab.node(0)) });
+
+        let dir = tempfile::Builder::new().prefix("kube-lane-oracle-").tempdir()?;
+        let manifests = if proxy == Proxy::KubeLane { Some(Folder::new()?) } else { None };
+        let mut relays = Vec::new();
+        let mut running = Vec::new();
+        for node in lab.nodes() {
+            let address = api.control_plane.address();
+            relays.push(Relay::start(node, address, api.runtime.handle())?);
+            running.push(run(proxy, node, config, api, dir.path(), manifests.as_ref())?);
+        }
+        Ok(Self {
+            proxy,
+            running,
+            _relays: relays,
+            _echoes: echoes,
+            callers: Callers { proxy, by_name: callers },
+            pods,
+            _lab: lab,
+            manifests,
+            manifest_markers: 0,
+            _dir: dir,
+        })
+    }
+
+    /// Puts objects into the manifest folder, in place of all that it has, and waits until they are programmed.
+    pub(super) fn put_manifests(&mut self, mut objects: Vec<Value>, hosts: &Hosts) -> Result<()> {
+        let folder = self.manifests.as_ref().context("only kube-lane reads manifests")?;
+        self.manifest_markers += 1;
+        let port = 1000 + self.manifest_markers;
+        objects.extend(marker(MARKERS[1], port, hosts));
+        folder.put("scenario", &objects)?;
+        self.wait_marker(MARKERS[1], port)
+    }
+
+    /// Waits until the proxy of each node programs this marker.
+    fn wait_marker(&mut self, addresses: [&str; 2], port: u16) -> Result<()> {
+        let deadline = Instant::now() + LIMIT;
+        for (number, pod) in self.pods.iter().enumerate().filter(|(number, _)| number % PODS.len() == 0) {
+            let (host, node): (&Host, _) = (pod, number / PODS.len());
+            for address in addresses {
+                let to = SocketAddr::new(address.parse()?, port);
+                let dial = Dial::new(Proto::Tcp, to).timeout(Duration::from_millis(100));
+                let reached = host.run(move || {
+                    while Instant::now() < deadline {
+                        if matches!(dial.ask(), Outcome::Answered { .. }) {
+                            return true;
+                        }
+                        std::thread::sleep(Duration::from_millis(10));
+                    }
+                    false
+                })?;
+                if !reached {
+                    let log = self.running[node].log_tail();
+                    bail!(
+                        "{} on node{node} does not lead to the marker {to} in {LIMIT:?}\n{log}",
+                        self.proxy
+                    );
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// All proxies with one configuration.
+pub(super) struct Stage {
+    pub(super) config: Value,
+    pub(super) rigs: Vec<Rig>,
+    /// The addresses that the hosts of each lab have.
+    pub(super) hosts: Hosts,
+}
+
+impl Stage {
+    /// Builds the labs and starts the proxies; `config` is laid over their usual configuration.
+    pub(super) fn start(config: &Value, api: &Api) -> Result<Self> {
+        let rigs = at_once(Proxy::ALL, |proxy| Rig::start(proxy, config, api))?;
+        let addresses = |(name, caller): (&String, &Caller)| {
+            (name.clone(), caller.from.unwrap_or([caller.host.v4(), caller.host.v6()]))
+        };
+        let hosts =
+            rigs.first().map(|rig| rig.callers.by_name.iter().map(addresses).collect()).unwrap_or_default();
+        Ok(Self { config: config.clone(), rigs, hosts })
+    }
+
+    /// Waits until these proxies have programmed all that the API server holds: a new marker comes after it.
+    pub(super) fn settle(&mut self, proxies: &[Proxy], api: &mut Api) -> Result<()> {
+        api.markers += 1;
+        let (port, mut objects) = (1000 + api.markers, api.objects.clone());
+        marker(MARKERS[0], port, &self.hosts).into_iter().for_each(|object| objects.insert(object));
+        api.push(objects)?;
+        let rigs = self.rigs.iter_mut().filter(|rig| proxies.contains(&rig.proxy));
+        at_once(rigs, |rig| rig.wait_marker(MARKERS[0], port))?;
+        Ok(())
+    }
+}
+
+/// Does the same with several things, each on a thread of its own.
+fn at_once<T: Send, U: Send>(
+    items: impl IntoIterator<Item = T>,
+    task: impl Fn(T) -> Result<U> + Sync,
+) -> Result<Vec<U>> {
+    let task = &task;
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = items.into_iter().map(|item| scope.spawn(move || task(item))).collect();
+        let join = |thread: std::thread::ScopedJoinHandle<'_, Result<U>>| match thread.join() {
+            Ok(result) => result,
+            Err(panic) => std::panic::resume_unwind(panic),
+        };
+        threads.into_iter().map(join).collect()
+    })
+}
+
+/// A Service that is only answered by one who knows its newest port and its newest slices.
+fn marker(addresses: [&str; 2], port: u16, hosts: &Hosts) -> Vec<Value> {
+    let ports = [Port { name: format!("m{port}"), ..Port::new("TCP", port, TARGETS[0]) }];
+    let addresses: Vec<IpAddr> = addresses.iter().filter_map(|address| address.parse().ok()).collect();
+    let endpoints: Vec<_> =
+        hosts.get("pod0a").into_iter().flatten().map(|address| Endpoint::ready(*address, "node0")).collect();
+    let mut objects = slices("marker", &ports, &endpoints);
+    objects.push(service("marker", &addresses, &ports));
+    objects
+}
+
+fn second(host: &Host, number: u16) -> Result<[IpAddr; 2]> {
+    let last = |address: IpAddr| -> IpAddr {
+        match address {
+            IpAddr::V4(address) => Ipv4Addr::from_bits(address.to_bits() & !0xff | u32::from(number)).into(),
+            IpAddr::V6(address) => {
+                std::net::Ipv6Addr::from_bits(address.to_bits() & !0xffff | u128::from(number)).into()
+            }
+        }
+    };
+    let addresses = [last(host.v4()), last(host.v6())];
+    for address in addresses {
+        host.add_address(address)?;
+    }
+    Ok(addresses)
+}
+
+fn run(
+    proxy: Proxy,
+    node: &Host,
+    config: &Value,
+    api: &Api,
+    dir: &Path,
+    manifests: Option<&Folder>,
+) -> Result<Running> {
+    let mode = if proxy == Proxy::Iptables { Mode::Iptables } else { Mode::Nftables };
+    let mut over = json!({mode.to_string(): {"minSyncPeriod": "50ms"}});
+    merge(&mut over, config);
+    // One name for the field of either mode.
+    if let Some(all) = over.as_object_mut().and_then(|fields| fields.remove("masqueradeAll")) {
+        over[mode.to_string()]["masqueradeAll"] = all;
+    }
+    let options = kube_proxy::Options {
+        mode,
+        netns: Some(Path::new("/run/netns").join(node.netns())),
+        kubeconfig: api.control_plane.admin_kubeconfig(),
+        hostname: node.name().to_owned(),
+        cluster_cidr: Some(topology::cluster_cidrs().map(|cidr| cidr.to_string()).join(",")),
+        config: over,
+    };
+    if proxy != Proxy::KubeLane {
+        return Ok(Running::KubeProxy(KubeProxy::start(&options)?));
+    }
+    let any = |port| SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port);
+    let mut file = kube_proxy::configuration(&options, any(10256), any(10249));
+    // Only for kube-proxy, which waits a second else.
+    file["nftables"]["minSyncPeriod"] = "0s".into();
+    let path = dir.join(format!("{}.json", node.name()));
+    fs::write(&path, serde_json::to_vec_pretty(&file)?)?;
+    let path = path.to_str().context("a path that is no text")?;
+    let manifests = manifests.map(Folder::arg).unwrap_or_default();
+    let arguments = ["--config", path, "--hostname-override", node.name(), "--manifests", &manifests];
+    Ok(Running::KubeLane(Agent::start(node, &arguments, &dir.join(format!("{}.log", node.name())))?))
+}
