@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 use tracing::{debug, error, info, warn};
 
-use crate::dataplane::{Batch, Dataplane, Outcome};
+use crate::dataplane::{Batch, Dataplane, Follower, Outcome};
 use crate::health::HealthState;
 use crate::memory;
 use crate::model::input::{Event, ServiceKey};
@@ -37,6 +37,7 @@ const INBOX: usize = 1024;
 pub struct Controller<D> {
     planner: Planner,
     dataplane: D,
+    followers: Vec<Box<dyn Follower>>,
     /// What the kernel still has to be told.
     pending: Pending,
     /// Services that the kernel refused, and its words.
@@ -106,10 +107,11 @@ impl Pending {
 
 impl<D: Dataplane> Controller<D> {
     /// A controller that has programmed nothing yet. `min_sync_period`: the least time between two commits; zero:
-    /// none.
+    /// none. The followers hear of each commit.
     pub fn new(
         planner: Planner,
         dataplane: D,
+        followers: Vec<Box<dyn Follower>>,
         min_sync_period: Duration,
         health: watch::Sender<HealthState>,
         commits: Commits,
@@ -117,6 +119,7 @@ impl<D: Dataplane> Controller<D> {
         Self {
             planner,
             dataplane,
+            followers,
             pending: Pending::default(),
             refused: BTreeMap::new(),
             warned: BTreeMap::new(),
@@ -211,6 +214,7 @@ impl<D: Dataplane> Controller<D> {
                     "repaired what somebody else changed"
                 );
                 total.absorb(outcome);
+                self.followers.iter_mut().for_each(|follower| follower.repaired());
             }
             self.pending.repair = false;
         }
@@ -252,9 +256,11 @@ impl<D: Dataplane> Controller<D> {
             services: std::mem::take(&mut self.pending.services).into_iter().collect(),
             sweep,
         };
+        self.followers.iter_mut().for_each(|follower| follower.committing(&batch));
         let result = self.dataplane.apply(&batch);
         match &result {
             Ok(outcome) => {
+                self.followers.iter_mut().for_each(|follower| follower.committed(&batch, outcome));
                 let tried =
                     |key: &ServiceKey| batch.services.binary_search_by(|(tried, _)| tried.cmp(key)).is_ok();
                 let again = |key: &ServiceKey| outcome.failed.iter().any(|(failed, _)| failed == key);

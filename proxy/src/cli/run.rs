@@ -15,12 +15,14 @@ use super::settings;
 use crate::config::flags::RunFlags;
 use crate::config::{Config, Environment, Mode};
 use crate::controller::Controller;
+use crate::dataplane::conntrack::Conntrack;
 use crate::dataplane::nftables::{self, Nftables};
-use crate::dataplane::socket;
+use crate::dataplane::{Follower, socket};
 use crate::health::{HealthState, Servers};
 use crate::model::input::{Event, Origin};
 use crate::model::planner::Planner;
 use crate::observability::commits::Commits;
+use crate::observability::flows::Flows;
 use crate::observability::{metrics, telemetry};
 use crate::ready;
 use crate::source::kube::{self, KubeSourceConfig};
@@ -115,6 +117,7 @@ fn agent(
 ) -> impl Future<Output = anyhow::Result<()>> + use<> {
     // Modules register their metrics before the first await.
     let commits = Commits::register(registry);
+    let flows = Flows::register(registry);
     async move {
         let (events, inbox) = mpsc::channel(EVENTS);
         let origins = start_sources(&config, events).await?;
@@ -125,7 +128,9 @@ fn agent(
         };
         let dataplane = Nftables::open(settings)?;
         let foreign = ready::readable(dataplane.descriptor()?)?;
-        Controller::new(planner, dataplane, config.min_sync_period, health, commits)
+        let conntrack = Conntrack::spawn(config.conntrack.clean_sctp, move |looked| flows.looked(&looked))?;
+        let followers: Vec<Box<dyn Follower>> = vec![Box::new(conntrack)];
+        Controller::new(planner, dataplane, followers, config.min_sync_period, health, commits)
             .run(inbox, foreign)
             .await;
         anyhow::bail!("all sources ended")

@@ -3,6 +3,8 @@
 //! Owns kernel state of ours and nothing else. Never decides policy: it programs what the plan says, or reports the
 //! Service it could not program.
 
+pub mod conntrack;
+mod netlink;
 pub mod nftables;
 pub mod socket;
 
@@ -64,4 +66,16 @@ pub trait Dataplane {
     /// # Errors
     /// When the kernel cannot be asked.
     fn repair(&mut self) -> Result<Option<Outcome>, Self::Error>;
+}
+
+/// Acts beside a dataplane on what that is told.
+pub trait Follower: Send {
+    /// A batch is about to be committed; some of it may be in force soon.
+    fn committing(&mut self, _batch: &Batch) {}
+
+    /// The batch was committed, but for the Services that failed.
+    fn committed(&mut self, batch: &Batch, outcome: &Outcome);
+
+    /// What somebody else changed was put right: meanwhile packets may have met nothing of ours.
+    fn repaired(&mut self) {}
 }

@@ -4,14 +4,11 @@ use std::time::Duration;
 
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
-use super::metrics::KUBE_PROXY;
+use super::metrics::{KUBE_LANE, KUBE_PROXY, durations};
 use crate::dataplane::Outcome;
-
-/// The prefix of the families that are ours alone.
-const KUBE_LANE: &str = "kubelane";
 
 /// Counts commits and what they wrote.
 #[derive(Clone, Debug)]
@@ -29,8 +26,7 @@ impl Commits {
     /// Registers the families.
     pub fn register(registry: &mut Registry) -> Self {
         let commits = Self {
-            // kube-proxy's buckets: 1 ms to 16 s, by doubling.
-            duration: Histogram::new(exponential_buckets(0.001, 2.0, 15)),
+            duration: durations(),
             failures: Counter::default(),
             added: Counter::default(),
             removed: Counter::default(),

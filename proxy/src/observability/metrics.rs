@@ -5,13 +5,40 @@
 use std::fmt;
 
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
+
+use crate::model::input::Family;
 
 /// The prefix of the families that kube-proxy has too.
 pub const KUBE_PROXY: &str = "kubeproxy";
+
+/// The prefix of the families that are ours alone.
+pub const KUBE_LANE: &str = "kubelane";
+
+/// kube-proxy's buckets of durations: 1 ms to 16 s, by doubling.
+pub fn durations() -> Histogram {
+    Histogram::new(exponential_buckets(0.001, 2.0, 15))
+}
+
+/// The label of families that count IPv4 and IPv6 apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct IpFamily {
+    ip_family: &'static str,
+}
+
+impl From<Family> for IpFamily {
+    fn from(family: Family) -> Self {
+        let ip_family = match family {
+            Family::V4 => "IPv4",
+            Family::V6 => "IPv6",
+        };
+        Self { ip_family }
+    }
+}
 
 /// A registry that already holds the process's own families.
 pub fn registry() -> Registry {

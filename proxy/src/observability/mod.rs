@@ -3,5 +3,6 @@
 //! Read by nobody's decisions.
 
 pub mod commits;
+pub mod flows;
 pub mod metrics;
 pub mod telemetry;

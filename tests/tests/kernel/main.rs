@@ -2,6 +2,8 @@
 
 // Named test modules for clippy, which else forbids `unwrap` in the helpers.
 #[cfg(test)]
+mod conntrack;
+#[cfg(test)]
 mod ebpf;
 #[cfg(test)]
 mod lab;
@@ -9,3 +11,5 @@ mod lab;
 mod nftables;
 #[cfg(test)]
 mod services;
+#[cfg(test)]
+mod world;

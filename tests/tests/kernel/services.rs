@@ -1,123 +1,15 @@
 //! Services with real packets: the agent on a node, its objects in a manifest folder, clients in pods, on hosts and
 //! outside.
 
-use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use ipnetwork::IpNetwork;
-use kube_lane_lab::{Dial, Echo, Filter, Host, Lab, Load, Outcome, Pod, Proto, Sniff, topology};
+use kube_lane_lab::{Dial, Filter, Host, Lab, Load, Outcome, Proto, Sniff, topology};
 use kube_lane_tests::agent::Agent;
-use kube_lane_tests::objects::{Endpoint, Folder, Port, node, service, slices};
+use kube_lane_tests::objects::Port;
 use nix::sys::signal::Signal;
-use serde_json::{Value, json};
 
-const SYNC: Duration = Duration::from_secs(20);
-const QUIET: Duration = Duration::from_millis(300);
-
-/// A lab whose first node runs the agent.
-struct World {
-    folder: Folder,
-    logs: tempfile::TempDir,
-    agents: Vec<Agent>,
-    lab: Lab,
-}
-
-impl World {
-    fn new(arguments: &[&str]) -> Self {
-        let lab = Lab::builder().nodes(2).build().unwrap();
-        lab.outside().route_via(lab.node(0)).unwrap();
-        let folder = Folder::new().unwrap();
-        let cidrs: Vec<_> =
-            topology::service_cidrs().iter().enumerate().map(|(i, cidr)| service_cidr(i, *cidr)).collect();
-        folder.put("cidrs", &cidrs).unwrap();
-        let nodes: Vec<_> =
-            (0..2).map(|i| node(lab.node(i).name(), &topology::node_addresses(i as u8))).collect();
-        folder.put("nodes", &nodes).unwrap();
-        let logs = tempfile::tempdir().unwrap();
-        let mut world = Self { folder, logs, agents: Vec::new(), lab };
-        for index in 0..2 {
-            let agent = world.start_agent(index, arguments);
-            world.agents.push(agent);
-        }
-        world.agents.iter_mut().for_each(|agent| agent.wait_synced(SYNC).unwrap());
-        world
-    }
-
-    fn log(&self, index: usize) -> PathBuf {
-        self.logs.path().join(format!("agent-{index}.log"))
-    }
-
-    fn start_agent(&self, index: usize, arguments: &[&str]) -> Agent {
-        let node = self.lab.node(index);
-        let cidrs = topology::cluster_cidrs().map(|cidr| cidr.to_string()).join(",");
-        let folder = self.folder.arg();
-        let mut all = vec!["--manifests", &folder, "--hostname-override", node.name(), "-v", "4"];
-        all.extend(["--cluster-cidr", &cidrs]);
-        all.extend(arguments);
-        Agent::start(node, &all, &self.log(index)).unwrap()
-    }
-
-    /// Puts a Service into the folder and waits until both nodes serve it as the client would see it.
-    fn put(&self, name: &str, ports: &[Port], number: u8, endpoints: &[Endpoint]) {
-        let mut objects = vec![service(name, &vips(number), ports)];
-        objects.extend(slices(name, ports, endpoints));
-        self.folder.put(name, &objects).unwrap();
-    }
-}
-
-fn service_cidr(index: usize, cidr: IpNetwork) -> Value {
-    json!({
-        "apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR",
-        "metadata": {"name": format!("range-{index}")}, "spec": {"cidrs": [cidr]},
-    })
-}
-
-/// The cluster IPs of the Service with this number.
-fn vips(number: u8) -> [IpAddr; 2] {
-    topology::service_cidrs().map(|cidr| cidr.iter().nth(usize::from(number)).unwrap())
-}
-
-fn at(ip: IpAddr, port: u16) -> SocketAddr {
-    (ip, port).into()
-}
-
-/// The pod as an endpoint, in both families.
-fn endpoints(pods: &[&Pod]) -> Vec<Endpoint> {
-    pods.iter()
-        .flat_map(|pod| {
-            let node = pod.name().split('-').next().unwrap_or_default().to_owned();
-            [pod.v4(), pod.v6()].map(|ip| Endpoint::ready(ip, &node))
-        })
-        .collect()
-}
-
-/// Repeats until the outcome is as wanted, at most a few seconds; the last outcome where it never is.
-fn until(client: &Host, proto: Proto, to: SocketAddr, wanted: impl Fn(&Outcome) -> bool) -> Outcome {
-    let deadline = Instant::now() + Duration::from_secs(5);
-    loop {
-        let outcome = client.dial_with(Dial::new(proto, to).timeout(QUIET)).unwrap();
-        if wanted(&outcome) || Instant::now() > deadline {
-            return outcome;
-        }
-    }
-}
-
-fn answered(outcome: &Outcome) -> bool {
-    outcome.by().is_some()
-}
-
-/// TCP and UDP on port 80, NodePorts 30080, to 8080.
-fn web_ports() -> Vec<Port> {
-    ["TCP", "UDP"].map(|protocol| Port::new(protocol, 80, 8080).node_port(30080)).to_vec()
-}
-
-/// A pod `node<i>-<name>` that answers TCP and UDP on 8080.
-fn serving(lab: &Lab, index: usize, name: &str) -> (Pod, [Echo; 2]) {
-    let pod = lab.node(index).add_pod(&format!("{}-{name}", lab.node(index).name())).unwrap();
-    let echoes = [Proto::Tcp, Proto::Udp].map(|proto| pod.serve(proto, 8080).unwrap());
-    (pod, echoes)
-}
+use super::world::{QUIET, SYNC, World, answered, at, endpoints, serving, until, vips, web_ports};
 
 #[test]
 fn everybody_reaches_a_service_and_is_seen_as_kube_proxy_would_have_it() {

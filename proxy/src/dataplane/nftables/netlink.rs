@@ -12,6 +12,7 @@ use nix::sys::socket::{MsgFlags, recv};
 
 use super::message::{Transaction, dump_request};
 use super::schema::Set;
+pub(crate) use crate::dataplane::netlink::{HEADER, Header, attribute, messages, set_option};
 use crate::model::input::Family;
 
 /// A transaction of ours is bounded well below this; netlink takes a message of at most the send buffer's size.
@@ -20,8 +21,6 @@ const SEND_BUFFER: libc::c_int = 64 << 20;
 const RECEIVE_BUFFER: libc::c_int = 16 << 20;
 /// What one read can bring: the kernel fills a dump's parts up to 32 KiB.
 const READ_WORDS: usize = 8192;
-/// Offset and size of `struct nlmsghdr` and of `struct nlmsgerr` behind it.
-const HEADER: usize = size_of::<libc::nlmsghdr>();
 /// `NLMSGERR_ATTR_MSG`.
 const ATTR_MSG: u16 = 1;
 
@@ -216,49 +215,6 @@ impl Netlink {
     }
 }
 
-/// A message's header.
-pub(crate) struct Header {
-    /// `nlmsg_type`.
-    pub(crate) kind: u16,
-    /// `nlmsg_flags`.
-    pub(crate) flags: u16,
-    /// `nlmsg_seq`.
-    pub(crate) seq: u32,
-}
-
-impl Header {
-    /// Reads the header of a message.
-    pub(crate) fn of(message: &[u8]) -> Option<Self> {
-        let u16_at = |at: usize| message.get(at..)?.first_chunk().map(|b| u16::from_ne_bytes(*b));
-        let seq = message.get(8..)?.first_chunk().map(|b| u32::from_ne_bytes(*b))?;
-        Some(Self { kind: u16_at(4)?, flags: u16_at(6)?, seq })
-    }
-}
-
-/// Calls `each` with every message in the bytes of one read.
-pub(crate) fn messages(mut bytes: &[u8], mut each: impl FnMut(&[u8])) {
-    while let Some(len) = bytes.first_chunk().map(|len| u32::from_ne_bytes(*len) as usize) {
-        let Some(message) = bytes.get(..len).filter(|_| len >= HEADER) else { return };
-        each(message);
-        bytes = bytes.get(len.next_multiple_of(4)..).unwrap_or_default();
-    }
-}
-
-/// The value of the first attribute of this kind.
-pub(crate) fn attribute(mut bytes: &[u8], kind: u16) -> Option<&[u8]> {
-    /// `NLA_TYPE_MASK`.
-    const TYPE_MASK: u16 = 0x3fff;
-    loop {
-        let len = usize::from(u16::from_ne_bytes(*bytes.first_chunk()?));
-        let found = u16::from_ne_bytes(*bytes.get(2..)?.first_chunk()?) & TYPE_MASK;
-        let value = bytes.get(4..len)?;
-        if found == kind {
-            return Some(value);
-        }
-        bytes = bytes.get(len.next_multiple_of(4)..)?;
-    }
-}
-
 /// A refusal, if the message is one (an `NLMSG_ERROR` that is no acknowledgement).
 fn refusal(message: &[u8]) -> Option<Refusal> {
     let header = Header::of(message)?;
@@ -270,26 +226,6 @@ fn refusal(message: &[u8]) -> Option<Refusal> {
     let words = message.get(HEADER + 4 + HEADER..).and_then(|attributes| attribute(attributes, ATTR_MSG));
     let text = words.map(|text| String::from_utf8_lossy(text).trim_end_matches('\0').to_owned());
     Some(Refusal { seq: header.seq, errno: Errno::from_raw(-code), text })
-}
-
-/// Sets an integer option of a socket.
-pub(crate) fn set_option(
-    fd: RawFd,
-    level: libc::c_int,
-    name: libc::c_int,
-    value: libc::c_int,
-) -> io::Result<()> {
-    // SAFETY: `value` is an integer, as these options want it, and outlives the call.
-    let result = unsafe {
-        libc::setsockopt(
-            fd,
-            level,
-            name,
-            (&raw const value).cast(),
-            size_of::<libc::c_int>() as libc::socklen_t,
-        )
-    };
-    Errno::result(result).map(drop).map_err(io::Error::from)
 }
 
 fn bytes_of(words: &mut [u64]) -> &mut [u8] {

@@ -1,0 +1,123 @@
+//! Two nodes that run the agent on a manifest folder: what the tests of Services share.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use ipnetwork::IpNetwork;
+use kube_lane_lab::{Dial, Echo, Host, Lab, Outcome, Pod, Proto, topology};
+use kube_lane_tests::agent::Agent;
+use kube_lane_tests::objects::{Endpoint, Folder, Port, node, service, slices};
+use serde_json::{Value, json};
+
+pub(super) const SYNC: Duration = Duration::from_secs(20);
+pub(super) const QUIET: Duration = Duration::from_millis(300);
+
+/// A lab whose first node runs the agent.
+pub(super) struct World {
+    pub(super) folder: Folder,
+    logs: tempfile::TempDir,
+    pub(super) agents: Vec<Agent>,
+    pub(super) lab: Lab,
+}
+
+impl World {
+    pub(super) fn new(arguments: &[&str]) -> Self {
+        let lab = Lab::builder().nodes(2).build().unwrap();
+        lab.outside().route_via(lab.node(0)).unwrap();
+        let folder = Folder::new().unwrap();
+        let cidrs: Vec<_> =
+            topology::service_cidrs().iter().enumerate().map(|(i, cidr)| service_cidr(i, *cidr)).collect();
+        folder.put("cidrs", &cidrs).unwrap();
+        let nodes: Vec<_> =
+            (0..2).map(|i| node(lab.node(i).name(), &topology::node_addresses(i as u8))).collect();
+        folder.put("nodes", &nodes).unwrap();
+        let logs = tempfile::tempdir().unwrap();
+        let mut world = Self { folder, logs, agents: Vec::new(), lab };
+        for index in 0..2 {
+            let agent = world.start_agent(index, arguments);
+            world.agents.push(agent);
+        }
+        world.agents.iter_mut().for_each(|agent| agent.wait_synced(SYNC).unwrap());
+        world
+    }
+
+    fn log(&self, index: usize) -> PathBuf {
+        self.logs.path().join(format!("agent-{index}.log"))
+    }
+
+    pub(super) fn start_agent(&self, index: usize, arguments: &[&str]) -> Agent {
+        let node = self.lab.node(index);
+        let cidrs = topology::cluster_cidrs().map(|cidr| cidr.to_string()).join(",");
+        let folder = self.folder.arg();
+        let mut all = vec!["--manifests", &folder, "--hostname-override", node.name(), "-v", "4"];
+        all.extend(["--cluster-cidr", &cidrs]);
+        all.extend(arguments);
+        Agent::start(node, &all, &self.log(index)).unwrap()
+    }
+
+    /// Puts a Service into the folder.
+    pub(super) fn put(&self, name: &str, ports: &[Port], number: u8, endpoints: &[Endpoint]) {
+        let mut objects = vec![service(name, &vips(number), ports)];
+        objects.extend(slices(name, ports, endpoints));
+        self.folder.put(name, &objects).unwrap();
+    }
+}
+
+fn service_cidr(index: usize, cidr: IpNetwork) -> Value {
+    json!({
+        "apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR",
+        "metadata": {"name": format!("range-{index}")}, "spec": {"cidrs": [cidr]},
+    })
+}
+
+/// The cluster IPs of the Service with this number.
+pub(super) fn vips(number: u8) -> [IpAddr; 2] {
+    topology::service_cidrs().map(|cidr| cidr.iter().nth(usize::from(number)).unwrap())
+}
+
+pub(super) fn at(ip: IpAddr, port: u16) -> SocketAddr {
+    (ip, port).into()
+}
+
+/// The pod as an endpoint, in both families.
+pub(super) fn endpoints(pods: &[&Pod]) -> Vec<Endpoint> {
+    pods.iter()
+        .flat_map(|pod| {
+            let node = pod.name().split('-').next().unwrap_or_default().to_owned();
+            [pod.v4(), pod.v6()].map(|ip| Endpoint::ready(ip, &node))
+        })
+        .collect()
+}
+
+/// Repeats until the outcome is as wanted, at most a few seconds; the last outcome where it never is.
+pub(super) fn until(
+    client: &Host,
+    proto: Proto,
+    to: SocketAddr,
+    wanted: impl Fn(&Outcome) -> bool,
+) -> Outcome {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    loop {
+        let outcome = client.dial_with(Dial::new(proto, to).timeout(QUIET)).unwrap();
+        if wanted(&outcome) || Instant::now() > deadline {
+            return outcome;
+        }
+    }
+}
+
+pub(super) fn answered(outcome: &Outcome) -> bool {
+    outcome.by().is_some()
+}
+
+/// TCP and UDP on port 80, NodePorts 30080, to 8080.
+pub(super) fn web_ports() -> Vec<Port> {
+    ["TCP", "UDP"].map(|protocol| Port::new(protocol, 80, 8080).node_port(30080)).to_vec()
+}
+
+/// A pod `node<i>-<name>` that answers TCP and UDP on 8080.
+pub(super) fn serving(lab: &Lab, index: usize, name: &str) -> (Pod, [Echo; 2]) {
+    let pod = lab.node(index).add_pod(&format!("{}-{name}", lab.node(index).name())).unwrap();
+    let echoes = [Proto::Tcp, Proto::Udp].map(|proto| pod.serve(proto, 8080).unwrap());
+    (pod, echoes)
+}
