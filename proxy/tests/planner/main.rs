@@ -5,6 +5,8 @@ mod build;
 mod claims;
 #[cfg(test)]
 mod endpoints;
+#[cfg(test)]
+mod history;
 mod incremental;
 mod json;
 mod latches;
