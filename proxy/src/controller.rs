@@ -314,12 +314,13 @@ impl<D: Dataplane> Controller<D> {
 
     fn publish_pending(&self) {
         let waits = !self.pending.is_empty();
+        let node_eligible = self.planner.node_eligible();
         self.health.send_if_modified(|state| {
             let changed = waits && state.pending_since.is_none();
             if changed {
                 state.pending_since = Some(Timestamp::now());
             }
-            changed
+            std::mem::replace(&mut state.node_eligible, node_eligible) != node_eligible || changed
         });
     }
 

@@ -1,4 +1,5 @@
-//! The two small HTTP servers of kube-proxy: health (`/healthz`, `/livez`) and metrics (`/metrics`, `/proxyMode`).
+//! The small HTTP servers of kube-proxy: health (`/healthz`, `/livez`), metrics (`/metrics`, `/proxyMode`), and one for
+//! each `healthCheckNodePort`.
 //!
 //! Owns listening and answering. Never decides what is healthy beyond the clock: the controller publishes a
 //! [`HealthState`] and this reads it.
@@ -25,12 +26,19 @@ use tokio::sync::watch;
 use tracing::{error, info};
 
 use crate::config::{Config, Mode};
+use crate::observability::events::{Events, Reason};
 use crate::observability::metrics::KUBE_PROXY;
+
+mod services;
+
+pub use self::services::ServiceHealth;
 
 /// A change that has waited this long to be committed makes the agent unhealthy: twice kube-proxy's `syncPeriod`.
 const LATE: Duration = Duration::from_secs(60);
 /// How long to wait before an address that could not be bound is tried again, as kube-proxy does.
 const RETRY: Duration = Duration::from_secs(5);
+/// How long the process's last Event may hold up its end.
+const FLUSH: Duration = Duration::from_secs(2);
 
 /// What the controller knows of its own health.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,18 +106,29 @@ impl Servers {
         self,
         health: watch::Receiver<HealthState>,
         registry: Arc<Registry>,
+        events: Events,
     ) -> Result<Infallible, BindError> {
-        let healthz = serve("health", self.healthz, self.hard_fail, health_routes(health, self.requests));
-        let metrics = serve("metrics", self.metrics, self.hard_fail, metrics_routes(self.mode, registry));
+        let trouble = |reason| Trouble { hard_fail: self.hard_fail, events: events.clone(), reason };
+        let healthz = trouble(Reason::FailedToStartProxierHealthcheck);
+        let healthz = serve("health", self.healthz, healthz, health_routes(health, self.requests));
+        let metrics = trouble(Reason::FailedToStartMetricServer);
+        let metrics = serve("metrics", self.metrics, metrics, metrics_routes(self.mode, registry));
         let (never, _) = tokio::try_join!(healthz, metrics)?;
         Ok(never)
     }
 }
 
+/// What an address that cannot be bound leads to.
+struct Trouble {
+    hard_fail: bool,
+    events: Events,
+    reason: Reason,
+}
+
 async fn serve(
     what: &'static str,
     address: Option<SocketAddr>,
-    hard_fail: bool,
+    trouble: Trouble,
     routes: Router,
 ) -> Result<Infallible, BindError> {
     let Some(address) = address else { return std::future::pending().await };
@@ -121,13 +140,19 @@ async fn serve(
                 reported = None;
                 axum::serve(listener, routes.clone()).await.err()
             }
-            Err(source) if hard_fail => return Err(BindError { what, address, source }),
+            Err(source) if trouble.hard_fail => {
+                let error = BindError { what, address, source };
+                trouble.events.node(trouble.reason, error.to_string());
+                trouble.events.flush(FLUSH).await;
+                return Err(error);
+            }
             Err(source) => Some(source),
         };
         if let Some(failure) = failure
             && reported != Some(failure.kind())
         {
             error!(%address, error = %failure, "cannot serve {what}; trying again every {} s", RETRY.as_secs());
+            trouble.events.node(trouble.reason, format!("cannot serve {what} on {address}: {failure}"));
             reported = Some(failure.kind());
         }
         tokio::time::sleep(RETRY).await;
@@ -266,7 +291,7 @@ mod tests {
     use crate::observability::metrics;
 
     /// The status code, the headers and the body that a server answers with.
-    async fn get(address: SocketAddr, path: &str) -> (u16, String, String) {
+    pub(super) async fn get(address: SocketAddr, path: &str) -> (u16, String, String) {
         let mut stream = TcpStream::connect(address).await.unwrap();
         let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
@@ -338,16 +363,21 @@ mod tests {
         assert!(body.contains("kubeproxy_proxy_livez_total{code=\"200\"} 1\n"), "{body}");
     }
 
+    fn trouble(hard_fail: bool) -> Trouble {
+        Trouble { hard_fail, events: Events::off(), reason: Reason::FailedToStartProxierHealthcheck }
+    }
+
     #[tokio::test]
     async fn an_address_in_use_is_fatal_only_where_asked_for() {
         let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = taken.local_addr().unwrap();
-        let error = serve("health", Some(address), true, Router::new()).await.unwrap_err().to_string();
+        let error =
+            serve("health", Some(address), trouble(true), Router::new()).await.unwrap_err().to_string();
         assert!(error.contains(&address.to_string()) && error.contains("bindAddressHardFail"), "{error}");
 
-        let trying = serve("health", Some(address), false, Router::new());
+        let trying = serve("health", Some(address), trouble(false), Router::new());
         assert!(tokio::time::timeout(Duration::from_millis(50), trying).await.is_err(), "still trying");
-        let off = serve("health", None, true, Router::new());
+        let off = serve("health", None, trouble(true), Router::new());
         assert!(tokio::time::timeout(Duration::from_millis(50), off).await.is_err(), "off is no failure");
     }
 }

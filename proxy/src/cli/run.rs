@@ -13,16 +13,18 @@ use tracing::{info, warn};
 
 use super::settings;
 use crate::config::flags::RunFlags;
-use crate::config::{Config, Environment, Mode};
+use crate::config::{Api, Config, Environment, Mode};
 use crate::controller::Controller;
 use crate::dataplane::conntrack::Conntrack;
 use crate::dataplane::nftables::{self, Nftables};
 use crate::dataplane::{Follower, socket};
-use crate::health::{HealthState, Servers};
+use crate::health::{HealthState, Servers, ServiceHealth};
 use crate::model::input::{Event, Origin};
 use crate::model::planner::Planner;
 use crate::observability::commits::Commits;
+use crate::observability::events::{Events, Reason};
 use crate::observability::flows::Flows;
+use crate::observability::local::NoLocalEndpoints;
 use crate::observability::{metrics, telemetry};
 use crate::ready;
 use crate::source::kube::{self, KubeSourceConfig};
@@ -96,9 +98,10 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let (health, health_state) = watch::channel(HealthState::default());
     let mut registry = metrics::registry();
     let servers = Servers::new(&config, &mut registry);
-    let agent = agent(config, health, &mut registry);
+    let events = start_events(&config).await?;
+    let agent = agent(config, health, events.clone(), &mut registry);
     // A task of their own: a commit blocks this one.
-    let servers = tokio::spawn(servers.run(health_state, Arc::new(registry)));
+    let servers = tokio::spawn(servers.run(health_state, Arc::new(registry), events));
     let signal = tokio::select! {
         result = agent => return result,
         result = servers => match result.context("health and metrics servers")?? {},
@@ -113,11 +116,13 @@ async fn serve(config: Config) -> anyhow::Result<()> {
 fn agent(
     config: Config,
     health: watch::Sender<HealthState>,
+    kubernetes: Events,
     registry: &mut Registry,
 ) -> impl Future<Output = anyhow::Result<()>> + use<> {
     // Modules register their metrics before the first await.
     let commits = Commits::register(registry);
     let flows = Flows::register(registry);
+    let no_local_endpoints = NoLocalEndpoints::register(registry);
     async move {
         let (events, inbox) = mpsc::channel(EVENTS);
         let origins = start_sources(&config, events).await?;
@@ -129,7 +134,10 @@ fn agent(
         let dataplane = Nftables::open(settings)?;
         let foreign = ready::readable(dataplane.descriptor()?)?;
         let conntrack = Conntrack::spawn(config.conntrack.clean_sctp, move |looked| flows.looked(&looked))?;
-        let followers: Vec<Box<dyn Follower>> = vec![Box::new(conntrack)];
+        let on_nodeport_addresses = config.network.nodeport_addresses.is_some();
+        let service_health = ServiceHealth::spawn(on_nodeport_addresses, health.subscribe(), kubernetes);
+        let followers: Vec<Box<dyn Follower>> =
+            vec![Box::new(conntrack), Box::new(service_health), Box::new(no_local_endpoints)];
         Controller::new(planner, dataplane, followers, config.min_sync_period, health, commits)
             .run(inbox, foreign)
             .await;
@@ -146,13 +154,24 @@ async fn start_sources(config: &Config, events: mpsc::Sender<Vec<Event>>) -> any
     }
     if let Some(api) = &config.api {
         origins.push(Origin::Api);
-        let source = KubeSourceConfig {
-            kubeconfig: api.kubeconfig.clone(),
-            master: api.master.clone(),
-            node: config.node_name.clone(),
-        };
-        kube::spawn(source, events.clone()).await?;
+        kube::spawn(source(config, api), events.clone()).await?;
     }
     host::spawn(events).context("following the host's addresses")?;
     Ok(origins)
+}
+
+fn source(config: &Config, api: &Api) -> KubeSourceConfig {
+    KubeSourceConfig {
+        kubeconfig: api.kubeconfig.clone(),
+        master: api.master.clone(),
+        node: config.node_name.clone(),
+    }
+}
+
+/// Where Kubernetes Events go, the first of which says that the agent starts.
+async fn start_events(config: &Config) -> anyhow::Result<Events> {
+    let Some(api) = &config.api else { return Ok(Events::off()) };
+    let events = Events::spawn(kube::client(&source(config, api)).await?, &config.node_name);
+    events.node(Reason::Starting, String::new());
+    Ok(events)
 }

@@ -3,6 +3,8 @@
 //! Read by nobody's decisions.
 
 pub mod commits;
+pub mod events;
 pub mod flows;
+pub mod local;
 pub mod metrics;
 pub mod telemetry;

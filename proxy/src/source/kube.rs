@@ -34,6 +34,14 @@ pub struct KubeSourceConfig {
     pub node: String,
 }
 
+/// A client with the source's credentials, for what is written to the API server.
+///
+/// # Errors
+/// When the credentials cannot be read, or are no credentials.
+pub async fn client(config: &KubeSourceConfig) -> Result<kube::Client, SourceError> {
+    client::connect(config).await.map(|(client, _)| client)
+}
+
 /// Follows the API server until the receiver is dropped. The server need not be up; the kubeconfig must be good.
 ///
 /// # Errors
