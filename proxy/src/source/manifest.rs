@@ -3,6 +3,7 @@
 //! Owns when the folder is read. Never lets a bad file take away what a good one gave: what does not parse is
 //! reported and leaves the last good content in force.
 
+mod body;
 mod document;
 mod folder;
 #[cfg(test)]
@@ -35,10 +36,21 @@ const POLL: Duration = Duration::from_secs(5);
 ///
 /// `node` is the own node's name: the Node of that name is read, others are not.
 pub fn read_dir(dir: &Path, node: Option<&str>) -> (Vec<Event>, Vec<Problem>) {
-    let found = Folder::new(dir.to_owned(), node.map(str::to_owned)).scan(Scope::Folder);
-    let mut events = found.events;
+    read(&mut Folder::new(dir.to_owned(), node.map(str::to_owned)))
+}
+
+/// As [`read_dir`], where the folder is all that there is: slices whose Service or port is not in it are problems, too.
+pub fn check_dir(dir: &Path, node: Option<&str>) -> (Vec<Event>, Vec<Problem>) {
+    let mut folder = Folder::new(dir.to_owned(), node.map(str::to_owned));
+    let (events, mut problems) = read(&mut folder);
+    problems.extend(folder.unmatched());
+    (events, problems)
+}
+
+fn read(folder: &mut Folder) -> (Vec<Event>, Vec<Problem>) {
+    let Found { mut events, problems, .. } = folder.scan(Scope::Folder);
     events.push(synced());
-    (events, found.problems)
+    (events, problems)
 }
 
 /// Follows a folder until the receiver is dropped. Must be called within a tokio runtime.

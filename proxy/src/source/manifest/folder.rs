@@ -10,9 +10,10 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::document::{Content, Contents, Format, Id, Reader};
-use crate::model::input::{Change, Event, Origin};
-use crate::source::problem::{Place, Problem};
+use super::body::Format;
+use super::document::{Content, Contents, Id, Reader};
+use crate::model::input::{Change, Event, Origin, ServicePort};
+use crate::source::problem::{Place, Problem, shorten};
 
 /// A file larger than this is reported and not read: no one writes such a manifest on purpose.
 const LARGEST_FILE: u64 = 256 << 20;
@@ -26,6 +27,8 @@ pub(super) struct Folder {
     objects: BTreeMap<Id, BTreeMap<Arc<str>, Content>>,
     /// Whether the folder itself could be listed, so that trouble is reported once.
     listed: bool,
+    /// Whether it could be at least once.
+    known: bool,
     /// What was last said of [`Self::is_complete`].
     complete: bool,
 }
@@ -35,6 +38,8 @@ struct File {
     /// `None` where the file could not be read.
     stamp: Option<Stamp>,
     ids: BTreeSet<Id>,
+    /// The objects that it names and that are not in force: bad ones, and those that no Service proxy reads.
+    others: BTreeSet<Id>,
     failed: bool,
     /// It was good at least once.
     read: bool,
@@ -85,7 +90,8 @@ type Touched = BTreeMap<Id, Option<Content>>;
 impl Folder {
     pub(super) fn new(dir: PathBuf, node: Option<String>) -> Self {
         let reader = Reader::new(node);
-        Self { dir, reader, files: BTreeMap::new(), objects: BTreeMap::new(), listed: true, complete: true }
+        let (files, objects) = (BTreeMap::new(), BTreeMap::new());
+        Self { dir, reader, files, objects, listed: true, known: false, complete: true }
     }
 
     /// Reads what changed and says what that means.
@@ -100,7 +106,7 @@ impl Folder {
             }
             Scope::Folder => match self.list() {
                 Ok(names) => {
-                    self.listed = true;
+                    (self.listed, self.known) = (true, true);
                     let known: Vec<Arc<str>> = self.files.keys().cloned().collect();
                     for name in known.into_iter().filter(|name| !names.contains(name)) {
                         self.forget(&name, &mut touched);
@@ -122,9 +128,9 @@ impl Folder {
         found
     }
 
-    /// Whether no file is bad that was never good: what such a file holds, nobody knows.
+    /// Whether the folder was ever there, and no file is bad that was never good: what such a one holds, nobody knows.
     fn is_complete(&self) -> bool {
-        self.files.values().all(|file| file.read || !file.failed)
+        self.known && self.files.values().all(|file| file.read || !file.failed)
     }
 
     /// The names of the manifest files.
@@ -219,13 +225,14 @@ impl Folder {
 
     /// Puts a file's new content in force.
     fn replace(&mut self, name: &Arc<str>, contents: Contents, touched: &mut Touched) {
-        let Contents { objects, bad, unknown } = contents;
+        let Contents { objects, bad, ignored, unknown } = contents;
         let file = self.files.entry(Arc::clone(name)).or_default();
         let before = std::mem::take(&mut file.ids);
         let kept = |id: &Id| objects.contains_key(id) || bad.contains(id) || unknown;
         let (kept, dropped): (BTreeSet<Id>, BTreeSet<Id>) = before.into_iter().partition(kept);
         file.ids = kept;
         file.ids.extend(objects.keys().cloned());
+        file.others = bad.into_iter().chain(ignored).collect();
         for id in dropped {
             self.drop_object(id, name, touched);
         }
@@ -269,6 +276,40 @@ impl Folder {
                 found.problems.push(Problem { object: Some(id.to_string()), ..problem });
             }
         }
+    }
+
+    /// The slices that lead nowhere: their Service, or one of its ports, is not in the folder.
+    pub(super) fn unmatched(&self) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        for (id, holders) in &self.objects {
+            let Some((file, Content::Slice(slice))) = holders.first_key_value() else { continue };
+            let mut add = |field: &str, value: Option<&str>, remedy: String| {
+                let problem = at_file(&Arc::new(self.dir.join(&**file)), remedy);
+                let (object, value) = (Some(id.to_string()), value.map(shorten));
+                problems.push(Problem { object, field: field.to_owned(), value, ..problem });
+            };
+            let service = Id::Service(slice.service.clone());
+            match self.objects.get(&service).and_then(|holders| holders.values().next()) {
+                Some(Content::Service(service)) => {
+                    for port in &slice.ports {
+                        let matches = |other: &ServicePort| {
+                            (&other.name, other.protocol) == (&port.name, port.protocol)
+                        };
+                        if !service.ports.iter().any(matches) {
+                            let of = &slice.service;
+                            let remedy = format!("Service {of} has no {} port of this name", port.protocol);
+                            add("ports[].name", Some(&port.name), remedy);
+                        }
+                    }
+                }
+                _ if self.files.values().any(|file| file.others.contains(&service)) => {}
+                _ => {
+                    let remedy = "no Service of this name is in the folder".to_owned();
+                    add("metadata.labels[kubernetes.io/service-name]", Some(slice.service.name()), remedy);
+                }
+            }
+        }
+        problems
     }
 
     fn events(&self, touched: Touched) -> Vec<Event> {

@@ -90,7 +90,11 @@ fn reads_every_kind_in_yaml_json_and_lists() {
     dir.write("web.yaml~", "not: [a manifest");
     dir.write("empty.yml", "# nothing yet\n");
     let (events, problems) = read_dir(&dir.0, Some("node-a"));
-    assert_eq!(problems, []);
+    let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
+    assert!(
+        problems.len() == 1 && problems[0].contains("all.yaml:15: kind is \"Deployment\""),
+        "{problems:?}"
+    );
     assert_eq!(summary(&events), ["node 1", "+web 10.0.0.1", "cidrs 1", "synced"]);
 }
 
@@ -194,7 +198,7 @@ fn each_malformed_object_is_named_and_the_good_ones_are_there() {
             );
         }
     }
-    assert_eq!((wrong, problems.len()), (30, 30), "{}", problems.join("\n"));
+    assert_eq!((wrong, problems.len()), (39, 39), "{}", problems.join("\n"));
     assert!(problems.iter().all(|problem| problem.len() < 400), "huge values are shortened");
 
     let mut seen = summary(&events);
@@ -208,6 +212,66 @@ fn each_malformed_object_is_named_and_the_good_ones_are_there() {
         })
         .collect();
     assert!(keys.iter().all(|key| key.as_str().len() < 127), "{keys:?}");
+}
+
+#[test]
+fn fields_of_kubernetes_that_no_proxy_reads_are_known() {
+    let dir = TempDir::new();
+    dir.write(
+        "exported.yaml",
+        "apiVersion: v1\nkind: Service\nmetadata:\n  name: web\n  uid: 1-2\n  creationTimestamp: 2026-01-01T00:00:00Z\n  \
+         annotations: {a: b}\n  managedFields: [{manager: m, fieldsV1: {'f:spec': {}}}]\nspec:\n  clusterIP: 10.0.0.1\n  \
+         ipFamilies: [IPv4]\n  selector: {app: web}\n  ports: [{port: 80, targetPort: http, appProtocol: h}]\n\
+         status: {loadBalancer: {}, conditions: null}\n",
+    );
+    // What nobody reads may even be of another type.
+    dir.write("odd.yaml", &service("odd", "10.0.0.2").replace("spec: {", "spec: {selector: 5, "));
+    let (events, problems) = check_dir(&dir.0, None);
+    assert_eq!((summary(&events).len(), problems), (3, vec![]));
+}
+
+#[test]
+fn slices_that_lead_nowhere_are_named_where_the_folder_is_all() {
+    let slice = |name: &str, of: &str, port: &str| {
+        format!(
+            "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{name: {name}, labels: \
+             {{kubernetes.io/service-name: {of}}}}}\naddressType: IPv4\nendpoints: [{{addresses: [10.1.0.1]}}]\n\
+             ports: [{port}]\n"
+        )
+    };
+    let dir = TempDir::new();
+    dir.write(
+        "services.yaml",
+        &format!(
+            "{}---\n{}---\n{}",
+            service("web", "10.0.0.1").replace("port: 80", "port: 80, name: http"),
+            service("headless", "None"),
+            service("bad", "nonsense"),
+        ),
+    );
+    dir.write(
+        "slices.yaml",
+        &[
+            slice("web-1", "web", "{name: http, port: 8080}"),
+            slice("web-2", "web", "{name: htp, port: 8080}, {name: http, port: 53, protocol: UDP}"),
+            slice("wbe-1", "wbe", "{name: http, port: 8080}"),
+            slice("headless-1", "headless", "{port: 8080}"),
+            slice("bad-1", "bad", "{port: 8080}"),
+        ]
+        .concat(),
+    );
+    let (_, problems) = check_dir(&dir.0, None);
+    let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
+    for expected in [
+        "slices.yaml: EndpointSlice default/web-2: ports[].name is \"htp\": Service default/web has no TCP port of this name",
+        "slices.yaml: EndpointSlice default/web-2: ports[].name is \"http\": Service default/web has no UDP port",
+        "slices.yaml: EndpointSlice default/wbe-1: metadata.labels[kubernetes.io/service-name] is \"wbe\": no Service",
+        "services.yaml:10: Service default/bad: spec.clusterIP is \"nonsense\"",
+    ] {
+        assert!(problems.iter().any(|problem| problem.contains(expected)), "{expected}: {problems:#?}");
+    }
+    assert_eq!(problems.len(), 4, "{problems:#?}");
+    assert_eq!(read_dir(&dir.0, None).1.len(), 1, "an agent may see them in any order");
 }
 
 /// Follows a folder and hands over what changes, batch by batch.
@@ -268,11 +332,11 @@ async fn a_folder_may_come_later_go_and_come_again() {
     let above = TempDir::new();
     let dir = above.0.join("etc/manifests");
     let mut followed = Followed::new(&dir);
-    assert_eq!(followed.next().await, ["synced"]);
+    assert_eq!(followed.next().await, ["complete false", "synced"], "absent is not empty");
 
     fs::create_dir_all(&dir).unwrap();
     fs::write(dir.join("web.yaml"), service("web", "10.0.0.1")).unwrap();
-    assert_eq!(followed.next().await, ["+web 10.0.0.1"]);
+    assert_eq!(followed.next().await, ["+web 10.0.0.1", "complete true"]);
 
     fs::remove_dir_all(above.0.join("etc")).unwrap();
     assert_eq!(followed.next().await, ["-web"]);
