@@ -10,6 +10,8 @@ mod lab;
 #[cfg(test)]
 mod nftables;
 #[cfg(test)]
+mod policies;
+#[cfg(test)]
 mod services;
 #[cfg(test)]
 mod world;

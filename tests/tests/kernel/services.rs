@@ -4,12 +4,12 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use kube_lane_lab::{Dial, Filter, Host, Lab, Load, Outcome, Proto, Sniff, topology};
+use kube_lane_lab::{Dial, Host, Load, Outcome, Proto, topology};
 use kube_lane_tests::agent::Agent;
 use kube_lane_tests::objects::Port;
 use nix::sys::signal::Signal;
 
-use super::world::{QUIET, SYNC, World, answered, at, endpoints, serving, until, vips, web_ports};
+use super::world::{Leaks, QUIET, SYNC, World, answered, at, endpoints, serving, until, vips, web_ports};
 
 #[test]
 fn everybody_reaches_a_service_and_is_seen_as_kube_proxy_would_have_it() {
@@ -148,23 +148,6 @@ fn sctp_is_translated_like_the_others() {
             let outcome = until(&client, Proto::Sctp, to, answered);
             assert_eq!(outcome.by(), Some(pod.name()), "{to}: {outcome}");
         }
-    }
-}
-
-/// No packet may leave a node for a Service address: it would have slipped past translation.
-struct Leaks(Vec<Sniff>);
-
-impl Leaks {
-    fn watch(lab: &Lab) -> Self {
-        let sniffs = topology::service_cidrs().map(|cidr| {
-            let filter = Filter::new().to(cidr).on(topology::UPLINK).leaving();
-            lab.node(0).sniff(filter).unwrap()
-        });
-        Self(sniffs.into())
-    }
-
-    fn count(&self) -> u64 {
-        self.0.iter().map(|sniff| sniff.count().unwrap()).sum()
     }
 }
 

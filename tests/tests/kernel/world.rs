@@ -1,29 +1,40 @@
-//! Two nodes that run the agent on a manifest folder: what the tests of Services share.
+//! What tests with real packets share: a lab whose nodes run the agent, and its manifest folder.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use ipnetwork::IpNetwork;
-use kube_lane_lab::{Dial, Echo, Host, Lab, Outcome, Pod, Proto, topology};
+use kube_lane_lab::{Dial, Echo, Filter, Host, Lab, Outcome, Pod, Proto, Sniff, topology};
 use kube_lane_tests::agent::Agent;
 use kube_lane_tests::objects::{Endpoint, Folder, Port, node, service, slices};
 use serde_json::{Value, json};
 
+/// The most that an agent may take to program everything.
 pub(super) const SYNC: Duration = Duration::from_secs(20);
+/// After so long without an answer a packet was dropped.
 pub(super) const QUIET: Duration = Duration::from_millis(300);
 
-/// A lab whose first node runs the agent.
+/// A lab of two nodes that both run the agent.
 pub(super) struct World {
     pub(super) folder: Folder,
     logs: tempfile::TempDir,
+    /// How the agents tell pods from other clients.
+    detector: Vec<String>,
     pub(super) agents: Vec<Agent>,
     pub(super) lab: Lab,
 }
 
 impl World {
+    /// Agents that know the pods of both nodes by their addresses.
     pub(super) fn new(arguments: &[&str]) -> Self {
-        let lab = Lab::builder().nodes(2).build().unwrap();
+        let cidrs = topology::cluster_cidrs().map(|cidr| cidr.to_string()).join(",");
+        Self::with(false, &["--cluster-cidr", &cidrs], arguments)
+    }
+
+    /// Agents that tell pods in this way; `bridge`: pods are attached to a bridge.
+    pub(super) fn with(bridge: bool, detector: &[&str], arguments: &[&str]) -> Self {
+        let lab = Lab::builder().nodes(2).bridge(bridge).build().unwrap();
         lab.outside().route_via(lab.node(0)).unwrap();
         let folder = Folder::new().unwrap();
         let cidrs: Vec<_> =
@@ -33,7 +44,8 @@ impl World {
             (0..2).map(|i| node(lab.node(i).name(), &topology::node_addresses(i as u8))).collect();
         folder.put("nodes", &nodes).unwrap();
         let logs = tempfile::tempdir().unwrap();
-        let mut world = Self { folder, logs, agents: Vec::new(), lab };
+        let detector = detector.iter().map(|argument| (*argument).to_owned()).collect();
+        let mut world = Self { folder, logs, detector, agents: Vec::new(), lab };
         for index in 0..2 {
             let agent = world.start_agent(index, arguments);
             world.agents.push(agent);
@@ -48,17 +60,33 @@ impl World {
 
     pub(super) fn start_agent(&self, index: usize, arguments: &[&str]) -> Agent {
         let node = self.lab.node(index);
-        let cidrs = topology::cluster_cidrs().map(|cidr| cidr.to_string()).join(",");
         let folder = self.folder.arg();
         let mut all = vec!["--manifests", &folder, "--hostname-override", node.name(), "-v", "4"];
-        all.extend(["--cluster-cidr", &cidrs]);
+        all.extend(self.detector.iter().map(String::as_str));
         all.extend(arguments);
         Agent::start(node, &all, &self.log(index)).unwrap()
     }
 
-    /// Puts a Service into the folder.
+    /// Puts a Service and its slices into the folder.
     pub(super) fn put(&self, name: &str, ports: &[Port], number: u8, endpoints: &[Endpoint]) {
-        let mut objects = vec![service(name, &vips(number), ports)];
+        self.put_spec(name, ports, number, endpoints, json!({}));
+    }
+
+    /// The same, with these fields of `spec` in place of the usual ones.
+    pub(super) fn put_spec(
+        &self,
+        name: &str,
+        ports: &[Port],
+        number: u8,
+        endpoints: &[Endpoint],
+        spec: Value,
+    ) {
+        let mut service = service(name, &vips(number), ports);
+        for (field, value) in spec.as_object().into_iter().flatten() {
+            let object = if field == "status" { &mut service } else { &mut service["spec"] };
+            object[field] = value.clone();
+        }
+        let mut objects = vec![service];
         objects.extend(slices(name, ports, endpoints));
         self.folder.put(name, &objects).unwrap();
     }
@@ -120,4 +148,22 @@ pub(super) fn serving(lab: &Lab, index: usize, name: &str) -> (Pod, [Echo; 2]) {
     let pod = lab.node(index).add_pod(&format!("{}-{name}", lab.node(index).name())).unwrap();
     let echoes = [Proto::Tcp, Proto::Udp].map(|proto| pod.serve(proto, 8080).unwrap());
     (pod, echoes)
+}
+
+/// No packet may leave a node for a Service address: it would have slipped past translation.
+pub(super) struct Leaks(Vec<Sniff>);
+
+impl Leaks {
+    pub(super) fn watch(lab: &Lab) -> Self {
+        let cidrs = [topology::service_cidrs(), topology::vip_cidrs()].concat();
+        let sniff = |cidr: IpNetwork| {
+            let filter = Filter::new().to(cidr).on(topology::UPLINK).leaving();
+            lab.node(0).sniff(filter).unwrap()
+        };
+        Self(cidrs.into_iter().map(sniff).collect())
+    }
+
+    pub(super) fn count(&self) -> u64 {
+        self.0.iter().map(|sniff| sniff.count().unwrap()).sum()
+    }
 }
