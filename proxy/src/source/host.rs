@@ -1,4 +1,5 @@
-//! The addresses of the host's interfaces, followed live: NodePorts answer there while the own Node is unknown.
+//! The addresses of the host's interfaces, followed live: NodePorts answer there where the configuration says so, and
+//! while the own Node is unknown.
 //!
 //! Owns the subscription to address changes. Never decides which addresses count: the model does.
 
