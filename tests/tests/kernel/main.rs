@@ -2,6 +2,8 @@
 
 // Named test modules for clippy, which else forbids `unwrap` in the helpers.
 #[cfg(test)]
+mod affinity;
+#[cfg(test)]
 mod conntrack;
 #[cfg(test)]
 mod ebpf;

@@ -12,6 +12,7 @@ use super::element::{Element, Key, Place, ranges};
 use super::lower::{Empty, Kernel, Lowered, lower};
 use super::message::{ELEMENTS_PER_MESSAGE, Transaction};
 use super::netlink::{CommitError, Refusal};
+use super::remembered::Edits;
 use super::schema::Set;
 use super::shared::Shared;
 use super::{Nftables, NftablesError, rewrite};
@@ -36,6 +37,16 @@ pub(super) enum Owner {
     Service(usize),
 }
 
+impl Staged<'_> {
+    /// How many elements of session affinity it removes and adds, beside those of the frontends.
+    fn affinity_count(&self) -> (usize, usize) {
+        let members = self.lowered.affinity.members.iter();
+        let members = members.map(|(_, left, joined)| (left.as_ref().map_or(0, Vec::len), joined.len()));
+        let entries = self.edits.iter().map(Edits::count);
+        members.chain(entries).fold((0, 0), |sum, count| (sum.0 + count.0, sum.1 + count.1))
+    }
+}
+
 /// Why a batch was not committed to its end.
 #[derive(Debug)]
 pub(super) enum Failure {
@@ -54,7 +65,10 @@ impl From<NftablesError> for Failure {
 /// A Service on its way: what it should be, and what that means for the kernel.
 struct Staged<'a> {
     key: &'a ServiceKey,
+    plan: Option<&'a Arc<Plan>>,
     lowered: Lowered,
+    /// What its maps of session affinity forget, and remember anew.
+    edits: Vec<Edits>,
 }
 
 impl Nftables {
@@ -67,6 +81,7 @@ impl Nftables {
         // After the Services: with the ServiceCIDRs in force, an address that has none yet is dropped, and a client
         // whose first packet is dropped waits a second.
         self.commit_node(batch.node.as_ref(), batch.sweep || self.swept, outcome)?;
+        self.recheck(outcome)?;
         if batch.sweep { self.sweep(outcome) } else { Ok(()) }
     }
 
@@ -155,8 +170,14 @@ impl Nftables {
                 Some(found) => lower(previous, plan, found),
                 None => lower(previous, plan, &Empty),
             };
-            elements += lowered.removed.len() + lowered.added.len();
-            part.push(Staged { key, lowered });
+            let edits = match plan {
+                Some(plan) => self.review(plan, &lowered.affinity)?,
+                None => Vec::new(),
+            };
+            let staged = Staged { key, plan, lowered, edits };
+            let (removed, added) = staged.affinity_count();
+            elements += staged.lowered.removed.len() + staged.lowered.added.len() + removed + added;
+            part.push(staged);
             if elements >= ELEMENTS_PER_PART {
                 self.commit_part(std::mem::take(&mut part), outcome)?;
                 elements = 0;
@@ -216,6 +237,11 @@ impl Nftables {
             removed += removals.len();
             additions.push((add, owner));
         }
+        for (position, staged) in part.iter().enumerate() {
+            transaction.affinity(&staged.lowered.affinity, &staged.edits, Owner::Service(position));
+            let count = staged.affinity_count();
+            (removed, added) = (removed + count.0, added + count.1);
+        }
         additions.push((self.against_found(&gained).1, Owner::Node));
         for (elements, owner) in &additions {
             write_additions(&mut transaction, elements.iter().copied(), *owner);
@@ -242,8 +268,17 @@ impl Nftables {
     /// A part is committed: it is what is programmed now.
     fn take_over(&mut self, part: Vec<Staged<'_>>) {
         self.shared.commit(&shared_delta(&part));
-        for Staged { key, lowered } in part {
+        for Staged { key, plan, lowered, .. } in part {
+            let reviews = &lowered.affinity.reviews;
+            self.recheck
+                .extend(plan.iter().flat_map(|plan| reviews.iter().map(|r| (Arc::clone(plan), r.port))));
             if let Some(found) = &mut self.found {
+                let affinity = &lowered.affinity;
+                affinity
+                    .dropped
+                    .iter()
+                    .chain(&affinity.created)
+                    .for_each(|object| found.settle_object(object));
                 lowered.removed.iter().for_each(|place| found.settle(place));
                 lowered.added.iter().for_each(|element| found.settle(&element.place));
                 lowered.shared.gained.iter().for_each(|shared| found.settle(&shared.place()));
@@ -261,20 +296,19 @@ impl Nftables {
         for part in stale.chunks(ELEMENTS_PER_PART) {
             let mut transaction = self.netlink.begin();
             write_removals(&mut transaction, part, Owner::Node);
-            match self.send(&mut transaction, part.len(), 0, outcome) {
-                Ok(()) => {}
-                Err(CommitError::Refused(refusals)) => return Err(Failure::Disagreement(words(&refusals))),
-                Err(CommitError::TooLarge) => return Err(NftablesError::Node(TOO_LARGE.into()).into()),
-                Err(CommitError::Io(error)) => return Err(NftablesError::Socket(error).into()),
-            }
+            self.send(&mut transaction, part.len(), 0, outcome).map_err(failure)?;
         }
+        let stale = self.found.as_ref().map(super::observe::Found::objects).unwrap_or_default();
+        let mut transaction = self.netlink.begin();
+        stale.iter().for_each(|object| transaction.drop_object(object, Owner::Node));
+        self.send(&mut transaction, 0, 0, outcome).map_err(failure)?;
         self.found = None;
         self.swept = true;
         Ok(())
     }
 
     /// Commits a transaction that removes and adds so many elements; an empty one is not sent.
-    fn send(
+    pub(super) fn send(
         &mut self,
         transaction: &mut Transaction<Owner>,
         removed: usize,
@@ -335,6 +369,15 @@ fn blame(refusals: &[Refusal], owners: &[Option<Owner>]) -> Result<BTreeMap<usiz
         refused.entry(*position).or_insert_with(|| refusal.to_string());
     }
     Ok(refused)
+}
+
+/// Why a transaction that belongs to no Service failed: a refusal shows that the kernel holds something else.
+pub(super) fn failure(error: CommitError) -> Failure {
+    match error {
+        CommitError::Refused(refusals) => Failure::Disagreement(words(&refusals)),
+        CommitError::TooLarge => NftablesError::Node(TOO_LARGE.into()).into(),
+        CommitError::Io(error) => NftablesError::Socket(error).into(),
+    }
 }
 
 /// Whether a refusal says that an element was not there to be removed, or was there already.

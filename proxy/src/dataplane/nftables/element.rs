@@ -29,11 +29,15 @@ pub(crate) struct Key {
     pub(crate) interval_end: bool,
 }
 
-/// What a key maps to: a backend.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Data {
-    bytes: [u8; DATA_MAX],
-    len: u8,
+/// What a key maps to.
+#[derive(Clone, PartialEq, Eq)]
+pub(crate) enum Data {
+    /// A backend: address and port, so many bytes of them.
+    Backend([u8; DATA_MAX], u8),
+    /// `jump` to a chain.
+    Jump(Arc<str>),
+    /// `goto` a chain.
+    Goto(Arc<str>),
 }
 
 /// Where an element lives.
@@ -100,6 +104,11 @@ impl Key {
         Self::address(address).push_address(address)
     }
 
+    /// (address, port).
+    pub(crate) fn backend(backend: SocketAddr) -> Self {
+        Self::address(backend.ip()).push(&backend.port().to_be_bytes())
+    }
+
     /// (address, protocol, port).
     pub(crate) fn vip(address: SocketAddr, protocol: Protocol) -> Self {
         Self::address(address.ip()).push(&[protocol.number()]).push(&address.port().to_be_bytes())
@@ -160,22 +169,22 @@ impl Key {
 impl Data {
     /// A backend's address and port.
     pub(crate) fn backend(backend: SocketAddr) -> Self {
-        let key = Key::address(backend.ip()).push(&backend.port().to_be_bytes());
-        let mut data = Self { bytes: [0; DATA_MAX], len: key.len };
-        data.bytes[..usize::from(key.len)].copy_from_slice(key.as_bytes());
-        data
+        let key = Key::backend(backend);
+        let mut bytes = [0; DATA_MAX];
+        bytes[..usize::from(key.len)].copy_from_slice(key.as_bytes());
+        Self::Backend(bytes, key.len)
     }
 
     /// From what the kernel says; `None` where it is longer than any data of ours.
     pub(crate) fn from_kernel(bytes: &[u8]) -> Option<Self> {
-        let mut data = Self { bytes: [0; DATA_MAX], len: u8::try_from(bytes.len()).ok()? };
-        data.bytes.get_mut(..bytes.len())?.copy_from_slice(bytes);
-        Some(data)
+        let mut held = [0; DATA_MAX];
+        held.get_mut(..bytes.len())?.copy_from_slice(bytes);
+        Some(Self::Backend(held, u8::try_from(bytes.len()).ok()?))
     }
 
     /// The backend that it says.
-    pub(crate) fn to_backend(self) -> Option<SocketAddr> {
-        let (address, port): (IpAddr, &[u8]) = match self.as_bytes() {
+    pub(crate) fn to_backend(&self) -> Option<SocketAddr> {
+        let (address, port): (IpAddr, &[u8]) = match self.as_bytes()? {
             [a, b, c, d, port @ ..] if port.len() == 4 => (Ipv4Addr::new(*a, *b, *c, *d).into(), port),
             bytes => {
                 let (address, port) = bytes.split_first_chunk::<16>()?;
@@ -186,9 +195,20 @@ impl Data {
         Some(SocketAddr::new(address, u16::from_be_bytes(*port)))
     }
 
-    /// The bytes, padding included.
-    pub(crate) fn as_bytes(&self) -> &[u8] {
-        &self.bytes[..usize::from(self.len)]
+    /// The address, where it says nothing else.
+    pub(crate) fn to_address(&self) -> Option<IpAddr> {
+        let bytes = self.as_bytes()?;
+        let v4 = || Some(Ipv4Addr::from(<[u8; 4]>::try_from(bytes).ok()?).into());
+        let v6 = || Some(Ipv6Addr::from(<[u8; 16]>::try_from(bytes).ok()?).into());
+        v4().or_else(v6)
+    }
+
+    /// The bytes of a backend, padding included; `None` for a verdict.
+    pub(crate) fn as_bytes(&self) -> Option<&[u8]> {
+        match self {
+            Self::Backend(bytes, len) => bytes.get(..usize::from(*len)),
+            Self::Jump(_) | Self::Goto(_) => None,
+        }
     }
 }
 
@@ -206,9 +226,11 @@ impl fmt::Debug for Key {
 
 impl fmt::Debug for Data {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.to_backend() {
-            Some(backend) => fmt::Display::fmt(&backend, f),
-            None => fmt::Debug::fmt(self.as_bytes(), f),
+        match (self, self.to_backend()) {
+            (_, Some(backend)) => fmt::Display::fmt(&backend, f),
+            (Self::Backend(bytes, _), None) => fmt::Debug::fmt(bytes, f),
+            (Self::Jump(chain), _) => write!(f, "jump {chain}"),
+            (Self::Goto(chain), _) => write!(f, "goto {chain}"),
         }
     }
 }
@@ -300,7 +322,7 @@ pub(crate) fn comment(text: &str) -> Arc<str> {
 }
 
 /// FNV-1a, 64 bits: stable across builds and machines.
-fn fnv1a(bytes: &[u8]) -> u64 {
+pub(crate) fn fnv1a(bytes: &[u8]) -> u64 {
     bytes
         .iter()
         .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))

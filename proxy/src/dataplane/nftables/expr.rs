@@ -3,7 +3,9 @@
 //! Owns the mapping from [`Expr`] to `nftnl_expr`. Never decides what a rule says: [`super::rules`] does.
 
 use std::ffi::{CStr, CString};
+use std::num::NonZeroU32;
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 use nftnl::expr::Expression;
 use nftnl::nftnl_sys::{self as sys, libc};
@@ -28,10 +30,12 @@ impl Reg {
 }
 
 /// What a lookup searches.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum LookupIn {
     /// A set or map of the table.
     Table(Set),
+    /// A set or map of one Service port.
+    Named(Arc<str>),
     /// The anonymous set `{ tcp, udp, sctp }` that the rule brings with it.
     Protocols,
 }
@@ -57,6 +61,12 @@ pub(crate) enum Expr {
     Random { modulus: u32, offset: u32, reg: Reg },
     /// Searches a set or map; without a match (inverted: with one) the rule ends here.
     Lookup { set: LookupIn, key: Reg, data: Option<Reg>, invert: bool },
+    /// Loads these bytes.
+    Immediate { bytes: Vec<u8>, reg: Reg },
+    /// Searches a verdict map and does what it says; without a match the rule ends here.
+    VerdictMap { map: Set, key: Reg },
+    /// Puts what is in these registers into a map, or makes it live for its timeout again if the key is there.
+    Update { map: Arc<str>, key: Reg, data: Reg, timeout: NonZeroU32 },
     /// Loads a word of the connection's state.
     Connection { word: ConnectionWord, reg: Reg },
     /// Keeps these bits of the register.
@@ -144,6 +154,12 @@ impl Builder {
         self
     }
 
+    fn u64(self, attribute: u32, value: u64) -> Self {
+        // SAFETY: as in `u32`.
+        unsafe { sys::nftnl_expr_set_u64(self.0.as_ptr(), attribute as u16, value) };
+        self
+    }
+
     fn bytes(self, attribute: u32, value: &[u8]) -> Self {
         let len = value.len() as u32;
         // SAFETY: as in `u32`; libnftnl copies the bytes.
@@ -188,7 +204,18 @@ impl Expression for Expr {
                 .u32(sys::NFTNL_EXPR_NG_MODULUS, *modulus)
                 .u32(sys::NFTNL_EXPR_NG_OFFSET, *offset)
                 .u32(sys::NFTNL_EXPR_NG_DREG, reg.raw()),
-            Self::Lookup { set, key, data, invert } => lookup(*set, *key, *data, *invert),
+            Self::Lookup { set, key, data, invert } => lookup(set, *key, *data, *invert),
+            Self::Immediate { bytes, reg } => Builder::new(c"immediate")
+                .u32(sys::NFTNL_EXPR_IMM_DREG, reg.raw())
+                .bytes(sys::NFTNL_EXPR_IMM_DATA, bytes),
+            Self::VerdictMap { map, key } => lookup(&LookupIn::Table(*map), *key, None, false)
+                .u32(sys::NFTNL_EXPR_LOOKUP_DREG, libc::NFT_REG_VERDICT as u32),
+            Self::Update { map, key, data, timeout } => Builder::new(c"dynset")
+                .u32(sys::NFTNL_EXPR_DYNSET_OP, libc::NFT_DYNSET_OP_UPDATE as u32)
+                .text(sys::NFTNL_EXPR_DYNSET_SET_NAME, &c_name(map))
+                .u32(sys::NFTNL_EXPR_DYNSET_SREG_KEY, key.raw())
+                .u32(sys::NFTNL_EXPR_DYNSET_SREG_DATA, data.raw())
+                .u64(sys::NFTNL_EXPR_DYNSET_TIMEOUT, u64::from(timeout.get()) * 1000),
             Self::Connection { word: ConnectionWord::State, reg } => connection(libc::NFT_CT_STATE, *reg),
             Self::Connection { word: ConnectionWord::Status, reg } => connection(libc::NFT_CT_STATUS, *reg),
             Self::Mask { reg, bits } => Builder::new(c"bitwise")
@@ -241,10 +268,11 @@ fn connection(key: i32, reg: Reg) -> Builder {
     Builder::new(c"ct").u32(sys::NFTNL_EXPR_CT_KEY, key as u32).u32(sys::NFTNL_EXPR_CT_DREG, reg.raw())
 }
 
-fn lookup(set: LookupIn, key: Reg, data: Option<Reg>, invert: bool) -> Builder {
+fn lookup(set: &LookupIn, key: Reg, data: Option<Reg>, invert: bool) -> Builder {
     let mut lookup = Builder::new(c"lookup").u32(sys::NFTNL_EXPR_LOOKUP_SREG, key.raw());
     lookup = match set {
         LookupIn::Table(set) => lookup.text(sys::NFTNL_EXPR_LOOKUP_SET, &c_name(set.name())),
+        LookupIn::Named(name) => lookup.text(sys::NFTNL_EXPR_LOOKUP_SET, &c_name(name)),
         LookupIn::Protocols => lookup
             .text(sys::NFTNL_EXPR_LOOKUP_SET, ANONYMOUS_SET)
             .u32(sys::NFTNL_EXPR_LOOKUP_SET_ID, ANONYMOUS_SET_ID),

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
 
+use super::affinity::{self, Object};
 use super::element::{Data, Element, Key, Place, comment};
 use super::schema::{CLASSES, LOCAL_SLOTS, MAX_SLOTS, Set};
 use super::shared::{SharedChange, only_in};
@@ -37,6 +38,8 @@ pub(crate) struct Lowered {
     pub(crate) added: Vec<Element>,
     /// Elements that other Services may want too.
     pub(crate) shared: SharedChange,
+    /// What happens to the objects of ports with affinity, between the removals and the additions.
+    pub(crate) affinity: affinity::Change,
 }
 
 /// What the kernel was found to hold and nobody has claimed, when Services are taken over from an earlier run.
@@ -47,6 +50,8 @@ pub(crate) trait Kernel {
     fn backend(&self, place: &Place) -> Option<SocketAddr>;
     /// What there is in `ranges` of the VIP with this place's family and key.
     fn ranges(&self, vip: Place) -> impl Iterator<Item = Place>;
+    /// Whether there is this chain, map or set of a port with affinity.
+    fn holds_object(&self, object: &Object) -> bool;
 }
 
 /// A kernel that holds nothing.
@@ -59,6 +64,10 @@ impl Kernel for Empty {
 
     fn backend(&self, _: &Place) -> Option<SocketAddr> {
         None
+    }
+
+    fn holds_object(&self, _: &Object) -> bool {
+        false
     }
 
     fn ranges(&self, _: Place) -> impl Iterator<Item = Place> {
@@ -138,6 +147,10 @@ pub(crate) fn lower(previous: Option<&Applied>, next: Option<&Arc<Plan>>, kernel
     for port in ports.into_values() {
         lowered.shared.between(Some(port.plan), None);
     }
+    let mut change = affinity::Change::between(previous.map(Applied::plan), next, kernel);
+    lowered.removed.append(&mut change.removed);
+    lowered.added.append(&mut change.added);
+    lowered.affinity = change;
     lowered
 }
 

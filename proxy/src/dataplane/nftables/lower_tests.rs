@@ -46,7 +46,7 @@ impl Model {
             assert!(self.0.remove(place).is_some(), "{place} is not there");
         }
         for element in &lowered.added {
-            let before = self.0.insert(element.place, element.data);
+            let before = self.0.insert(element.place, element.data.clone());
             assert!(before.is_none(), "{} is there already", element.place);
         }
     }
@@ -57,7 +57,7 @@ impl Model {
         let place = |set, key| Place { family: Family::V4, set, key };
         let slots: Vec<_> = (0u32..)
             .map_while(|slot| self.0.get(&place(Set::Endpoints, key.slot(slot))))
-            .map(|data| data.and_then(Data::to_backend).unwrap())
+            .map(|data| data.as_ref().and_then(Data::to_backend).unwrap())
             .collect();
         let all = self.0.keys().filter(|place| place.set == Set::Endpoints).count();
         assert_eq!(all, slots.len(), "the slots have a gap");
@@ -149,6 +149,10 @@ fn slots_found_in_the_kernel_are_kept() {
             let key = Key::vip("10.96.0.1:80".parse().unwrap(), Protocol::Tcp);
             let held = [3, 9, 1, 2].map(address);
             (0..4).find(|slot| place.key == key.slot(*slot)).map(|slot| held[slot as usize])
+        }
+
+        fn holds_object(&self, _: &Object) -> bool {
+            false
         }
     }
     let lowered = lower(None, Some(&plan([1, 2, 3].map(backend), false)), &Held);

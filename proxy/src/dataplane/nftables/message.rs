@@ -4,6 +4,7 @@
 
 use std::ffi::CStr;
 use std::ptr::NonNull;
+use std::time::Duration;
 
 use nftnl::nftnl_sys::{self as sys, libc};
 use nftnl::{MsgType, NlMsg, ProtoFamily, Rule, Table, nft_nlmsg_maxsize};
@@ -113,6 +114,8 @@ impl<Owner: Copy> Transaction<Owner> {
         if let Some(data) = set.data() {
             raw.u32(sys::NFTNL_SET_DATA_TYPE, type_of(data, family));
             raw.u32(sys::NFTNL_SET_DATA_LEN, len_of(data, family) as u32);
+        } else if set.has_verdicts() {
+            raw.u32(sys::NFTNL_SET_DATA_TYPE, libc::NFT_DATA_VERDICT);
         }
         if set.has_ranges() {
             let lengths: Vec<_> = set.key().iter().map(|field| field.len(family) as u8).collect();
@@ -122,7 +125,7 @@ impl<Owner: Copy> Transaction<Owner> {
         self.build_set(&raw, family, owner);
     }
 
-    fn build_set(&mut self, raw: &RawSet, family: Family, owner: Owner) {
+    pub(super) fn build_set(&mut self, raw: &RawSet, family: Family, owner: Owner) {
         let header = self.header(libc::NFT_MSG_NEWSET, family, libc::NLM_F_CREATE);
         // SAFETY: `header` starts the scratch buffer, which has room for the largest message.
         unsafe { sys::nftnl_set_nlmsg_build_payload(header, raw.0.as_ptr()) };
@@ -177,7 +180,7 @@ impl<Owner: Copy> Transaction<Owner> {
         for element in elements {
             let added = RawElement::of(&element.place.key);
             if let Some(data) = &element.data {
-                added.bytes(sys::NFTNL_SET_ELEM_DATA, data.as_bytes());
+                added.data(data);
             }
             if let Some(comment) = &element.comment {
                 added.comment(comment);
@@ -202,11 +205,32 @@ impl<Owner: Copy> Transaction<Owner> {
         self.build_elements(libc::NFT_MSG_DELSETELEM, &raw, family, owner);
     }
 
-    fn build_elements(&mut self, kind: i32, raw: &RawSet, family: Family, owner: Owner) {
+    pub(super) fn build_elements(&mut self, kind: i32, raw: &RawSet, family: Family, owner: Owner) {
         let flags = if kind == libc::NFT_MSG_NEWSETELEM { libc::NLM_F_CREATE | libc::NLM_F_EXCL } else { 0 };
+        self.build_elements_with(kind, flags, raw, family, owner);
+    }
+
+    pub(super) fn build_elements_with(
+        &mut self,
+        kind: i32,
+        flags: i32,
+        raw: &RawSet,
+        family: Family,
+        owner: Owner,
+    ) {
         let header = self.header(kind, family, flags);
         // SAFETY: as in `build_set`; the number of elements is bounded so that they fit.
         unsafe { sys::nftnl_set_elems_nlmsg_build_payload(header, raw.0.as_ptr()) };
+        self.owners.push(owner);
+        self.take_scratch();
+    }
+
+    /// Asks the kernel to remove a set or map, or (`NFT_MSG_DELSETELEM`) all that is in it.
+    pub(super) fn whole_set(&mut self, kind: i32, name: &str, family: Family, owner: Owner) {
+        let header = self.header(kind, family, 0);
+        let raw = RawSet::new(name, family);
+        // SAFETY: as in `build_set`.
+        unsafe { sys::nftnl_set_nlmsg_build_payload(header, raw.0.as_ptr()) };
         self.owners.push(owner);
         self.take_scratch();
     }
@@ -240,12 +264,12 @@ pub(crate) fn protocol_family(family: Family) -> ProtoFamily {
 }
 
 /// A request for all sets of a table, or for all elements of one: its bytes.
-pub(crate) fn dump_request(kind: i32, family: Family, set: Option<Set>, seq: u32) -> Vec<u8> {
+pub(crate) fn dump_request(kind: i32, family: Family, set: Option<&str>, seq: u32) -> Vec<u8> {
     let mut transaction = Transaction::<()>::new(seq);
     transaction.buffer.clear();
     let header = transaction.header(kind, family, libc::NLM_F_DUMP);
     let raw = match set {
-        Some(set) => RawSet::new(set.name(), family),
+        Some(set) => RawSet::new(set, family),
         None => RawSet::all(family),
     };
     // SAFETY: as in `Transaction::build_set`.
@@ -299,9 +323,22 @@ pub(crate) fn parse_set(message: &[u8]) -> Option<SetInfo> {
     })
 }
 
-/// Parses one message of a dump of elements, and calls `each` with key, data and comment of every one. A key or
-/// data longer than ours can be (somebody else's doing) comes as `None` in place of the key.
-pub(crate) fn parse_elements(message: &[u8], mut each: impl FnMut(Option<Key>, Option<Data>, Option<&[u8]>)) {
+/// An element as the kernel says it.
+pub(crate) struct Held<'a> {
+    /// Its key; `None` where it is longer than any of ours (somebody else's doing).
+    pub(crate) key: Option<Key>,
+    /// What it maps to, likewise.
+    pub(crate) data: Option<Data>,
+    /// Its comment.
+    pub(crate) comment: Option<&'a [u8]>,
+    /// For how long it lives after it was added or refreshed; zero: for ever.
+    pub(crate) timeout: Duration,
+    /// How long from now it lives.
+    pub(crate) expires: Duration,
+}
+
+/// Parses one message of a dump of elements, and calls `each` with every one.
+pub(crate) fn parse_elements(message: &[u8], mut each: impl FnMut(Held<'_>)) {
     let raw = RawSet::alloc();
     let Some(header) = aligned_header(message) else { return };
     // SAFETY: as in `parse_set`.
@@ -330,9 +367,21 @@ pub(crate) fn parse_elements(message: &[u8], mut each: impl FnMut(Option<Key>, O
             let end = flags & libc::NFT_SET_ELEM_INTERVAL_END as u32 != 0;
             let last = get(sys::NFTNL_SET_ELEM_KEY_END);
             let key = get(sys::NFTNL_SET_ELEM_KEY).and_then(|key| Key::from_kernel(key, last, end));
-            let data = get(sys::NFTNL_SET_ELEM_DATA).and_then(Data::from_kernel);
+            let verdict = || {
+                let code = get(sys::NFTNL_SET_ELEM_VERDICT)?.first_chunk().map(|c| i32::from_ne_bytes(*c))?;
+                let chain = sys::nftnl_set_elem_get_str(element, sys::NFTNL_SET_ELEM_CHAIN as u16);
+                let chain = (!chain.is_null()).then(|| CStr::from_ptr(chain).to_string_lossy().into())?;
+                Some(if code == libc::NFT_JUMP { Data::Jump(chain) } else { Data::Goto(chain) })
+            };
+            let data = get(sys::NFTNL_SET_ELEM_DATA).and_then(Data::from_kernel).or_else(verdict);
             let comment = get(sys::NFTNL_SET_ELEM_USERDATA).and_then(comment_of);
-            each(key, data, comment);
+            let duration = |attribute: u32| {
+                let bytes = get(attribute).and_then(|bytes| bytes.first_chunk());
+                bytes.map_or(Duration::ZERO, |bytes| Duration::from_millis(u64::from_ne_bytes(*bytes)))
+            };
+            let (timeout, expires) =
+                (duration(sys::NFTNL_SET_ELEM_TIMEOUT), duration(sys::NFTNL_SET_ELEM_EXPIRATION));
+            each(Held { key, data, comment, timeout, expires });
         }
         sys::nftnl_set_elems_iter_destroy(elements);
     }
@@ -358,7 +407,7 @@ fn aligned_header(message: &[u8]) -> Option<*const libc::nlmsghdr> {
 }
 
 /// An owned `nftnl_set`; the elements added to it are freed with it.
-struct RawSet(NonNull<sys::nftnl_set>);
+pub(super) struct RawSet(NonNull<sys::nftnl_set>);
 
 impl RawSet {
     fn alloc() -> Self {
@@ -383,11 +432,11 @@ impl RawSet {
         set
     }
 
-    fn new(name: &str, family: Family) -> Self {
+    pub(super) fn new(name: &str, family: Family) -> Self {
         Self::named(&c_name(name), family)
     }
 
-    fn u32(&self, attribute: u32, value: u32) {
+    pub(super) fn u32(&self, attribute: u32, value: u32) {
         // SAFETY: the set is valid.
         unsafe { sys::nftnl_set_set_u32(self.0.as_ptr(), attribute as u16, value) };
     }
@@ -397,7 +446,7 @@ impl RawSet {
         unsafe { sys::nftnl_set_set_str(self.0.as_ptr(), attribute as u16, value.as_ptr()) };
     }
 
-    fn bytes(&self, attribute: u32, value: &[u8]) {
+    pub(super) fn bytes(&self, attribute: u32, value: &[u8]) {
         // SAFETY: the set is valid; libnftnl copies the bytes.
         unsafe {
             sys::nftnl_set_set_data(
@@ -409,7 +458,7 @@ impl RawSet {
         }
     }
 
-    fn add(&self, element: RawElement) {
+    pub(super) fn add(&self, element: RawElement) {
         // SAFETY: both are valid; the set owns the element from here on.
         unsafe { sys::nftnl_set_elem_add(self.0.as_ptr(), element.0.as_ptr()) };
     }
@@ -423,7 +472,7 @@ impl Drop for RawSet {
 }
 
 /// A `nftnl_set_elem` on its way into a set, which frees it.
-struct RawElement(NonNull<sys::nftnl_set_elem>);
+pub(super) struct RawElement(NonNull<sys::nftnl_set_elem>);
 
 impl RawElement {
     fn new(key: &[u8]) -> Self {
@@ -437,7 +486,7 @@ impl RawElement {
         element
     }
 
-    fn of(key: &Key) -> Self {
+    pub(super) fn of(key: &Key) -> Self {
         let element = Self::new(key.as_bytes());
         if key.is_range() {
             element.bytes(sys::NFTNL_SET_ELEM_KEY_END, key.last().as_bytes());
@@ -455,7 +504,7 @@ impl RawElement {
         element
     }
 
-    fn bytes(&self, attribute: u32, value: &[u8]) {
+    pub(super) fn bytes(&self, attribute: u32, value: &[u8]) {
         // SAFETY: the element is valid; libnftnl copies the bytes.
         unsafe {
             sys::nftnl_set_elem_set(
@@ -464,6 +513,36 @@ impl RawElement {
                 value.as_ptr().cast(),
                 value.len() as u32,
             );
+        }
+    }
+
+    /// What it maps to.
+    pub(super) fn data(&self, data: &Data) {
+        let (code, chain) = match data {
+            Data::Jump(chain) => (libc::NFT_JUMP, chain),
+            Data::Goto(chain) => (libc::NFT_GOTO, chain),
+            Data::Backend(..) => {
+                return self.bytes(sys::NFTNL_SET_ELEM_DATA, data.as_bytes().unwrap_or_default());
+            }
+        };
+        let element = self.0.as_ptr();
+        // SAFETY: the element is valid; libnftnl copies the string.
+        unsafe {
+            sys::nftnl_set_elem_set_u32(element, sys::NFTNL_SET_ELEM_VERDICT as u16, code as u32);
+            sys::nftnl_set_elem_set_str(element, sys::NFTNL_SET_ELEM_CHAIN as u16, c_name(chain).as_ptr());
+        }
+    }
+
+    /// How long it lives when added, and from now.
+    pub(super) fn lifetime(&self, timeout: Duration, expires: Duration) {
+        let milliseconds = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+        // SAFETY: the element is valid.
+        unsafe {
+            let set = |attribute: u32, value| {
+                sys::nftnl_set_elem_set_u64(self.0.as_ptr(), attribute as u16, value);
+            };
+            set(sys::NFTNL_SET_ELEM_TIMEOUT, milliseconds(timeout));
+            set(sys::NFTNL_SET_ELEM_EXPIRATION, milliseconds(expires));
         }
     }
 

@@ -7,11 +7,15 @@
 //! |---|---|
 //! | `schema`, `rules`, `expr` | the constant part: sets, chains and rules as data, and libnftnl's form of them |
 //! | `element`, `lower`, `shared` | a Service's part: elements, and what a change adds and removes (pure) |
+//! | `affinity`, `dynamic` | session affinity: a port's own chains and maps (pure), and their messages |
+//! | `remembered`, `recall` | what these maps remember: what to change (pure), and reading them |
 //! | `message`, `netlink` | transactions as netlink messages, the socket, refusals |
 //! | `observe`, `monitor` | reading the truth back, noticing foreign changes |
 //! | `commit` | one batch: parts, refusals, retries |
 
+mod affinity;
 mod commit;
+mod dynamic;
 mod element;
 mod expr;
 mod lower;
@@ -19,6 +23,8 @@ mod message;
 mod monitor;
 mod netlink;
 mod observe;
+mod recall;
+mod remembered;
 mod rules;
 mod schema;
 mod shared;
@@ -26,6 +32,7 @@ mod shared;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use nftnl::MsgType;
 use nix::errno::Errno;
@@ -44,7 +51,7 @@ use self::schema::Set;
 use self::shared::SharedCounts;
 use super::{Batch, Dataplane, Outcome};
 use crate::model::input::{Family, ServiceKey};
-use crate::model::plan::NodePlan;
+use crate::model::plan::{NodePlan, Plan};
 
 /// What the ruleset depends on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -112,6 +119,9 @@ pub struct Nftables {
     applied: BTreeMap<ServiceKey, Applied>,
     shared: SharedCounts,
     node: NodePlan,
+    /// Ports with affinity whose maps are to be looked through once more: a packet that was led to a backend before
+    /// that left may be remembered after.
+    recheck: Vec<(Arc<Plan>, usize)>,
     /// Where the node's own elements are, as programmed.
     node_places: BTreeMap<(Family, Set), BTreeSet<Place>>,
     /// The families whose rules are written for a set of pod CIDRs that has any.
@@ -143,6 +153,7 @@ impl Nftables {
             applied: BTreeMap::new(),
             shared: SharedCounts::default(),
             node: NodePlan::default(),
+            recheck: Vec::new(),
             node_places: BTreeMap::new(),
             pod_cidrs: BTreeSet::new(),
             found: None,

@@ -5,13 +5,14 @@
 use std::fmt;
 use std::io;
 use std::os::fd::RawFd;
+use std::time::Duration;
 
 use nftnl::nftnl_sys::libc;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv};
 
-use super::message::{Transaction, dump_request};
-use super::schema::Set;
+use super::message::{Transaction, dump_request, protocol_family};
+use super::schema::TABLE;
 pub(crate) use crate::dataplane::netlink::{HEADER, Header, attribute, messages, set_option};
 use crate::model::input::Family;
 
@@ -21,6 +22,8 @@ const SEND_BUFFER: libc::c_int = 64 << 20;
 const RECEIVE_BUFFER: libc::c_int = 16 << 20;
 /// What one read can bring: the kernel fills a dump's parts up to 32 KiB.
 const READ_WORDS: usize = 8192;
+/// Size of `struct nfgenmsg`.
+const FAMILY_HEADER: usize = 4;
 /// `NLMSGERR_ATTR_MSG`.
 const ATTR_MSG: u16 = 1;
 
@@ -146,7 +149,7 @@ impl Netlink {
     pub(crate) fn dump(
         &mut self,
         family: Family,
-        set: Option<Set>,
+        set: Option<&str>,
         mut each: impl FnMut(&[u8]),
     ) -> Result<(), Errno> {
         let kind = if set.is_some() { libc::NFT_MSG_GETSETELEM } else { libc::NFT_MSG_GETSET };
@@ -162,22 +165,47 @@ impl Netlink {
     pub(crate) fn generation(&mut self) -> Result<u32, Errno> {
         /// `NFTA_GEN_ID`.
         const GEN_ID: u16 = 1;
-        const FAMILY_HEADER: usize = 4;
-        let seq = self.seq;
-        self.seq = self.seq.wrapping_add(1);
-        let mut request = Vec::with_capacity(HEADER + FAMILY_HEADER);
-        let kind = (libc::NFNL_SUBSYS_NFTABLES << 8 | libc::NFT_MSG_GETGEN) as u16;
-        request.extend(((HEADER + FAMILY_HEADER) as u32).to_ne_bytes());
-        request.extend(kind.to_ne_bytes());
-        request.extend(((libc::NLM_F_REQUEST | libc::NLM_F_ACK) as u16).to_ne_bytes());
-        request.extend(seq.to_ne_bytes());
-        request.extend([0; 4 + FAMILY_HEADER]);
         let mut id = None;
-        self.request(&request, seq, &mut |message| {
+        self.ask(libc::NFT_MSG_GETGEN, libc::NLM_F_ACK, 0, &mut |message| {
             let found = attribute(message.get(HEADER + FAMILY_HEADER..).unwrap_or_default(), GEN_ID);
             id = found.and_then(|value| value.first_chunk()).map(|bytes| u32::from_be_bytes(*bytes)).or(id);
         })?;
         id.ok_or(Errno::EPROTO)
+    }
+
+    /// The names of the chains of a table.
+    ///
+    /// # Errors
+    /// `EINTR` where they changed meanwhile and must be read again.
+    pub(crate) fn chains(&mut self, family: Family) -> Result<Vec<String>, Errno> {
+        /// `NFTA_CHAIN_TABLE`, `NFTA_CHAIN_NAME`.
+        const CHAIN_TABLE: u16 = 1;
+        const CHAIN_NAME: u16 = 3;
+        let mut names = Vec::new();
+        let family = protocol_family(family) as u8;
+        self.ask(libc::NFT_MSG_GETCHAIN, libc::NLM_F_DUMP, family, &mut |message| {
+            let attributes = message.get(HEADER + FAMILY_HEADER..).unwrap_or_default();
+            let text = |kind| attribute(attributes, kind)?.strip_suffix(b"\0");
+            if text(CHAIN_TABLE) == Some(TABLE.as_bytes()) {
+                names.extend(text(CHAIN_NAME).map(|name| String::from_utf8_lossy(name).into_owned()));
+            }
+        })?;
+        Ok(names)
+    }
+
+    /// Sends a request without attributes and reads its answer.
+    fn ask(&mut self, kind: i32, flags: i32, family: u8, each: &mut impl FnMut(&[u8])) -> Result<(), Errno> {
+        let seq = self.seq;
+        self.seq = self.seq.wrapping_add(1);
+        let kind = (libc::NFNL_SUBSYS_NFTABLES << 8 | kind) as u16;
+        let mut request = Vec::with_capacity(HEADER + FAMILY_HEADER);
+        request.extend(((HEADER + FAMILY_HEADER) as u32).to_ne_bytes());
+        request.extend(kind.to_ne_bytes());
+        request.extend(((libc::NLM_F_REQUEST | flags) as u16).to_ne_bytes());
+        request.extend(seq.to_ne_bytes());
+        request.extend([0; 4]);
+        request.extend([family, 0, 0, 0]);
+        self.request(&request, seq, each)
     }
 
     /// Sends a request and reads its answer up to its end (`NLMSG_DONE` or the acknowledgement).
@@ -228,6 +256,18 @@ fn refusal(message: &[u8]) -> Option<Refusal> {
     Some(Refusal { seq: header.seq, errno: Errno::from_raw(-code), text })
 }
 
+/// Waits until every packet that was on its way through the ruleset before is through.
+pub(crate) fn grace_period() {
+    /// `MEMBARRIER_CMD_GLOBAL`: an RCU grace period, and a hook's chains run inside of one read-side section.
+    const GLOBAL: libc::c_int = 1;
+    /// Where the kernel does not offer it (`nohz_full`): far longer than a packet takes.
+    const LONG: Duration = Duration::from_millis(50);
+    // SAFETY: takes numbers only.
+    let result = unsafe { libc::syscall(libc::SYS_membarrier, GLOBAL, 0, 0) };
+    if result < 0 {
+        std::thread::sleep(LONG);
+    }
+}
 fn bytes_of(words: &mut [u64]) -> &mut [u8] {
     // SAFETY: any bytes make valid `u64`s and the other way round; the length is the same memory's.
     unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast(), size_of_val(words)) }

@@ -3,19 +3,22 @@
 //!
 //! Owns the read-back. Never runs for a change of a Service: what was committed is known, not listed.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::{BuildHasher, RandomState};
 use std::net::SocketAddr;
 
 use nix::errno::Errno;
 use tracing::warn;
 
+use super::affinity::{Kind, Object};
 use super::element::{Data, Element, Place};
 use super::lower::Kernel;
 use super::message::{SetInfo, parse_elements, parse_set};
 use super::netlink::Netlink;
+use super::remembered::Entry;
 use super::schema::{Set, len_of};
 use crate::model::input::Family;
+use crate::model::plan::AddressPort;
 
 /// How often a dump is begun again because the set changed under it.
 const ATTEMPTS: usize = 20;
@@ -26,6 +29,8 @@ pub(crate) struct Found {
     elements: HashMap<Place, Held>,
     /// Those of `ranges`, in order: what is there of a VIP must be known to write another range of it.
     ranges: BTreeSet<Place>,
+    /// The objects of ports with affinity, likewise.
+    objects: BTreeSet<Object>,
     /// Comments are compared, not kept.
     hasher: RandomState,
 }
@@ -68,6 +73,13 @@ impl Found {
         {
             return Ok(TableState::Foreign);
         }
+        let named = |info: &SetInfo| Object::named(&info.name, family, false);
+        if infos.iter().any(|info| named(info).is_some_and(|object| !object.fits(info))) {
+            return Ok(TableState::Foreign);
+        }
+        self.objects.extend(infos.iter().filter_map(named));
+        let chains = again(|| netlink.chains(family))?;
+        self.objects.extend(chains.iter().filter_map(|name| Object::named(name, family, true)));
         for info in &infos {
             let Some(set) = Set::named(&info.name) else { continue };
             self.read_set(netlink, family, set)?;
@@ -79,11 +91,12 @@ impl Found {
     fn read_set(&mut self, netlink: &mut Netlink, family: Family, set: Set) -> Result<(), Errno> {
         let (elements, ranges, hasher) = (&mut self.elements, &mut self.ranges, &self.hasher);
         again(|| {
-            netlink.dump(family, Some(set), |message| {
-                parse_elements(message, |key, data, comment| match key {
+            netlink.dump(family, Some(set.name()), |message| {
+                parse_elements(message, |element| match element.key {
                     Some(key) => {
-                        let (place, comment) = (Place { family, set, key }, hasher.hash_one(comment));
-                        elements.insert(place, Held { data, comment });
+                        let place = Place { family, set, key };
+                        let comment = hasher.hash_one(element.comment);
+                        elements.insert(place, Held { data: element.data, comment });
                         if set.has_ranges() {
                             ranges.insert(place);
                         }
@@ -110,6 +123,16 @@ impl Found {
         }
     }
 
+    /// Somebody applied owns this object from now on, or it is gone.
+    pub(crate) fn settle_object(&mut self, object: &Object) {
+        self.objects.remove(object);
+    }
+
+    /// The objects that nobody has claimed, in an order in which they can be removed.
+    pub(crate) fn objects(&self) -> Vec<Object> {
+        self.objects.iter().cloned().collect()
+    }
+
     /// The places of one set that nobody has claimed.
     pub(crate) fn places_in(&self, family: Family, set: Set) -> Vec<Place> {
         self.elements.keys().filter(|place| (place.family, place.set) == (family, set)).copied().collect()
@@ -129,7 +152,11 @@ impl Kernel for Found {
     }
 
     fn backend(&self, place: &Place) -> Option<SocketAddr> {
-        self.elements.get(place)?.data?.to_backend()
+        self.elements.get(place)?.data.as_ref()?.to_backend()
+    }
+
+    fn holds_object(&self, object: &Object) -> bool {
+        self.objects.contains(object)
     }
 
     fn ranges(&self, vip: Place) -> impl Iterator<Item = Place> {
@@ -141,11 +168,34 @@ impl Kernel for Found {
 fn fits(set: Set, family: Family, info: &SetInfo) -> bool {
     info.flags == set.flags()
         && info.key_len as usize == len_of(set.key(), family)
-        && info.data_len as usize == set.data().map_or(0, |data| len_of(data, family))
+        && (set.has_verdicts() || info.data_len as usize == set.data().map_or(0, |data| len_of(data, family)))
+}
+
+/// What a map of session affinity remembers.
+///
+/// # Errors
+/// When the kernel cannot be read; `ENOENT` where it has no such map.
+pub(crate) fn entries(netlink: &mut Netlink, map: &Object) -> Result<Vec<Entry>, Errno> {
+    let Kind::Map(_, port) = map.kind else { return Ok(Vec::new()) };
+    let mut entries = BTreeMap::new();
+    again(|| {
+        entries.clear();
+        netlink.dump(map.family, Some(&map.name()), |message| {
+            parse_elements(message, |element| {
+                let address = element.data.as_ref().and_then(Data::to_address);
+                if let Some((client, ip)) = element.key.zip(address) {
+                    let (timeout, expires) = (element.timeout, element.expires);
+                    let backend = AddressPort { ip, port };
+                    entries.insert(client, Entry { client, backend, timeout, expires });
+                }
+            });
+        })
+    })?;
+    Ok(entries.into_values().collect())
 }
 
 /// Repeats a dump that was interrupted by a change.
-fn again(mut dump: impl FnMut() -> Result<(), Errno>) -> Result<(), Errno> {
+fn again<T>(mut dump: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
     for _ in 1..ATTEMPTS {
         match dump() {
             Err(Errno::EINTR) => {}

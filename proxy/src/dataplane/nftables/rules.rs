@@ -65,6 +65,7 @@ pub(crate) enum Detection {
 /// Ours come just before kube-proxy's (−100, 100), so that both can run side by side: the first DNAT decides.
 const FIREWALL_PRIORITY: i32 = -115;
 const DNAT_PRIORITY: i32 = -105;
+const LEARN_PRIORITY: i32 = -95;
 const SNAT_PRIORITY: i32 = 95;
 const FILTER_PRIORITY: i32 = 0;
 
@@ -75,12 +76,12 @@ const INTERFACE_NAME: usize = 16;
 const TRIES: usize = 8;
 
 /// What a rule looks up: by the packet's destination, or by that of the connection's first packet.
-struct Keys {
-    family: Family,
+pub(crate) struct Keys {
+    pub(crate) family: Family,
 }
 
 impl Keys {
-    fn v6(&self) -> bool {
+    pub(crate) fn v6(&self) -> bool {
         self.family == Family::V6
     }
 
@@ -89,16 +90,18 @@ impl Keys {
     }
 
     /// Where the second component of a key starts that begins with an address.
-    fn after_address(&self) -> Reg {
+    pub(crate) fn after_address(&self) -> Reg {
         Reg(self.len())
     }
 
-    fn source(&self, reg: Reg) -> Expr {
+    /// `ip saddr`.
+    pub(crate) fn source(&self, reg: Reg) -> Expr {
         let offset = if self.v6() { 8 } else { 12 };
         Expr::Network { offset, len: self.len(), reg }
     }
 
-    fn destination(&self, reg: Reg) -> Expr {
+    /// `ip daddr`.
+    pub(crate) fn destination(&self, reg: Reg) -> Expr {
         let offset = if self.v6() { 24 } else { 16 };
         Expr::Network { offset, len: self.len(), reg }
     }
@@ -186,15 +189,20 @@ pub(crate) fn chains(family: Family, policy: &Policy) -> Vec<Chain> {
     let mut chains = Vec::new();
     let vip = Pick { keys: &keys, key: keys.vip(), slots: Set::Endpoints, more: Set::More };
     let nodeport = Pick { keys: &keys, key: keys.nodeport(), slots: Set::NpEndpoints, more: Set::NpMore };
-    for (pick, prefix, local) in [(vip, "vip", Set::VipsLocal), (nodeport, "np", Set::NpsLocal)] {
+    let sets = [
+        (vip, "vip", Set::VipsLocal, [Set::Aff, Set::AffLocal]),
+        (nodeport, "np", Set::NpsLocal, [Set::NpAff, Set::NpAffLocal]),
+    ];
+    for (pick, prefix, local, [affinity, affinity_local]) in sets {
         let cluster = format!("{prefix}-pick");
-        pick.chains(&mut chains, prefix, 0, vec![vec![Expr::Verdict(Verdict::Drop)]]);
+        pick.chains(&mut chains, prefix, affinity, 0, vec![vec![Expr::Verdict(Verdict::Drop)]]);
         let gone = vec![then(pick.key.0.clone(), local, Verdict::Drop), goto(&cluster)];
-        pick.chains(&mut chains, &format!("{prefix}-local"), LOCAL_SLOTS, gone);
+        pick.chains(&mut chains, &format!("{prefix}-local"), affinity_local, LOCAL_SLOTS, gone);
         chains.push(short_circuit(prefix, &keys, policy));
     }
     translation(&mut chains, &keys);
     firewall(&mut chains, &keys);
+    learning(&mut chains, &keys);
     refusals(&mut chains, &keys);
     masquerading(&mut chains, &keys, policy);
     chains
@@ -211,7 +219,8 @@ struct Pick<'a> {
 
 impl Pick<'_> {
     /// One backend of the set whose slots begin at `first`; `last` is what happens where not even that slot exists.
-    fn chains(&self, chains: &mut Vec<Chain>, prefix: &str, first: u32, last: Vec<Vec<Expr>>) {
+    /// Whoever is remembered there (`affinity`) is led back before.
+    fn chains(&self, chains: &mut Vec<Chain>, prefix: &str, affinity: Set, first: u32, last: Vec<Vec<Expr>>) {
         let class = |k: u32| format!("{prefix}-{k}");
         chains.push(regular(&class(1), [vec![self.draw(1, first)], last].concat()));
         for k in (1..CLASSES).map(|i| 1 << i) {
@@ -234,7 +243,8 @@ impl Pick<'_> {
             rule.push(Expr::Verdict(Verdict::Goto(class(1 << i))));
             rule
         });
-        let rules = climb.chain([goto(&class(1 << (CLASSES - 1)))]).collect();
+        let remembered = [self.key.0.clone(), vec![Expr::VerdictMap { map: affinity, key: Reg(0) }]].concat();
+        let rules = [remembered].into_iter().chain(climb).chain([goto(&class(1 << (CLASSES - 1)))]).collect();
         chains.push(regular(&format!("{prefix}-pick"), rules));
     }
 
@@ -288,6 +298,35 @@ fn firewall(chains: &mut Vec<Chain>, keys: &Keys) {
     let enter = [state_new(), goto("firewall")].concat();
     for (name, hook) in [("pre-dnat", Hook::PreRouting), ("out-pre-dnat", Hook::Out)] {
         chains.push(base(name, ChainType::Filter, hook, FIREWALL_PRIORITY, vec![enter.clone()]));
+    }
+}
+
+/// Where a new connection was led, by the destination that it was opened to, is remembered for the Service ports with
+/// affinity. VIPs come before NodePorts, as in the translation.
+fn learning(chains: &mut Vec<Chain>, keys: &Keys) {
+    let search = |mut rule: Vec<Expr>, map| {
+        rule.push(Expr::VerdictMap { map, key: Reg(0) });
+        rule
+    };
+    let on_nodeport_address = vec![Expr::OriginalAddress { v6: keys.v6(), reg: Reg(0) }];
+    chains.push(regular(
+        "learn-np",
+        vec![
+            then(keys.original_vip(), Set::Vips, Verdict::Accept),
+            search(keys.original_nodeport(), Set::NpAffLearn),
+        ],
+    ));
+    chains.push(regular(
+        "learn",
+        vec![
+            search(keys.original_vip(), Set::AffLearn),
+            then(on_nodeport_address, Set::NodeportIps, Verdict::Goto("learn-np".into())),
+        ],
+    ));
+    let dnatted = bit(ConnectionWord::Status, STATUS_DNAT, true);
+    let enter = [state_new(), dnatted, goto("learn")].concat();
+    for (name, hook) in [("learn-prerouting", Hook::PreRouting), ("learn-output", Hook::Out)] {
+        chains.push(base(name, ChainType::Filter, hook, LEARN_PRIORITY, vec![enter.clone()]));
     }
 }
 

@@ -51,6 +51,18 @@ pub(crate) enum Set {
     Ranged,
     /// (address, protocol, port, client's network): who may.
     Ranges,
+    /// The VIPs with affinity → the chain that leads a client back to its backend.
+    Aff,
+    /// The same before a pick from the Local set of a VIP that has both.
+    AffLocal,
+    /// The VIPs with affinity → the chain that remembers where a client was led.
+    AffLearn,
+    /// `aff` of NodePorts.
+    NpAff,
+    /// `aff-local` of NodePorts.
+    NpAffLocal,
+    /// `aff-learn` of NodePorts.
+    NpAffLearn,
     /// The addresses that NodePorts answer on.
     NodeportIps,
     /// Every cluster IP in use: their other ports are refused, and their SNAT follows the detector.
@@ -78,7 +90,7 @@ pub(crate) enum Field {
 
 impl Set {
     /// All of them, in the order in which they are created.
-    pub(crate) const ALL: [Self; 18] = [
+    pub(crate) const ALL: [Self; 24] = [
         Self::Endpoints,
         Self::More,
         Self::NpEndpoints,
@@ -92,6 +104,12 @@ impl Set {
         Self::NpsReject,
         Self::Ranged,
         Self::Ranges,
+        Self::Aff,
+        Self::AffLocal,
+        Self::AffLearn,
+        Self::NpAff,
+        Self::NpAffLocal,
+        Self::NpAffLearn,
         Self::NodeportIps,
         Self::ClusterIps,
         Self::ServiceCidrs,
@@ -115,6 +133,12 @@ impl Set {
             Self::NpsReject => "nps-reject",
             Self::Ranged => "ranged",
             Self::Ranges => "ranges",
+            Self::Aff => "aff",
+            Self::AffLocal => "aff-local",
+            Self::AffLearn => "aff-learn",
+            Self::NpAff => "np-aff",
+            Self::NpAffLocal => "np-aff-local",
+            Self::NpAffLearn => "np-aff-learn",
             Self::NodeportIps => "nodeport-ips",
             Self::ClusterIps => "cluster-ips",
             Self::ServiceCidrs => "service-cidrs",
@@ -134,17 +158,35 @@ impl Set {
         match self {
             Self::Endpoints | Self::More => &[Address, Protocol, Port, Slot],
             Self::NpEndpoints | Self::NpMore => &[Protocol, Port, Slot],
-            Self::Vips | Self::VipsLocal | Self::VipsMasq | Self::VipsReject | Self::Ranged => {
-                &[Address, Protocol, Port]
-            }
-            Self::Nps | Self::NpsLocal | Self::NpsReject => &[Protocol, Port],
+            Self::Vips
+            | Self::VipsLocal
+            | Self::VipsMasq
+            | Self::VipsReject
+            | Self::Ranged
+            | Self::Aff
+            | Self::AffLocal
+            | Self::AffLearn => &[Address, Protocol, Port],
+            Self::Nps
+            | Self::NpsLocal
+            | Self::NpsReject
+            | Self::NpAff
+            | Self::NpAffLocal
+            | Self::NpAffLearn => &[Protocol, Port],
             Self::Ranges => &[Address, Protocol, Port, Address],
             Self::NodeportIps | Self::ClusterIps | Self::ServiceCidrs | Self::PodCidrs => &[Address],
             Self::Hairpin => &[Address, Address],
         }
     }
 
-    /// The components of what it maps to; `None` for a plain set.
+    /// Whether it maps to chains.
+    pub(crate) fn has_verdicts(self) -> bool {
+        matches!(
+            self,
+            Self::Aff | Self::AffLocal | Self::AffLearn | Self::NpAff | Self::NpAffLocal | Self::NpAffLearn
+        )
+    }
+
+    /// The components of what it maps to; `None` for a plain set, and for chains.
     pub(crate) fn data(self) -> Option<&'static [Field]> {
         match self {
             Self::Endpoints | Self::NpEndpoints => Some(&[Field::Address, Field::Port]),
@@ -164,7 +206,7 @@ impl Set {
 
     /// `NFT_SET_*` flags.
     pub(crate) fn flags(self) -> u32 {
-        let map = if self.data().is_some() { libc::NFT_SET_MAP as u32 } else { 0 };
+        let map = if self.data().is_some() || self.has_verdicts() { libc::NFT_SET_MAP as u32 } else { 0 };
         let interval =
             if self.is_interval() || self.has_ranges() { libc::NFT_SET_INTERVAL as u32 } else { 0 };
         let concat = if self.has_ranges() { NFT_SET_CONCAT } else { 0 };
@@ -174,19 +216,12 @@ impl Set {
     /// What nft needs to print the set: the byte order of its key and, since a slot is an integer of no named type,
     /// the expressions that the key is made of (`typeof`).
     pub(crate) fn userdata(self, family: Family) -> Vec<u8> {
-        const KEY_BYTE_ORDER: u8 = 0;
-        const DATA_BYTE_ORDER: u8 = 1;
         const KEY_TYPEOF: u8 = 3;
         const DATA_TYPEOF: u8 = 4;
-        const BIG_ENDIAN: u32 = 2;
-        const MIXED: u32 = 0;
 
-        let mut out = Vec::new();
         let key = self.key();
-        let order = if key.len() == 1 { BIG_ENDIAN } else { MIXED };
-        put(&mut out, KEY_BYTE_ORDER, &order.to_ne_bytes());
+        let mut out = byte_order(key, self.data().is_some() || self.has_verdicts());
         if let Some(data) = self.data() {
-            put(&mut out, DATA_BYTE_ORDER, &MIXED.to_ne_bytes());
             put(&mut out, KEY_TYPEOF, &concat_typeof(key, family));
             put(&mut out, DATA_TYPEOF, &concat_typeof(data, family));
         } else if key.contains(&Field::Slot) {
@@ -270,6 +305,22 @@ pub(crate) fn len_of(fields: &[Field], family: Family) -> usize {
 /// The type number of a concatenation: six bits a component (`concat_subtype_add` in nftables).
 pub(crate) fn type_of(fields: &[Field], family: Family) -> u32 {
     fields.iter().fold(0, |id, field| id << 6 | field.type_id(family))
+}
+
+/// The part of what nft needs to print a set that says the byte order of its key, and of its data if it has any.
+pub(crate) fn byte_order(key: &[Field], has_data: bool) -> Vec<u8> {
+    const KEY_BYTE_ORDER: u8 = 0;
+    const DATA_BYTE_ORDER: u8 = 1;
+    const BIG_ENDIAN: u32 = 2;
+    const MIXED: u32 = 0;
+
+    let mut out = Vec::new();
+    let order = if key.len() == 1 { BIG_ENDIAN } else { MIXED };
+    put(&mut out, KEY_BYTE_ORDER, &order.to_ne_bytes());
+    if has_data {
+        put(&mut out, DATA_BYTE_ORDER, &MIXED.to_ne_bytes());
+    }
+    out
 }
 
 /// What nft stores with an anonymous set of protocols, so that it prints their names.
