@@ -57,9 +57,9 @@ impl Checker {
             value,
             "is no IP address with a port",
             "write it like 127.0.0.1:10249 or [::]:10256, with a port from 1 to 65535",
-            |text| match text.parse::<IpAddr>() {
-                Ok(address) => Some(SocketAddr::new(address, default.port())),
-                Err(_) => text.parse().ok().filter(|address: &SocketAddr| address.port() != 0),
+            |text| match parse_ip(text) {
+                Some(address) => Some(SocketAddr::new(address, default.port())),
+                None => socket_address(text).filter(|address| address.port() != 0),
             },
         )
         .unwrap_or(default)
@@ -100,6 +100,17 @@ impl Checker {
             is_url(text).then(|| text.to_owned())
         })
     }
+}
+
+/// `192.0.2.1:80` or `[2001:db8::1]:80`.
+fn socket_address(text: &str) -> Option<SocketAddr> {
+    let (host, port) = text.rsplit_once(':')?;
+    let bracketed = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+    let address = match bracketed {
+        Some(host) => parse_ip(host)?,
+        None => parse_ip(host).filter(IpAddr::is_ipv4)?,
+    };
+    Some(SocketAddr::new(address, port.parse().ok()?))
 }
 
 /// A string field; empty means not set, as everywhere in kube-proxy's configuration.

@@ -15,6 +15,7 @@ use super::error::ConfigError;
 use super::file::{KubeProxyConfiguration, LoggingSection, leaves, prune};
 use super::resolve::{Environment, Overrides, Resolved, resolve};
 use super::{LogFormat, Logging, NetworkFlags, parse};
+use crate::address::parse_ip;
 
 /// The flags of `kube-lane run`, which are those of kube-proxy.
 #[derive(Args, Clone, Debug, Default)]
@@ -384,8 +385,8 @@ impl LogFlags {
 
 /// An IP address alone takes the port of the flag that kube-proxy keeps for that.
 fn with_port(address: String, port: Option<u16>) -> String {
-    match (address.parse(), port) {
-        (Ok(ip), Some(port)) => std::net::SocketAddr::new(ip, port).to_string(),
+    match (parse_ip(&address), port) {
+        (Some(ip), Some(port)) => std::net::SocketAddr::new(ip, port).to_string(),
         _ => address,
     }
 }

@@ -197,6 +197,8 @@ fn addresses() {
     for (args, healthz, metrics) in [
         (&["--bind-address=::"][..], "[::]:10256", "[::1]:10249"),
         (&["--healthz-bind-address=192.0.2.1"], "192.0.2.1:10256", "127.0.0.1:10249"),
+        (&["--healthz-bind-address=192.0.2.041:80"], "192.0.2.41:80", "127.0.0.1:10249"),
+        (&["--metrics-bind-address=[::1]:9"], "0.0.0.0:10256", "[::1]:9"),
         (&["--healthz-bind-address=::1", "--healthz-port=1"], "[::1]:1", "127.0.0.1:10249"),
         (&["--healthz-bind-address=", "--metrics-bind-address="], "", ""),
         (&["--healthz-port=0", "--metrics-port=0"], "", ""),
@@ -248,6 +250,7 @@ fn errors_name_field_value_and_remedy() {
         (&["--cluster-cidr=10.0.0.1"], ["clusterCIDR", "10.0.0.1", "10.244.0.0/16,fd00"]),
         (&["--cluster-cidr=10.0.0.0/8,11.0.0.0/8"], ["--cluster-cidr", "11.0.0.0/8", "write it like"]),
         (&["--healthz-bind-address=:10256"], ["healthzBindAddress", ":10256", "[::]:10256"]),
+        (&["--healthz-bind-address=::1]:9"], ["healthzBindAddress", "::1]:9", "[::]:10256"]),
         (&["--metrics-bind-address=127.0.0.1:0"], ["metricsBindAddress", "127.0.0.1:0", "1 to 65535"]),
         (&["--bind-address=eth0"], ["bindAddress", "eth0", "192.0.2.7"]),
         (&["--detect-local-mode=BridgeInterface"], ["--pod-bridge-interface", "--detect-local-mode", "cni0"]),
