@@ -133,12 +133,13 @@ impl<'a> Run<'a> {
             }
             self.bring(&objects, &self.proxies.clone()).with_context(what)?;
             std::thread::sleep(step.wait.unwrap_or_default());
-            let done = self.dial(step, &self.proxies.clone(), &memory, false)?;
+            let done = self.dial(step, &self.proxies.clone(), &memory, false).with_context(what)?;
             self.report.add(self.scenario, &done);
             self.note(done, "");
             states.push((objects.clone(), step));
         }
-        if self.scenario.orders && self.proxies.contains(&Proxy::KubeLane) {
+        // Where the first order is wrong, the others only say it again.
+        if self.scenario.orders && self.proxies.contains(&Proxy::KubeLane) && self.wrong.is_empty() {
             self.other_orders(&states)?;
         }
         Ok(())
