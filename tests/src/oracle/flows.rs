@@ -300,7 +300,8 @@ fn is_met(gets: &Gets, outcome: &Outcome) -> bool {
         Gets::Unreachable => *outcome == Outcome::Unreachable,
         // A sender whose own host drops the datagram may be told so by the system call.
         Gets::Dropped => {
-            let not_permitted = std::io::Error::from_raw_os_error(nix::errno::Errno::EPERM as i32).to_string();
+            let not_permitted =
+                std::io::Error::from_raw_os_error(nix::errno::Errno::EPERM as i32).to_string();
             *outcome == Outcome::TimedOut || *outcome == Outcome::Failed(not_permitted)
         }
         Gets::Answers(_) | Gets::Status(_) | Gets::Anything => false,

@@ -140,9 +140,16 @@ impl<'a> Run<'a> {
         }
         // Where the first order is wrong, the others only say it again.
         if self.scenario.orders && self.proxies.contains(&Proxy::KubeLane) && self.wrong.is_empty() {
-            self.other_orders(&states)?;
+            self.pause_kube_proxy(true)?;
+            let result = self.other_orders(&states);
+            self.pause_kube_proxy(false)?;
+            result?;
         }
         Ok(())
+    }
+
+    fn pause_kube_proxy(&mut self, pause: bool) -> Result<()> {
+        self.stage.rigs.iter_mut().try_for_each(|rig| rig.pause(pause))
     }
 
     /// Brings kube-lane to the first and to the last state by other ways; the same has to be met there.

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use kube::Client;
 use kube_lane_lab::{Dial, Echo, Host, Lab, Outcome, Pod, Proto, topology};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::runtime::{self, Runtime};
@@ -95,12 +96,15 @@ fn node_object(index: u8) -> Value {
 pub(super) struct Caller {
     pub(super) host: Host,
     from: Option<[IpAddr; 2]>,
+    /// Where pods are on a bridge: the addresses of their node on it.
+    gateway: Vec<IpAddr>,
 }
 
 impl Caller {
     /// The addresses that servers may see it by.
     pub(super) fn addresses(&self) -> Vec<IpAddr> {
-        self.from.map_or_else(|| self.host.addresses(), |from| from.to_vec())
+        let addresses = self.from.map_or_else(|| self.host.addresses(), |from| from.to_vec());
+        addresses.into_iter().chain(self.gateway.iter().copied()).collect()
     }
 
     /// A dial from here.
@@ -165,14 +169,16 @@ impl Rig {
         let lab = Lab::builder().nodes(NODES).bridge(bridge).build()?;
         let mut pods = Vec::new();
         let mut callers = BTreeMap::new();
-        let caller = |host: &Host| Caller { host: host.clone(), from: None };
+        let caller = |host: &Host| Caller { host: host.clone(), from: None, gateway: vec![] };
         for (index, node) in lab.nodes().iter().enumerate() {
             for pod in PODS {
                 let pod = node.add_pod(&format!("pod{index}{pod}"))?;
                 callers.insert(pod.name().to_owned(), caller(&pod));
                 pods.push(pod);
             }
-            callers.insert(node.name().to_owned(), caller(node));
+            let cidrs = if bridge { node.pod_cidrs().to_vec() } else { vec![] };
+            let gateway = cidrs.iter().filter_map(|cidr| cidr.iter().nth(1)).collect();
+            callers.insert(node.name().to_owned(), Caller { gateway, ..caller(node) });
         }
         let mut echoes = Vec::new();
         for host in lab.nodes().iter().map(|node| &**node).chain(pods.iter().map(|pod| &**pod)) {
@@ -216,6 +222,16 @@ impl Rig {
             manifest_markers: 0,
             _dir: dir,
         })
+    }
+
+    /// Has kube-proxy stand still, or go on with all that has happened meanwhile: it leaves the machine to others.
+    pub(super) fn pause(&mut self, pause: bool) -> Result<()> {
+        for running in &mut self.running {
+            if let Running::KubeProxy(proxy) = running {
+                proxy.process().signal(if pause { Signal::SIGSTOP } else { Signal::SIGCONT })?;
+            }
+        }
+        Ok(())
     }
 
     /// Puts objects into the manifest folder, in place of all that it has, and waits until they are programmed.
@@ -342,7 +358,7 @@ fn run(
     manifests: Option<&Folder>,
 ) -> Result<Running> {
     let mode = if proxy == Proxy::Iptables { Mode::Iptables } else { Mode::Nftables };
-    let mut over = json!({mode.to_string(): {"minSyncPeriod": "50ms"}});
+    let mut over = json!({mode.to_string(): {"minSyncPeriod": "200ms"}});
     merge(&mut over, config);
     // One name for the field of either mode.
     if let Some(all) = over.as_object_mut().and_then(|fields| fields.remove("masqueradeAll")) {
