@@ -123,7 +123,8 @@ impl<'a> Run<'a> {
             self.api.namespace(&names.namespace)?;
         }
         let memory = Memory::default();
-        let mut objects = Objects::default();
+        let in_api = self.scenario.source == Source::Api;
+        let mut objects = if in_api { stage::nodes() } else { Objects::default() };
         let mut states = Vec::new();
         for (number, step) in self.scenario.steps.iter().enumerate() {
             let what =
@@ -155,9 +156,8 @@ impl<'a> Run<'a> {
     /// Brings kube-lane to the first and to the last state by other ways; the same has to be met there.
     fn other_orders(&mut self, states: &[(Objects, &Step)]) -> Result<()> {
         let (Some(first), Some(last)) = (states.first(), states.last()) else { return Ok(()) };
-        let is_service = |object: &Value| object["kind"] == "Service";
-        let services = |objects: &Objects| vec![objects.filter(is_service)];
-        let slices = |objects: &Objects| vec![objects.filter(|object| !is_service(object))];
+        let services = |objects: &Objects| vec![objects.filter(|object| object["kind"] != "EndpointSlice")];
+        let slices = |objects: &Objects| vec![objects.filter(|object| object["kind"] != "Service")];
         let one_by_one = |objects: &Objects| {
             let mut so_far = Objects::default();
             let add = |object: &Value| {

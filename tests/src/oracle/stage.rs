@@ -32,8 +32,10 @@ const PODS: [&str; 3] = ["a", "b", "c"];
 /// How long a proxy may take to start, and to follow.
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// The addresses of the Service that tells how far a proxy is: in the API, and in the manifest folder.
-const MARKERS: [[&str; 2]; 2] = [["10.96.255.1", "fd00:10:96::ff01"], ["10.96.255.2", "fd00:10:96::ff02"]];
+/// A Service that tells how far a proxy is: its name and its addresses.
+type Marker = (&'static str, [&'static str; 2]);
+const API_MARKER: Marker = ("marker", ["10.96.255.1", "fd00:10:96::ff01"]);
+const MANIFEST_MARKER: Marker = ("static-marker", ["10.96.255.2", "fd00:10:96::ff02"]);
 
 /// The API server, which outlives the stages.
 pub(super) struct Api {
@@ -54,9 +56,7 @@ impl Api {
         let control_plane = runtime.block_on(ControlPlane::start_with(options))?;
         let client = runtime.block_on(control_plane.client())?;
         let mut api = Self { client, control_plane, runtime, objects: Objects::default(), markers: 0 };
-        let mut nodes = Objects::default();
-        (0..NODES).map(node_object).for_each(|node| nodes.insert(node));
-        api.push(nodes)?;
+        api.push(nodes())?;
         Ok(api)
     }
 
@@ -77,9 +77,16 @@ impl Api {
     /// The nodes and whatever else is no scenario's.
     pub(super) fn base(&self) -> Objects {
         let mut base = self.objects.filter(|object| object["metadata"]["namespace"] == "default");
-        (0..NODES).map(node_object).for_each(|node| base.insert(node));
+        base.extend(nodes());
         base
     }
+}
+
+/// The Nodes as they are at a scenario's start.
+pub(super) fn nodes() -> Objects {
+    let mut nodes = Objects::default();
+    (0..NODES).map(node_object).for_each(|node| nodes.insert(node));
+    nodes
 }
 
 /// A node as its kubelet would register it; node0 in zone east, node1 in zone west.
@@ -239,13 +246,13 @@ impl Rig {
         let folder = self.manifests.as_ref().context("only kube-lane reads manifests")?;
         self.manifest_markers += 1;
         let port = 1000 + self.manifest_markers;
-        objects.extend(marker(MARKERS[1], port, hosts));
+        objects.extend(marker(MANIFEST_MARKER, port, hosts));
         folder.put("scenario", &objects)?;
-        self.wait_marker(MARKERS[1], port)
+        self.wait_marker(MANIFEST_MARKER, port)
     }
 
     /// Waits until the proxy of each node programs this marker.
-    fn wait_marker(&mut self, addresses: [&str; 2], port: u16) -> Result<()> {
+    fn wait_marker(&mut self, (_, addresses): Marker, port: u16) -> Result<()> {
         let deadline = Instant::now() + LIMIT;
         for (number, pod) in self.pods.iter().enumerate().filter(|(number, _)| number % PODS.len() == 0) {
             let (host, node): (&Host, _) = (pod, number / PODS.len());
@@ -298,10 +305,10 @@ impl Stage {
     pub(super) fn settle(&mut self, proxies: &[Proxy], api: &mut Api) -> Result<()> {
         api.markers += 1;
         let (port, mut objects) = (1000 + api.markers, api.objects.clone());
-        marker(MARKERS[0], port, &self.hosts).into_iter().for_each(|object| objects.insert(object));
+        marker(API_MARKER, port, &self.hosts).into_iter().for_each(|object| objects.insert(object));
         api.push(objects)?;
         let rigs = self.rigs.iter_mut().filter(|rig| proxies.contains(&rig.proxy));
-        at_once(rigs, |rig| rig.wait_marker(MARKERS[0], port))?;
+        at_once(rigs, |rig| rig.wait_marker(API_MARKER, port))?;
         Ok(())
     }
 }
@@ -323,13 +330,13 @@ fn at_once<T: Send, U: Send>(
 }
 
 /// A Service that is only answered by one who knows its newest port and its newest slices.
-fn marker(addresses: [&str; 2], port: u16, hosts: &Hosts) -> Vec<Value> {
+fn marker((name, addresses): Marker, port: u16, hosts: &Hosts) -> Vec<Value> {
     let ports = [Port { name: format!("m{port}"), ..Port::new("TCP", port, TARGETS[0]) }];
     let addresses: Vec<IpAddr> = addresses.iter().filter_map(|address| address.parse().ok()).collect();
     let endpoints: Vec<_> =
         hosts.get("pod0a").into_iter().flatten().map(|address| Endpoint::ready(*address, "node0")).collect();
-    let mut objects = slices("marker", &ports, &endpoints);
-    objects.push(service("marker", &addresses, &ports));
+    let mut objects = slices(name, &ports, &endpoints);
+    objects.push(service(name, &addresses, &ports));
     objects
 }
 
