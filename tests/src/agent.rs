@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use kube_lane_lab::{Host, Process};
+use serde_json::Value;
 
 /// kube-proxy's ports; every node has its own network namespace.
 const HEALTHZ: u16 = 10256;
@@ -56,7 +57,8 @@ impl Agent {
         Ok(Self { host: host.clone(), process, log: log.to_owned() })
     }
 
-    /// Waits until everything that its sources listed is programmed (`/healthz` says 200).
+    /// Waits until everything that its sources listed is programmed (`/healthz` says that it is healthy, whether or not
+    /// there is a Node to send traffic to).
     ///
     /// # Errors
     /// With the end of its log, when it ends or takes longer than `timeout`.
@@ -66,7 +68,10 @@ impl Agent {
             if let Some(status) = self.process.try_wait()? {
                 bail!("the agent ended: {status}\n{}", self.log_tail());
             }
-            if self.healthz().is_ok_and(|(code, _)| code == 200) {
+            let healthy = |body: &str| {
+                serde_json::from_str::<Value>(body).is_ok_and(|answer| answer["healthy"] == Value::Bool(true))
+            };
+            if self.healthz().is_ok_and(|(_, body)| healthy(&body)) {
                 return Ok(());
             }
             ensure!(Instant::now() < deadline, "not synced after {timeout:?}\n{}", self.log_tail());
@@ -93,7 +98,11 @@ impl Agent {
         self.get(HEALTHZ, "/healthz")
     }
 
-    fn get(&self, port: u16, path: &str) -> Result<(u16, String)> {
+    /// What a server on this port of its host says: a status code and a body.
+    ///
+    /// # Errors
+    /// When nobody answers.
+    pub fn get(&self, port: u16, path: &str) -> Result<(u16, String)> {
         let request = format!("GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n");
         let answer = self.host.run(move || -> std::io::Result<String> {
             let timeout = Duration::from_secs(2);

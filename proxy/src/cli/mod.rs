@@ -10,9 +10,11 @@ use crate::config::flags::{Action, LogFlags, RunFlags};
 use crate::observability::telemetry;
 
 mod cleanup;
+mod instance;
 mod render;
 mod run;
 mod settings;
+mod sysctls;
 mod version;
 
 const FLAGS_NOTE: &str = "Every other flag of kube-proxy 1.36 is accepted as well. Those that are set and have no \

@@ -11,7 +11,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
-use super::settings;
+use super::{instance, settings, sysctls};
 use crate::config::flags::RunFlags;
 use crate::config::{Api, Config, Environment, Mode};
 use crate::controller::Controller;
@@ -36,6 +36,7 @@ const EVENTS: usize = 256;
 /// Serves until SIGTERM or SIGINT, which leave everything in the kernel as it is.
 pub(super) fn run(flags: &RunFlags) -> anyhow::Result<ExitCode> {
     let config = configure(flags)?;
+    instance::claim()?;
     // One thread for the controller and one for the rest is all there is to do.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -48,10 +49,12 @@ pub(super) fn run(flags: &RunFlags) -> anyhow::Result<ExitCode> {
     result.map(|()| ExitCode::SUCCESS)
 }
 
-/// Nothing of kube-lane needs more than the agent's own capabilities.
+/// Sets the node's sysctls, and finds out whether the kernel would have what `run` programs.
 pub(super) fn init_only(flags: &RunFlags) -> anyhow::Result<ExitCode> {
-    configure(flags)?;
-    info!("--init-only: nothing to prepare");
+    let config = configure(flags)?;
+    sysctls::apply(&config.conntrack);
+    Nftables::open(nftables::Settings::default())?;
+    info!("--init-only: the node is prepared");
     Ok(ExitCode::SUCCESS)
 }
 
@@ -95,6 +98,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         "kube-lane starts"
     );
 
+    sysctls::apply(&config.conntrack);
     let (health, health_state) = watch::channel(HealthState::default());
     let mut registry = metrics::registry();
     let servers = Servers::new(&config, &mut registry);

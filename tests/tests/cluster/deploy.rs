@@ -98,7 +98,9 @@ fn run_container(cluster: &Cluster, node: &Host, volumes: &TempDir) -> Agent {
     write("account", "ca.crt", &fs::read(authority).unwrap());
     write("account", "namespace", NAMESPACE.as_bytes());
 
-    let [mount] = container.volume_mounts.unwrap().try_into().unwrap();
+    // The node's sysctls need no second place here: nothing makes those at their own place read-only.
+    let [mount, sysctls] = container.volume_mounts.unwrap().try_into().unwrap();
+    assert_eq!(sysctls.mount_path, "/host/proc/sys/net");
     let text = |path: PathBuf| path.to_str().unwrap().to_owned();
     let mut words = vec![text(path("config")), mount.mount_path];
     words.extend([text(path("account")), "/var/run/secrets/kubernetes.io/serviceaccount".into()]);
@@ -252,10 +254,12 @@ fn the_account_may_watch_what_it_needs_and_nothing_else() {
     assert_eq!(
         ours,
         [
+            "create events of \"events.k8s.io\"",
             "list endpointslices of \"discovery.k8s.io\"",
             "list nodes of \"\"",
             "list servicecidrs of \"networking.k8s.io\"",
             "list services of \"\"",
+            "patch events of \"events.k8s.io\"",
             "watch endpointslices of \"discovery.k8s.io\"",
             "watch nodes of \"\"",
             "watch servicecidrs of \"networking.k8s.io\"",

@@ -8,6 +8,8 @@ mod controlplane;
 #[cfg(test)]
 mod deploy;
 #[cfg(test)]
+mod health;
+#[cfg(test)]
 mod kube_proxy;
 #[cfg(test)]
 mod source;

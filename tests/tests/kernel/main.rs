@@ -8,6 +8,8 @@ mod conntrack;
 #[cfg(test)]
 mod ebpf;
 #[cfg(test)]
+mod health;
+#[cfg(test)]
 mod lab;
 #[cfg(test)]
 mod nftables;

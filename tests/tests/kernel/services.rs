@@ -297,3 +297,21 @@ fn a_restart_with_a_broken_file_takes_nothing_away() {
     assert!(answered(&until(world.lab.node(0), Proto::Tcp, vip, answered)));
     assert_eq!(agent.metric("kubelane_nftables_elements_removed_total").unwrap(), 0.0);
 }
+
+#[test]
+fn a_second_agent_on_a_node_names_the_first_and_ends() {
+    let mut world = World::new(&[]);
+    let pid = world.agents[0].process().id();
+    let mut second = world.start_agent(0, &["--healthz-port=0", "--metrics-port=0"]);
+    let status = second.process().wait_timeout(SYNC).unwrap().expect("it ends");
+    assert!(!status.success());
+    let named = |log: &str| log.contains(&format!("another kube-lane runs on this node (pid {pid})"));
+    assert!(named(&second.log()), "{}", second.log());
+
+    let binary = kube_lane_tests::agent::binary().unwrap();
+    let output = move || std::process::Command::new(binary).arg("cleanup").output();
+    let output = world.lab.node(0).run(output).unwrap().unwrap();
+    assert!(output.status.success());
+    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert!(said.contains("an agent runs on this node") && said.contains(&pid.to_string()), "{said}");
+}

@@ -29,6 +29,7 @@ pub(super) const DELETIONS: usize = 64;
 /// `enum cntl_msg_types`.
 const GET: u16 = 1;
 const DELETE: u16 = 2;
+const GET_STATS: u16 = 5;
 
 /// `enum ctattr_type` and those below it.
 mod cta {
@@ -164,6 +165,26 @@ impl Ctnetlink {
             });
         }
         refusal.map_or(Ok(deleted), Err)
+    }
+
+    /// Asks something that costs nothing: whoever is asked first is loaded first.
+    ///
+    /// # Errors
+    /// When the kernel has no connection tracking, or not for this process.
+    pub(super) fn touch(&mut self) -> Result<(), Errno> {
+        let request = self.message(GET_STATS, libc::NLM_F_ACK, Family::V4, &[]);
+        send(self.socket.as_raw_fd(), &request, MsgFlags::empty())?;
+        loop {
+            let mut end = None;
+            messages(self.receive()?, |message| {
+                if Header::of(message).is_some_and(|header| i32::from(header.kind) == libc::NLMSG_ERROR) {
+                    end = Some(error_code(message));
+                }
+            });
+            if let Some(result) = end {
+                return result;
+            }
+        }
     }
 
     fn receive(&mut self) -> Result<&[u8], Errno> {

@@ -252,6 +252,14 @@ impl<R: Fn(Looked)> Worker<R> {
     }
 }
 
+/// Has the kernel load what connection tracking needs, so that its sysctls are there.
+///
+/// # Errors
+/// When the kernel has none, or the process may not ask.
+pub fn load() -> io::Result<()> {
+    Ctnetlink::open()?.touch().map_err(io::Error::from)
+}
+
 fn socket(open: &mut Option<Ctnetlink>) -> Result<&mut Ctnetlink, Errno> {
     match open {
         Some(socket) => Ok(socket),
