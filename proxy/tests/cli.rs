@@ -86,7 +86,7 @@ fn write_config_to_is_read_back() {
 #[test]
 fn warnings_are_logged_for_people_and_for_machines() {
     let flags = [
-        "--init-only",
+        "--write-config-to=/dev/null",
         "--manifests=/tmp",
         "--proxy-mode=iptables",
         "--oom-score-adj=5",

@@ -64,6 +64,7 @@ pub(super) fn write_config(flags: &RunFlags, path: &Path) -> anyhow::Result<Exit
     std::fs::write(path, resolved.to_yaml())
         .with_context(|| format!("--write-config-to {}", path.display()))?;
     telemetry::init(&resolved.config.logging)?;
+    resolved.warnings.iter().for_each(|warning| warn!("{warning}"));
     info!(file = %path.display(), "configuration written");
     Ok(ExitCode::SUCCESS)
 }
@@ -72,9 +73,7 @@ pub(super) fn write_config(flags: &RunFlags, path: &Path) -> anyhow::Result<Exit
 fn configure(flags: &RunFlags) -> anyhow::Result<Config> {
     let resolved = flags.resolve(&Environment::read())?;
     telemetry::init(&resolved.config.logging)?;
-    for warning in &resolved.warnings {
-        warn!("{warning}");
-    }
+    resolved.warnings.iter().for_each(|warning| warn!("{warning}"));
     let mut config = resolved.config;
     if config.mode == Mode::Ebpf {
         match socket::available() {

@@ -10,8 +10,8 @@ pub mod socket;
 
 use std::sync::Arc;
 
-use crate::model::input::ServiceKey;
-use crate::model::plan::{NodePlan, Plan};
+use crate::model::input::{Family, Protocol, ServiceKey};
+use crate::model::plan::{FrontendAddress, NodePlan, Plan};
 
 /// What one commit should change.
 #[derive(Debug, Default)]
@@ -37,6 +37,8 @@ pub struct Outcome {
     pub messages: usize,
     /// Bytes of those messages.
     pub bytes: usize,
+    /// Frontends of an earlier run that led somewhere, and that the sweep found to be nobody's.
+    pub swept: Vec<(Family, Protocol, FrontendAddress)>,
 }
 
 impl Outcome {
@@ -47,6 +49,7 @@ impl Outcome {
         self.removed += other.removed;
         self.messages += other.messages;
         self.bytes += other.bytes;
+        self.swept.extend(other.swept);
     }
 }
 

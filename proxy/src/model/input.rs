@@ -120,6 +120,9 @@ pub enum Protocol {
 }
 
 impl Protocol {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Tcp, Self::Udp, Self::Sctp];
+
     /// The IANA protocol number.
     pub fn number(self) -> u8 {
         self as u8

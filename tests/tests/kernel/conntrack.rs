@@ -194,3 +194,21 @@ fn among_a_hundred_thousand_flows_only_the_matching_ones_are_copied() {
     assert!(deleted >= 4, "{deleted} deleted");
     assert!(read < 100, "{read} flows were copied to the agent, of {tracked}");
 }
+
+#[test]
+fn a_service_that_went_while_no_agent_ran_takes_its_flows_along() {
+    let mut world = World::new(&[]);
+    let (pod, _e) = serving(&world.lab, 1, "only");
+    let client = world.lab.node(0).add_pod("client").unwrap();
+    world.put("web", &web_ports(), 10, &endpoints(&[&pod]));
+    let mut flows = flows(&[&client, world.lab.outside()]);
+    drop(world.agents.remove(0));
+    world.folder.remove("web").unwrap();
+    assert!(flows.iter_mut().all(|(_, flow)| answered(&flow.ask())));
+    let mut agent = world.start_agent(0, &[]);
+    agent.wait_synced(SYNC).unwrap();
+    for (who, flow) in &mut flows {
+        let outcome = ask_until(flow, |outcome| !answered(outcome));
+        assert!(!answered(&outcome), "{who}: {outcome}\n{}", agent.log());
+    }
+}

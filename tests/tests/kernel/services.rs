@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use kube_lane_lab::{Dial, Host, Load, Outcome, Proto, topology};
+use kube_lane_lab::{Dial, Host, Lab, Load, Outcome, Proto, topology};
 use kube_lane_tests::agent::Agent;
 use kube_lane_tests::objects::Port;
 use nix::sys::signal::Signal;
@@ -314,4 +314,20 @@ fn a_second_agent_on_a_node_names_the_first_and_ends() {
     assert!(output.status.success());
     let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
     assert!(said.contains("an agent runs on this node") && said.contains(&pid.to_string()), "{said}");
+}
+
+#[test]
+fn a_node_is_prepared_without_an_agent() {
+    let lab = Lab::builder().build().unwrap();
+    let binary = kube_lane_tests::agent::binary().unwrap();
+    let prepare = move || {
+        let arguments = ["--init-only", "--manifests=/tmp", "--conntrack-tcp-timeout-close-wait=90s"];
+        let output = std::process::Command::new(binary).args(arguments).output()?;
+        let close_wait =
+            std::fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_close_wait")?;
+        std::io::Result::Ok((output, close_wait))
+    };
+    let (output, close_wait) = lab.node(0).run(prepare).unwrap().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(close_wait.trim(), "90");
 }

@@ -287,7 +287,7 @@ fn entry(message: &[u8]) -> Option<Entry> {
 
 fn protocol(tuple: &[u8]) -> Option<Protocol> {
     let number = *attribute(attribute(tuple, cta::TUPLE_PROTO)?, cta::PROTO_NUM)?.first()?;
-    [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].into_iter().find(|protocol| protocol.number() == number)
+    Protocol::ALL.into_iter().find(|protocol| protocol.number() == number)
 }
 
 fn address(tuple: &[u8], [v4, v6]: [u16; 2], port: u16) -> Option<AddressPort> {

@@ -205,6 +205,13 @@ impl Tracker {
             });
             self.pending.places.extend(node_ports.map(|(place, _)| place));
         }
+        for &(family, protocol, at) in &outcome.swept {
+            let place = Place { family, protocol, at };
+            if self.tracks(protocol) && !self.frontends.contains_key(&place) {
+                self.pending.places.insert(place);
+                self.pending.gone.insert(place);
+            }
+        }
         if batch.sweep {
             self.look_at_everything();
         }

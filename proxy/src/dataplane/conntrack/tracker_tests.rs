@@ -158,6 +158,17 @@ fn the_last_endpoint_and_the_service_take_their_flows_with_them() {
 }
 
 #[test]
+fn what_an_earlier_run_left_goes_with_its_flows() {
+    let mut world = World::new([("a", Some(service("a", &["10.0.0.1:53"], &[])))]);
+    let swept = ["10.96.0.9:53", VIP].map(|vip| (Family::V4, Protocol::Udp, FrontendAddress::Vip(at(vip))));
+    let outcome = Outcome { swept: swept.to_vec(), ..Outcome::default() };
+    world.0.committed(&Batch { sweep: true, ..Batch::default() }, &outcome);
+    let old = flow("10.96.0.9:53", "10.0.0.9:53");
+    let others = [flow("10.96.0.9:53", "10.96.0.9:53"), flow(VIP, "10.0.0.1:53")];
+    assert_eq!(world.stale(&[[old].as_slice(), &others].concat()), [old]);
+}
+
+#[test]
 fn an_address_that_moves_to_another_service_keeps_its_right_flows() {
     for (from, to) in [("a", "b"), ("b", "a")] {
         let mut world = World::new([(from, Some(service(from, &["10.0.0.1:53", "10.0.0.2:53"], &[])))]);

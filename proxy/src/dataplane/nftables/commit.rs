@@ -298,6 +298,7 @@ impl Nftables {
             write_removals(&mut transaction, part, Owner::Node);
             self.send(&mut transaction, part.len(), 0, outcome).map_err(failure)?;
         }
+        outcome.swept.extend(stale.iter().filter_map(Place::frontend));
         let stale = self.found.as_ref().map(super::observe::Found::objects).unwrap_or_default();
         let mut transaction = self.netlink.begin();
         stale.iter().for_each(|object| transaction.drop_object(object, Owner::Node));

@@ -10,6 +10,7 @@ use ipnetwork::IpNetwork;
 
 use super::schema::{Field, Set, address_len};
 use crate::model::input::{Family, Protocol};
+use crate::model::plan::{AddressPort, FrontendAddress};
 
 /// The longest key: IPv6 address, protocol, port, IPv6 address.
 const KEY_MAX: usize = 40;
@@ -209,6 +210,28 @@ impl Data {
             Self::Backend(bytes, len) => bytes.get(..usize::from(*len)),
             Self::Jump(_) | Self::Goto(_) => None,
         }
+    }
+}
+
+impl Place {
+    /// The frontend that it says is translated, in the sets that hold those.
+    pub(crate) fn frontend(&self) -> Option<(Family, Protocol, FrontendAddress)> {
+        let key = self.key.as_bytes();
+        let (ip, rest): (Option<IpAddr>, _) = match (self.set, self.family) {
+            (Set::Vips, Family::V4) => {
+                key.split_first_chunk::<4>().map(|(ip, rest)| (Some((*ip).into()), rest))?
+            }
+            (Set::Vips, Family::V6) => {
+                key.split_first_chunk::<16>().map(|(ip, rest)| (Some((*ip).into()), rest))?
+            }
+            (Set::Nps, _) => (None, key),
+            _ => return None,
+        };
+        let [number, _, _, _, port @ ..] = rest else { return None };
+        let protocol = Protocol::ALL.into_iter().find(|protocol| protocol.number() == *number)?;
+        let port = u16::from_be_bytes(*port.first_chunk()?);
+        let vip = |ip| FrontendAddress::Vip(AddressPort { ip, port });
+        Some((self.family, protocol, ip.map_or(FrontendAddress::NodePort(port), vip)))
     }
 }
 
