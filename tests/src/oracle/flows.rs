@@ -206,7 +206,7 @@ impl Job<'_> {
         let key = sticks.map(|label| ((self.rig.proxy, self.family, label.clone()), self.from.to_owned()));
         let mut stuck = key.as_ref().and_then(|key| lock(&memory.stuck).get(key).cloned());
         let (least, most) = match self.flow.every {
-            Some(_) => (2, 16),
+            Some(_) => (3, 16),
             None if self.proto == Proto::Sctp => (4 * hosts.len(), 24 * hosts.len()),
             None => (4 + 4 * hosts.len(), 24 * hosts.len()),
         };
