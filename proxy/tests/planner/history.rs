@@ -235,7 +235,7 @@ impl Random {
     fn slice(&mut self) -> EndpointSlice {
         let family = self.pick(&Family::ALL);
         // Mostly all hinted, since one endpoint without a hint makes the others' void.
-        let hinted = self.one_in(2);
+        let hinted = !self.one_in(3);
         EndpointSlice {
             key: self.name(),
             service: self.name(),
@@ -252,17 +252,15 @@ impl Random {
     fn endpoint(&mut self, family: Family, hinted: bool) -> Endpoint {
         // An endpoint of the other family is none.
         let address = if self.one_in(20) { self.any_address() } else { self.address(family) };
-        let hints = Hints {
-            zones: self.some(2, Self::zone),
-            nodes: self.some(2, |r| r.pick(&[NODE, "node-b"]).into()),
-        };
+        let zones = if self.one_in(10) { vec![] } else { vec![self.zone(), self.zone()] };
+        let nodes = if self.one_in(3) { vec![self.pick(&[NODE, "node-b"]).into()] } else { vec![] };
         Endpoint {
             address,
             ready: self.one_in(2),
             serving: !self.one_in(3),
             terminating: self.one_in(2),
             node: self.pick(&[None, Some(NODE.into()), Some("node-b".into())]),
-            hints: (hinted && !self.one_in(8)).then(|| Box::new(hints)),
+            hints: hinted.then(|| Box::new(Hints { zones, nodes })),
         }
     }
 }
