@@ -3,7 +3,7 @@
 //! The same seed gives the same history everywhere. Addresses, names and ports come from small pools, so that objects
 //! meet and contest each other. Other tests include this file as it is.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::num::NonZeroU32;
 use std::sync::Arc;
@@ -74,19 +74,6 @@ impl World {
         let services =
             self.services.iter().map(|((o, _), service)| told(*o, Change::Service(service.clone())));
         slices.chain(services).chain(self.last.values().cloned()).collect()
-    }
-
-    /// The Services that count, the one that comes first first.
-    pub(crate) fn ranked(&self) -> Vec<&Service> {
-        let mut effective: BTreeMap<&ObjectKey, (Origin, &Service)> = BTreeMap::new();
-        for ((origin, key), service) in &self.services {
-            if self.last.contains_key(&(Fact::Synced, *origin)) {
-                effective.entry(key).or_insert((*origin, service));
-            }
-        }
-        let mut ranked: Vec<_> = effective.into_values().collect();
-        ranked.sort_by_key(|(origin, service)| (*origin, service.created, &service.key));
-        ranked.into_iter().map(|(_, service)| service).collect()
     }
 }
 
@@ -263,24 +250,4 @@ impl Random {
             hints: hinted.then(|| Box::new(Hints { zones, nodes })),
         }
     }
-}
-
-/// All that a Service asks to be dialled at.
-pub(crate) fn asked(service: &Service) -> BTreeSet<(Protocol, Family, Option<IpAddr>, u16)> {
-    let families: BTreeSet<Family> = service.cluster_ips.iter().copied().map(Family::of).collect();
-    let external = service.external.as_deref();
-    let external =
-        external.into_iter().flat_map(|external| external.ips.iter().chain(&external.load_balancer_ips));
-    let addresses: Vec<IpAddr> = service.cluster_ips.iter().chain(external).copied().collect();
-    let mut named = BTreeSet::new();
-    let mut asked = BTreeSet::new();
-    for port in service.ports.iter().filter(|port| named.insert((port.protocol, port.name.clone()))) {
-        for ip in addresses.iter().filter(|ip| families.contains(&Family::of(**ip))) {
-            asked.insert((port.protocol, Family::of(*ip), Some(*ip), port.port));
-        }
-        let node_ports =
-            families.iter().filter_map(|family| Some((port.protocol, *family, None, port.node_port?)));
-        asked.extend(node_ports);
-    }
-    asked
 }

@@ -5,14 +5,14 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
-use kube_lane::model::input::{Event, Family, ObjectKey, Protocol};
+use kube_lane::model::input::{Change, Event, Family, ObjectKey, Origin, Protocol, Service};
 use kube_lane::model::plan::{
     AddressPort, Backend, FrontendAddress, FrontendKind, NodePlan, Plan, PortPlan, Verdict,
 };
 use kube_lane::model::planner::{Changes, NodePortAddresses, Planner, PodCidrs, Settings};
 
 use crate::build::settings;
-use crate::history::{NODE, Random, World, asked};
+use crate::history::{NODE, Random, World};
 
 const CASES: u64 = 4_000;
 const STEPS: u64 = 60;
@@ -45,10 +45,10 @@ fn case(seed: u64) {
     reported.add(incremental.replan());
     assert_eq!(reported.plans, by_key(&incremental), "what was reported adds up to the plans");
     assert_eq!(reported.node.as_ref(), incremental.node());
-    assert_eq!(owners(&incremental), expected_owners(&told));
     incremental.plans().for_each(|plan| check(plan));
 
     let slices_first = told.events();
+    assert_eq!(owners(&incremental), expected_owners(&slices_first));
     let services_first: Vec<_> = slices_first.iter().rev().cloned().collect();
     let mut shuffled = slices_first.clone();
     random.shuffle(&mut shuffled);
@@ -104,15 +104,50 @@ fn owners(planner: &Planner) -> BTreeMap<Claimed, ObjectKey> {
     owners
 }
 
-/// Who serves what, by the rule itself: of all that ask, the first.
-fn expected_owners(told: &World) -> BTreeMap<Claimed, ObjectKey> {
+/// Who serves what, by the rule itself: of all that ask, the least of (origin, created, key).
+fn expected_owners(objects: &[Event]) -> BTreeMap<Claimed, ObjectKey> {
+    let mut services: BTreeMap<&ObjectKey, BTreeMap<Origin, &Service>> = BTreeMap::new();
+    let mut synced = BTreeSet::new();
+    for event in objects {
+        match event {
+            Event::Source { origin, change: Change::Service(service) } => {
+                services.entry(&service.key).or_default().insert(*origin, service);
+            }
+            Event::Source { origin, change: Change::Synced } => drop(synced.insert(*origin)),
+            _ => {}
+        }
+    }
+    services.values_mut().for_each(|by_origin| by_origin.retain(|origin, _| synced.contains(origin)));
+    let effective = services.values().filter_map(BTreeMap::first_key_value);
+    let mut ranked: Vec<_> = effective.collect();
+    ranked.sort_by_key(|(origin, service)| (**origin, service.created, &service.key));
     let mut owners = BTreeMap::new();
-    for service in told.ranked() {
+    for (_, service) in ranked {
         for claimed in asked(service) {
             owners.entry(claimed).or_insert(service.key.clone());
         }
     }
     owners
+}
+
+/// All that a Service asks to be dialled at.
+fn asked(service: &Service) -> BTreeSet<Claimed> {
+    let families: BTreeSet<Family> = service.cluster_ips.iter().copied().map(Family::of).collect();
+    let external = service.external.as_deref();
+    let external =
+        external.into_iter().flat_map(|external| external.ips.iter().chain(&external.load_balancer_ips));
+    let addresses: Vec<IpAddr> = service.cluster_ips.iter().chain(external).copied().collect();
+    let mut named = BTreeSet::new();
+    let mut asked = BTreeSet::new();
+    for port in service.ports.iter().filter(|port| named.insert((port.protocol, port.name.clone()))) {
+        for ip in addresses.iter().filter(|ip| families.contains(&Family::of(**ip))) {
+            asked.insert((port.protocol, Family::of(*ip), Some(*ip), port.port));
+        }
+        let node_ports =
+            families.iter().filter_map(|family| Some((port.protocol, *family, None, port.node_port?)));
+        asked.extend(node_ports);
+    }
+    asked
 }
 
 /// What every plan promises.

@@ -18,6 +18,8 @@ mod commit;
 mod dynamic;
 mod element;
 mod expr;
+#[cfg(test)]
+mod history_tests;
 mod lower;
 mod message;
 mod monitor;

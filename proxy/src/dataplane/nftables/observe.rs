@@ -53,6 +53,20 @@ pub(crate) enum TableState {
 }
 
 impl Found {
+    /// As if these had been read.
+    #[cfg(test)]
+    pub(crate) fn holding<'a>(elements: impl Iterator<Item = &'a Element>) -> Self {
+        let mut found = Self::default();
+        for Element { place, data, comment } in elements {
+            let comment = found.hasher.hash_one(comment.as_deref().map(str::as_bytes));
+            found.elements.insert(*place, Held { data: *data, comment });
+            if place.set.has_ranges() {
+                found.ranges.insert(*place);
+            }
+        }
+        found
+    }
+
     /// Reads one family's table, and adds its elements.
     ///
     /// # Errors

@@ -1,0 +1,216 @@
+//! Random histories through planner and lowering, into a model of the kernel: what is there in the end is what a fresh
+//! start from the final objects puts there, slots apart.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use super::element::{Data, Element, Place};
+use super::lower::{Applied, Empty, Kernel, Lowered, lower};
+use super::observe::Found;
+use super::schema::{LOCAL_SLOTS, Set};
+use super::shared::{Shared, SharedCounts};
+use crate::model::input::{Family, Origin, ServiceKey};
+use crate::model::plan::Plan;
+use crate::model::planner::{NodePortAddresses, Planner, PodCidrs, Settings};
+
+#[path = "../../../tests/planner/history.rs"]
+mod history;
+
+use history::{NODE, Random, World};
+
+const CASES: u64 = 2_000;
+const STEPS: u64 = 60;
+
+#[test]
+fn history_leaves_no_trace_in_the_elements() {
+    for seed in 1..=CASES {
+        let caught = std::panic::catch_unwind(|| case(seed));
+        if let Err(cause) = caught {
+            println!("seed {seed}");
+            std::panic::resume_unwind(cause);
+        }
+    }
+}
+
+fn case(seed: u64) {
+    let mut random = Random::new(seed);
+    let mut planner = planner();
+    let mut told = World::default();
+    let mut node = Node::default();
+    for _ in 0..STEPS {
+        let event = random.event();
+        told.hear(&event);
+        planner.apply(event);
+        if random.one_in(4) {
+            node.apply(&planner.replan().services);
+        }
+        if random.one_in(20) {
+            // The agent starts again; meanwhile objects have changed.
+            planner.replan();
+            node.adopt(&planner);
+        }
+    }
+    node.apply(&planner.replan().services);
+
+    let mut events = told.events();
+    random.shuffle(&mut events);
+    let mut fresh_planner = self::planner();
+    events.into_iter().for_each(|event| fresh_planner.apply(event));
+    let mut fresh = Node::default();
+    fresh.apply(&fresh_planner.replan().services);
+    assert_eq!(node.kernel.meaning(), fresh.kernel.meaning());
+    assert_eq!(node.adopt(&planner), 0, "a restart touches nothing that is right");
+
+    let gone: Vec<_> = planner.plans().map(|plan| (plan.service.clone(), None)).collect();
+    node.apply(&gone);
+    assert_eq!(node.kernel, Model::default(), "Services that go leave nothing");
+}
+
+fn planner() -> Planner {
+    Planner::new(Settings {
+        node_name: NODE.into(),
+        origins: vec![Origin::Static, Origin::Api],
+        node_address: None,
+        pod_cidrs: PodCidrs::Unknown,
+        nodeport_addresses: NodePortAddresses::Primary,
+    })
+}
+
+/// A dataplane without its netlink.
+#[derive(Default)]
+struct Node {
+    applied: BTreeMap<ServiceKey, Applied>,
+    shared: SharedCounts,
+    kernel: Model,
+}
+
+impl Node {
+    /// Commits what changed, in one transaction.
+    fn apply(&mut self, services: &[(ServiceKey, Option<Arc<Plan>>)]) {
+        let lowered: Vec<_> = services
+            .iter()
+            .map(|(key, plan)| (key, lower(self.applied.get(key), plan.as_ref(), &Empty)))
+            .collect();
+        let (lost, gained) = self.settle(lowered.iter().map(|(_, lowered)| lowered));
+        self.kernel.remove(lost.iter().chain(lowered.iter().flat_map(|(_, lowered)| &lowered.removed)));
+        self.kernel.add(lowered.iter().flat_map(|(_, lowered)| &lowered.added).chain(&gained));
+        for (key, lowered) in lowered {
+            match lowered.applied {
+                Some(applied) => self.applied.insert(key.clone(), applied),
+                None => self.applied.remove(key),
+            };
+        }
+    }
+
+    /// Takes over what is in the kernel, as after a restart; tells how many elements changed.
+    fn adopt(&mut self, planner: &Planner) -> usize {
+        (self.applied, self.shared) = Default::default();
+        let elements = self.kernel.elements();
+        let mut found = Found::holding(elements.iter());
+        let mut lowered = Vec::new();
+        for plan in planner.plans() {
+            lowered.push(lower(None, Some(plan), &found));
+        }
+        let (_, gained) = self.settle(lowered.iter());
+        let mut removed: Vec<Place> =
+            lowered.iter().flat_map(|lowered| lowered.removed.iter().copied()).collect();
+        let wanted: Vec<_> = lowered.iter().flat_map(|lowered| &lowered.added).chain(&gained).collect();
+        let added: Vec<&Element> = wanted.iter().copied().filter(|element| !found.has(element)).collect();
+        let elsewise = added.iter().map(|element| element.place).filter(|place| found.holds(place));
+        removed.extend(elsewise.collect::<Vec<_>>());
+        removed.iter().for_each(|place| found.settle(place));
+        wanted.iter().for_each(|element| found.settle(&element.place));
+        removed.extend(found.places());
+        self.kernel.remove(removed.iter());
+        self.kernel.add(added.iter().copied());
+        let changed = removed.len() + added.len();
+        for (plan, lowered) in planner.plans().zip(lowered) {
+            self.applied.extend(lowered.applied.map(|applied| (plan.service.clone(), applied)));
+        }
+        changed
+    }
+
+    /// What becomes of the shared elements.
+    fn settle<'a>(&mut self, lowered: impl Iterator<Item = &'a Lowered>) -> (Vec<Place>, Vec<Element>) {
+        let mut delta: BTreeMap<Shared, i64> = BTreeMap::new();
+        for lowered in lowered {
+            lowered.shared.lost.iter().for_each(|shared| *delta.entry(*shared).or_default() -= 1);
+            lowered.shared.gained.iter().for_each(|shared| *delta.entry(*shared).or_default() += 1);
+        }
+        let preview = self.shared.preview(&delta);
+        self.shared.commit(&delta);
+        preview
+    }
+}
+
+/// A model of the kernel: refuses what the kernel refuses.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Model(BTreeMap<Place, Commented<Option<Data>>>);
+
+type Commented<T> = (T, Option<Arc<str>>);
+
+/// The slot map, the key but for the slot, and whether it is the Local set.
+type EndpointSet = (Family, Set, Vec<u8>, bool);
+
+/// What elements say when the order of slots says nothing: the other elements, and the backends of each slot map's
+/// keys, Cluster and Local apart.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Meaning {
+    others: BTreeMap<Place, Option<Arc<str>>>,
+    backends: BTreeMap<EndpointSet, BTreeSet<Commented<SocketAddr>>>,
+}
+
+impl Model {
+    fn remove<'a>(&mut self, places: impl Iterator<Item = &'a Place>) {
+        for place in places {
+            assert!(self.0.remove(place).is_some(), "{place} is not there");
+        }
+    }
+
+    fn add<'a>(&mut self, elements: impl Iterator<Item = &'a Element>) {
+        for Element { place, data, comment } in elements {
+            if place.set == Set::Ranges {
+                let held = self.0.keys().filter(|held| (held.family, held.set) == (place.family, place.set));
+                for held in held {
+                    let (a, b) = ((held.key, held.key.last()), (place.key, place.key.last()));
+                    let apart = a.1.as_bytes() < b.0.as_bytes() || b.1.as_bytes() < a.0.as_bytes();
+                    assert!(apart, "{held} and {place} overlap");
+                }
+            }
+            let before = self.0.insert(*place, (*data, comment.clone()));
+            assert!(before.is_none(), "{place} is there already");
+        }
+    }
+
+    fn elements(&self) -> Vec<Element> {
+        let element = |(place, (data, comment)): (&Place, &Commented<Option<Data>>)| Element {
+            place: *place,
+            data: *data,
+            comment: comment.clone(),
+        };
+        self.0.iter().map(element).collect()
+    }
+
+    fn meaning(&self) -> Meaning {
+        let mut meaning = Meaning::default();
+        let mut slots: BTreeMap<_, BTreeSet<u32>> = BTreeMap::new();
+        for (place, (data, comment)) in &self.0 {
+            let Some(backend) = data.and_then(Data::to_backend) else {
+                meaning.others.insert(*place, comment.clone());
+                continue;
+            };
+            let (frontend, slot) = place.key.as_bytes().split_last_chunk().unwrap();
+            let slot = u32::from_ne_bytes(*slot);
+            let local = slot >= LOCAL_SLOTS;
+            let key = (place.family, place.set, frontend.to_vec(), local);
+            slots.entry(key.clone()).or_default().insert(slot - if local { LOCAL_SLOTS } else { 0 });
+            let first = meaning.backends.entry(key).or_default().insert((backend, comment.clone()));
+            assert!(first, "{backend} has two slots at {place}");
+        }
+        for (key, slots) in slots {
+            assert!(slots.iter().copied().eq(0..slots.len() as u32), "the slots of {key:?} have a gap");
+        }
+        meaning
+    }
+}
