@@ -324,7 +324,7 @@ fn name(plan: &Plan, port: &PortPlan) -> Arc<str> {
 pub(crate) struct Change {
     /// Elements to remove, before anything else.
     pub(crate) removed: Vec<Place>,
-    /// Objects to remove, in this order.
+    /// Objects to remove, in this order: chains before, sets and maps once the rules are written.
     pub(crate) dropped: Vec<Object>,
     /// Objects to create, where they do not exist.
     pub(crate) created: Vec<Object>,

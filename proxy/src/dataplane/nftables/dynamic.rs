@@ -42,9 +42,10 @@ impl Object {
 impl<Owner: Copy> Transaction<Owner> {
     /// Everything of a change but the frontends' elements, which go before and come after.
     pub(crate) fn affinity(&mut self, change: &Change, edits: &[Edits], owner: Owner) {
-        change.dropped.iter().for_each(|object| self.drop_object(object, owner));
-        let (chains, sets): (Vec<_>, Vec<_>) =
-            change.created.iter().partition(|object| object.kind.is_chain());
+        let is_chain = |object: &&Object| object.kind.is_chain();
+        let (dropped_chains, dropped_sets): (Vec<_>, Vec<_>) = change.dropped.iter().partition(is_chain);
+        let (chains, sets): (Vec<_>, Vec<_>) = change.created.iter().partition(is_chain);
+        dropped_chains.into_iter().for_each(|object| self.drop_object(object, owner));
         for object in sets {
             self.create_set(object, owner);
         }
@@ -56,6 +57,8 @@ impl<Owner: Copy> Transaction<Owner> {
             let table = table(object.family);
             self.rules(&Chain::new(c_name(&object.name()), &table), rules, object.family, owner);
         }
+        // Not before: a chain that stays may have named it until now.
+        dropped_sets.into_iter().for_each(|object| self.drop_object(object, owner));
         for (object, left, joined) in &change.members {
             match left {
                 Some(left) => self.members(libc::NFT_MSG_DELSETELEM, object, left, owner),

@@ -5,13 +5,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use super::affinity::{Change, Object};
 use super::element::{Data, Element, Place};
 use super::lower::{Applied, Empty, Kernel, Lowered, lower};
 use super::observe::Found;
+use super::rules::Chain;
 use super::schema::{LOCAL_SLOTS, Set};
 use super::shared::{Shared, SharedCounts};
 use crate::model::input::{Family, Origin, ServiceKey};
-use crate::model::plan::Plan;
+use crate::model::plan::{AddressPort, Plan};
 use crate::model::planner::{NodePortAddresses, Planner, PodCidrs, Settings};
 
 #[path = "../../../tests/planner/history.rs"]
@@ -94,6 +96,7 @@ impl Node {
             .collect();
         let (lost, gained) = self.settle(lowered.iter().map(|(_, lowered)| lowered));
         self.kernel.remove(lost.iter().chain(lowered.iter().flat_map(|(_, lowered)| &lowered.removed)));
+        lowered.iter().for_each(|(_, lowered)| self.kernel.change_objects(&lowered.affinity));
         self.kernel.add(lowered.iter().flat_map(|(_, lowered)| &lowered.added).chain(&gained));
         for (key, lowered) in lowered {
             match lowered.applied {
@@ -103,28 +106,30 @@ impl Node {
         }
     }
 
-    /// Takes over what is in the kernel, as after a restart; tells how many elements changed.
+    /// Takes over what is in the kernel, as after a restart; tells how many elements and objects come or go.
     fn adopt(&mut self, planner: &Planner) -> usize {
         (self.applied, self.shared) = Default::default();
         let elements = self.kernel.elements();
-        let mut found = Found::holding(elements.iter());
-        let mut lowered = Vec::new();
-        for plan in planner.plans() {
-            lowered.push(lower(None, Some(plan), &found));
-        }
+        let mut found = Found::holding(elements.iter(), self.kernel.objects.keys());
+        let lowered: Vec<_> = planner.plans().map(|plan| lower(None, Some(plan), &found)).collect();
         let (_, gained) = self.settle(lowered.iter());
         let mut removed: Vec<Place> =
             lowered.iter().flat_map(|lowered| lowered.removed.iter().copied()).collect();
         let wanted: Vec<_> = lowered.iter().flat_map(|lowered| &lowered.added).chain(&gained).collect();
         let added: Vec<&Element> = wanted.iter().copied().filter(|element| !found.has(element)).collect();
-        let elsewise = added.iter().map(|element| element.place).filter(|place| found.holds(place));
-        removed.extend(elsewise.collect::<Vec<_>>());
+        removed.extend(added.iter().map(|element| element.place).filter(|place| found.holds(place)));
+        self.kernel.remove(removed.iter());
+        lowered.iter().for_each(|lowered| self.kernel.change_objects(&lowered.affinity));
+        self.kernel.add(added.iter().copied());
+
         removed.iter().for_each(|place| found.settle(place));
         wanted.iter().for_each(|element| found.settle(&element.place));
-        removed.extend(found.places());
-        self.kernel.remove(removed.iter());
-        self.kernel.add(added.iter().copied());
-        let changed = removed.len() + added.len();
+        let objects = lowered.iter().flat_map(|lowered| &lowered.affinity.created);
+        objects.for_each(|object| found.settle_object(object));
+        let (stale, stale_objects) = (found.places(), found.objects());
+        self.kernel.remove(stale.iter());
+        stale_objects.iter().for_each(|object| self.kernel.drop_object(object));
+        let changed = removed.len() + added.len() + stale.len() + stale_objects.len();
         for (plan, lowered) in planner.plans().zip(lowered) {
             self.applied.extend(lowered.applied.map(|applied| (plan.service.clone(), applied)));
         }
@@ -145,59 +150,114 @@ impl Node {
 }
 
 /// A model of the kernel: refuses what the kernel refuses.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct Model(BTreeMap<Place, Commented<Option<Data>>>);
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Model {
+    elements: BTreeMap<Place, Commented<Option<Data>>>,
+    objects: BTreeMap<Object, Content>,
+}
+
+/// What a chain, map or set of a port with affinity holds; the map holds what only packets put there.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Content {
+    rules: Option<Chain>,
+    members: BTreeSet<AddressPort>,
+}
 
 type Commented<T> = (T, Option<Arc<str>>);
 
 /// The slot map, the key but for the slot, and whether it is the Local set.
 type EndpointSet = (Family, Set, Vec<u8>, bool);
 
-/// What elements say when the order of slots says nothing: the other elements, and the backends of each slot map's
-/// keys, Cluster and Local apart.
-#[derive(Debug, Default, PartialEq, Eq)]
+/// What the kernel holds when the order of slots says nothing: the other elements, the backends of each endpoint set,
+/// the objects.
+#[derive(Debug, Default, PartialEq)]
 struct Meaning {
-    others: BTreeMap<Place, Option<Arc<str>>>,
+    others: BTreeMap<Place, Commented<Option<Data>>>,
     backends: BTreeMap<EndpointSet, BTreeSet<Commented<SocketAddr>>>,
+    objects: BTreeMap<Object, Content>,
 }
 
 impl Model {
     fn remove<'a>(&mut self, places: impl Iterator<Item = &'a Place>) {
         for place in places {
-            assert!(self.0.remove(place).is_some(), "{place} is not there");
+            assert!(self.elements.remove(place).is_some(), "{place} is not there");
         }
     }
 
     fn add<'a>(&mut self, elements: impl Iterator<Item = &'a Element>) {
         for Element { place, data, comment } in elements {
             if place.set == Set::Ranges {
-                let held = self.0.keys().filter(|held| (held.family, held.set) == (place.family, place.set));
+                let held =
+                    self.elements.keys().filter(|held| (held.family, held.set) == (place.family, place.set));
                 for held in held {
                     let (a, b) = ((held.key, held.key.last()), (place.key, place.key.last()));
                     let apart = a.1.as_bytes() < b.0.as_bytes() || b.1.as_bytes() < a.0.as_bytes();
                     assert!(apart, "{held} and {place} overlap");
                 }
             }
-            let before = self.0.insert(*place, (*data, comment.clone()));
+            let before = self.elements.insert(*place, (data.clone(), comment.clone()));
             assert!(before.is_none(), "{place} is there already");
+        }
+    }
+
+    fn change_objects(&mut self, change: &Change) {
+        let (chains, sets): (Vec<_>, Vec<_>) =
+            change.dropped.iter().partition(|object| object.kind.is_chain());
+        chains.into_iter().for_each(|object| self.drop_object(object));
+        for object in &change.created {
+            self.objects.entry(object.clone()).or_default();
+        }
+        for (object, rules) in &change.rules {
+            self.objects.get_mut(object).expect("a chain is created before its rules").rules =
+                Some(rules.clone());
+        }
+        sets.into_iter().for_each(|object| self.drop_object(object));
+        for (object, left, joined) in &change.members {
+            let members =
+                &mut self.objects.get_mut(object).expect("a set is created before its members").members;
+            match left {
+                Some(left) => {
+                    left.iter().for_each(|left| assert!(members.remove(left), "{left:?} is no member"));
+                }
+                None => members.clear(),
+            }
+            joined.iter().for_each(|joined| assert!(members.insert(*joined), "{joined:?} is a member"));
+        }
+    }
+
+    /// Removes an object that nothing names any more.
+    fn drop_object(&mut self, object: &Object) {
+        assert!(self.objects.remove(object).is_some(), "{object} is not there");
+        let name = object.name();
+        for (place, (data, _)) in self.elements.iter().filter(|(place, _)| place.family == object.family) {
+            let target = match data {
+                Some(Data::Jump(target) | Data::Goto(target)) => Some(target),
+                Some(Data::Backend(..)) | None => None,
+            };
+            assert!(!object.kind.is_chain() || target != Some(&name), "{place} leads to {object}");
+        }
+        let named = format!("{:?}", &*name);
+        for (chain, content) in self.objects.iter().filter(|(other, _)| other.family == object.family) {
+            let rules = format!("{:?}", content.rules.as_ref().map(|chain| &chain.rules));
+            assert!(object.kind.is_chain() || !rules.contains(&named), "{chain} names {object}");
         }
     }
 
     fn elements(&self) -> Vec<Element> {
         let element = |(place, (data, comment)): (&Place, &Commented<Option<Data>>)| Element {
             place: *place,
-            data: *data,
+            data: data.clone(),
             comment: comment.clone(),
         };
-        self.0.iter().map(element).collect()
+        self.elements.iter().map(element).collect()
     }
 
     fn meaning(&self) -> Meaning {
-        let mut meaning = Meaning::default();
+        let mut meaning = Meaning { objects: self.objects.clone(), ..Meaning::default() };
         let mut slots: BTreeMap<_, BTreeSet<u32>> = BTreeMap::new();
-        for (place, (data, comment)) in &self.0 {
-            let Some(backend) = data.and_then(Data::to_backend) else {
-                meaning.others.insert(*place, comment.clone());
+        for (place, (data, comment)) in &self.elements {
+            let Some(backend) = data.as_ref().and_then(Data::to_backend) else {
+                meaning.others.insert(*place, (data.clone(), comment.clone()));
                 continue;
             };
             let (frontend, slot) = place.key.as_bytes().split_last_chunk().unwrap();

@@ -55,11 +55,14 @@ pub(crate) enum TableState {
 impl Found {
     /// As if these had been read.
     #[cfg(test)]
-    pub(crate) fn holding<'a>(elements: impl Iterator<Item = &'a Element>) -> Self {
-        let mut found = Self::default();
+    pub(crate) fn holding<'a>(
+        elements: impl Iterator<Item = &'a Element>,
+        objects: impl Iterator<Item = &'a Object>,
+    ) -> Self {
+        let mut found = Self { objects: objects.cloned().collect(), ..Self::default() };
         for Element { place, data, comment } in elements {
             let comment = found.hasher.hash_one(comment.as_deref().map(str::as_bytes));
-            found.elements.insert(*place, Held { data: *data, comment });
+            found.elements.insert(*place, Held { data: data.clone(), comment });
             if place.set.has_ranges() {
                 found.ranges.insert(*place);
             }
