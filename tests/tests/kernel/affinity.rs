@@ -404,10 +404,16 @@ fn affinity_is_switched_on_and_off_in_place() {
         world.apply(&off);
         assert_eq!(without_time(&bare), without_time(&world.listing()));
     }
-    for _ in 0..20 {
-        world.apply(&Wanted::new(HOUR).among(&[0, 1]));
-        world.apply(&Wanted::new(HOUR).among(&[2, 3]));
-        world.apply(&off);
+    for round in 0..30 {
+        for pods in [[0, 1], [2, 3]] {
+            world.apply(&Wanted::new(HOUR).among(&pods));
+            let backends = pods.map(|i| world.pods[i].0.v4().to_string());
+            let held = world.remembered("aff/default/web/tcp/http/8080");
+            assert!(held.values().all(|(backend, _)| backends.contains(backend)), "{held:?}");
+        }
+        if round % 5 == 0 {
+            world.apply(&off);
+        }
     }
     let report = running.stop();
     assert_eq!(report.tally.failures(), 0, "{report:?}");
@@ -505,4 +511,66 @@ fn a_change_costs_a_few_elements_whatever_is_remembered() {
     // For each of four ports, and each of three frontends: at most the last takes the gap and one class goes.
     assert!(outcome.removed <= 4 * 3 * 3 && outcome.added <= 4 * 3, "{outcome:?}");
     assert_eq!(world.remembered("aff/default/web/tcp/http/8080").len(), 1);
+}
+
+#[test]
+fn backends_may_listen_on_several_ports() {
+    let mut world = World::new();
+    let other: Vec<_> = [1, 3].map(|i| world.pods[i].0.serve(Proto::Tcp, 9090).unwrap()).into();
+    let plan = |world: &World, pods: &[usize]| {
+        let mut plan = Plan::clone(&world.plan(&Wanted::new(HOUR).among(pods)));
+        plan.ports = plan.ports.into_iter().filter(|port| port.protocol == Protocol::Tcp).collect();
+        for port in &mut plan.ports {
+            let others = [1, 3].map(|i| at(&world.pods[i].0, port.family, 8080));
+            for backend in port.backends.iter_mut().filter(|backend| others.contains(&backend.address)) {
+                backend.address.port = 9090;
+            }
+        }
+        let services = vec![(plan.service.clone(), Some(Arc::new(plan)))];
+        Batch { services, ..Batch::default() }
+    };
+    for pods in [&[0, 1, 2, 3][..], &[1], &[0, 1, 2, 3], &[0], &[0, 1, 2, 3]] {
+        let outcome = world.dataplane.apply(&plan(&world, pods)).unwrap();
+        assert!(outcome.failed.is_empty(), "{outcome:?}");
+        for family in Family::ALL {
+            for host in [&**world.lab.outside(), world.lab.node(0)] {
+                let first = sole(host, Proto::Tcp, vip(family)).expect("one");
+                assert_eq!(sole(host, Proto::Tcp, nodeport(family)), Some(first), "{pods:?}");
+            }
+        }
+    }
+    // With nobody else for a while, they stayed with the last.
+    assert_eq!(sole(world.lab.outside(), Proto::Tcp, vip(Family::V4)).as_deref(), Some("pod0"));
+    drop(other);
+}
+
+#[test]
+fn a_service_whose_objects_the_kernel_refuses_is_named_and_left_out() {
+    let mut world = World::new();
+    let mixed = Wanted { local: vec![0, 1], external: Verdict::Local, ..Wanted::new(HOUR) };
+    let mut wrong = Plan::clone(&world.plan(&mixed));
+    wrong.service = ServiceKey::new("default", "wrong");
+    for port in &mut wrong.ports {
+        // An address of the other family: an element of the wrong length.
+        let stranger = if port.family == Family::V4 { Family::V6 } else { Family::V4 };
+        port.local_backends[0].address = at(&world.pods[0].0, stranger, 8080);
+        let address = of(port.family, topology::service_cidrs().map(|cidr| cidr.iter().nth(11).unwrap()));
+        port.frontends = [Frontend {
+            at: FrontendAddress::Vip(SocketAddr::new(address, 80).into()),
+            kind: FrontendKind::ClusterIp,
+            verdict: Verdict::Local,
+        }]
+        .into();
+    }
+    let good = world.plan(&Wanted::new(HOUR));
+    let services =
+        vec![(wrong.service.clone(), Some(Arc::new(wrong))), (good.service.clone(), Some(good.clone()))];
+    let moved = Wanted { timeout: None, ..Wanted::new(1) };
+    world.apply(&moved);
+    let outcome = world.dataplane.apply(&Batch { services, ..Batch::default() }).unwrap();
+    let failed: Vec<_> = outcome.failed.iter().map(|(key, _)| key.as_str()).collect();
+    assert_eq!(failed, ["default/wrong"], "{outcome:?}");
+    assert!(sole(world.lab.outside(), Proto::Tcp, vip(Family::V4)).is_some());
+    let listing = world.listing();
+    assert!(listing.contains("aff/default/web/tcp/http") && !listing.contains("default/wrong"), "{listing}");
 }

@@ -4,10 +4,11 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use kube_lane_lab::{Dial, Host, Lab, Load, Outcome, Proto, topology};
+use kube_lane_lab::{Dial, Host, Lab, Load, Outcome, Pod, Proto, topology};
 use kube_lane_tests::agent::Agent;
 use kube_lane_tests::objects::Port;
 use nix::sys::signal::Signal;
+use serde_json::json;
 
 use super::world::{Leaks, QUIET, SYNC, World, answered, at, endpoints, serving, until, vips, web_ports};
 
@@ -330,4 +331,41 @@ fn a_node_is_prepared_without_an_agent() {
     let (output, close_wait) = lab.node(0).run(prepare).unwrap().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert_eq!(close_wait.trim(), "90");
+}
+
+#[test]
+fn affinity_outlives_a_killed_agent() {
+    let mut world = World::new(&[]);
+    let pods: Vec<_> = (0..4).map(|i| serving(&world.lab, i / 2, &format!("pod{i}"))).collect();
+    let hosts: Vec<&Pod> = pods.iter().map(|(pod, _)| pod).collect();
+    let put = |world: &World, seconds: u32, pods: &[&Pod]| {
+        let spec = json!({
+            "sessionAffinity": "ClientIP",
+            "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": seconds}},
+        });
+        world.put_spec("web", &web_ports(), 10, &endpoints(pods), spec);
+    };
+    put(&world, 600, &hosts);
+    let client = world.lab.node(0).add_pod("client").unwrap();
+    let vip = at(vips(10)[0], 80);
+    assert!(answered(&until(&client, Proto::Tcp, vip, answered)));
+    let first = until(&client, Proto::Tcp, vip, answered).by().unwrap().to_owned();
+    let stays = |by: &str| {
+        let tally = client.dial_many(Proto::Tcp, vip, 20).unwrap();
+        assert_eq!((tally.failures(), tally.answered.get(by)), (0, Some(&20)), "{tally:?}");
+    };
+    stays(&first);
+    world.agents[0].process().signal(Signal::SIGKILL).unwrap();
+    drop(world.agents.remove(0));
+    stays(&first);
+    put(&world, 700, &hosts);
+    let mut agent = world.start_agent(0, &[]);
+    agent.wait_synced(SYNC).unwrap();
+    stays(&first);
+    let others: Vec<&Pod> = hosts.iter().copied().filter(|pod| pod.name() != first).collect();
+    put(&world, 700, &others);
+    let moved = |outcome: &Outcome| outcome.by().is_some_and(|by| by != first);
+    let second = until(&client, Proto::Tcp, vip, moved);
+    assert!(moved(&second), "{second}\n{}", agent.log());
+    stays(second.by().unwrap());
 }

@@ -219,7 +219,9 @@ struct Pick<'a> {
 
 impl Pick<'_> {
     /// One backend of the set whose slots begin at `first`; `last` is what happens where not even that slot exists.
-    /// Whoever is remembered there (`affinity`) is led back before.
+    /// Clients enter by `…-balance`: who is remembered (`affinity`) is led back to its backend, all others return to be
+    /// picked for. It stands apart from the pick, which many rules lead to: with a new element of a verdict map, older
+    /// kernels check every way to it again.
     fn chains(&self, chains: &mut Vec<Chain>, prefix: &str, affinity: Set, first: u32, last: Vec<Vec<Expr>>) {
         let class = |k: u32| format!("{prefix}-{k}");
         chains.push(regular(&class(1), [vec![self.draw(1, first)], last].concat()));
@@ -243,9 +245,11 @@ impl Pick<'_> {
             rule.push(Expr::Verdict(Verdict::Goto(class(1 << i))));
             rule
         });
+        let rules = climb.chain([goto(&class(1 << (CLASSES - 1)))]).collect();
+        let pick = format!("{prefix}-pick");
+        chains.push(regular(&pick, rules));
         let remembered = [self.key.0.clone(), vec![Expr::VerdictMap { map: affinity, key: Reg(0) }]].concat();
-        let rules = [remembered].into_iter().chain(climb).chain([goto(&class(1 << (CLASSES - 1)))]).collect();
-        chains.push(regular(&format!("{prefix}-pick"), rules));
+        chains.push(regular(&format!("{prefix}-balance"), vec![remembered, goto(&pick)]));
     }
 
     /// DNAT to a slot that is drawn.
@@ -266,11 +270,11 @@ impl Pick<'_> {
 
 /// `externalTrafficPolicy: Local`: this node's own clients get the Cluster set all the same.
 fn short_circuit(prefix: &str, keys: &Keys, policy: &Policy) -> Chain {
-    let cluster = goto(&format!("{prefix}-pick"));
+    let cluster = goto(&format!("{prefix}-balance"));
     let pods = keys.pod_client(&policy.detection, false).map(|pod| [pod, cluster.clone()].concat());
     let mut rules: Vec<_> = pods.into_iter().collect();
     rules.push([host_client(), cluster].concat());
-    rules.push(goto(&format!("{prefix}-local-pick")));
+    rules.push(goto(&format!("{prefix}-local-balance")));
     regular(&format!("{prefix}-etp-local"), rules)
 }
 
@@ -278,9 +282,9 @@ fn short_circuit(prefix: &str, keys: &Keys, policy: &Policy) -> Chain {
 fn translation(chains: &mut Vec<Chain>, keys: &Keys) {
     let services = vec![
         then(keys.vip().0, Set::VipsLocal, Verdict::Goto("vip-etp-local".into())),
-        then(keys.vip().0, Set::Vips, Verdict::Goto("vip-pick".into())),
+        then(keys.vip().0, Set::Vips, Verdict::Goto("vip-balance".into())),
         then(keys.on_nodeport_address(), Set::NpsLocal, Verdict::Goto("np-etp-local".into())),
-        then(keys.on_nodeport_address(), Set::Nps, Verdict::Goto("np-pick".into())),
+        then(keys.on_nodeport_address(), Set::Nps, Verdict::Goto("np-balance".into())),
     ];
     chains.push(regular("services", services));
     for (name, hook) in [("nat-prerouting", Hook::PreRouting), ("nat-output", Hook::Out)] {
