@@ -1,5 +1,6 @@
 //! The nftables dataplane against the real kernel, without packets: what it writes, finds, repairs and refuses.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -189,6 +190,18 @@ fn sorted(listing: &str) -> Vec<String> {
     lines
 }
 
+/// The listed lines with this in them, without the slots, whose order depends on history.
+fn slotless(listing: &str, with: &str) -> BTreeSet<String> {
+    let lines = sorted(listing).into_iter().filter(|line| line.contains(with));
+    let slotless = |line: String| match line.split_once(" comment ") {
+        Some((key, rest)) if rest.contains(" : ") => {
+            format!("{} {rest}", key.rsplit_once(" . ").map_or(key, |(key, _)| key))
+        }
+        _ => line,
+    };
+    lines.map(slotless).collect()
+}
+
 /// How many rules there are: lines of chains that are neither headers nor blank.
 fn rules(listing: &str) -> usize {
     let mut in_chain = false;
@@ -237,6 +250,137 @@ fn what_nft_lists_nft_takes_back() {
         ] {
             assert!(before.contains(there), "{there}\n{before}");
         }
+        nft(&["flush", "ruleset"], None);
+        nft(&["-f", "-"], Some(&before));
+        assert_eq!(sorted(&before), sorted(&listing()));
+    });
+}
+
+/// The rules of a chain of the table of a family.
+fn chain(family: &str, name: &str) -> String {
+    nft(&["list", "chain", family, "kube-lane", name], None)
+}
+
+#[test]
+fn a_family_without_pod_cidrs_has_no_detector_and_gets_one_when_they_are_known() {
+    in_namespace(|| {
+        let mut dataplane = opened();
+        let with = |cidrs: &[&str]| NodePlan {
+            pod_cidrs: cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect(),
+            ..node()
+        };
+        let detects = |family: &str| {
+            let chains = ["masq-cluster-ip", "masq-etp-local", "vip-etp-local", "np-etp-local"];
+            let found = chains.map(|name| chain(family, name).contains("@pod-cidrs"));
+            assert!(found.iter().all(|each| *each == found[0]), "{family}: {found:?}");
+            found[0]
+        };
+        for (cidrs, expected) in [
+            (&[][..], [false, false]),
+            (&["10.244.1.0/24"], [true, false]),
+            (&["10.244.1.0/24", "fd00:244::/64"], [true, true]),
+            (&["10.244.2.0/24", "fd00:244::/64"], [true, true]),
+            (&["fd00:244::/64"], [false, true]),
+        ] {
+            let batch = Batch { node: Some(with(cidrs)), sweep: true, ..Batch::default() };
+            dataplane.apply(&batch).unwrap();
+            assert_eq!(["ip", "ip6"].map(detects), expected, "{cidrs:?}");
+            assert!(cidrs.iter().all(|cidr| listing().contains(cidr)));
+        }
+        // The next run keeps what it finds until it knows better.
+        let mut second = opened();
+        second.apply(&Batch::default()).unwrap();
+        assert_eq!(["ip", "ip6"].map(detects), [false, true]);
+        second.apply(&Batch { node: Some(with(&["10.244.1.0/24"])), ..Batch::default() }).unwrap();
+        assert_eq!(["ip", "ip6"].map(detects), [true, true]);
+        second
+            .apply(&Batch { node: Some(with(&["10.244.1.0/24"])), sweep: true, ..Batch::default() })
+            .unwrap();
+        assert_eq!(["ip", "ip6"].map(detects), [true, false]);
+    });
+}
+
+#[test]
+fn a_second_start_settles_what_changed_meanwhile() {
+    let first = [
+        Outside { external: Verdict::Local, ranges: Some(RANGES), ..EVERYTHING },
+        Outside { external: Verdict::Reject, ..EVERYTHING },
+        Outside { internal: Verdict::Local, ranges: Some(&["10.0.0.0/8", "fd00::/16"]), ..EVERYTHING },
+    ];
+    // Ranges that overlap those that the kernel holds; endpoints that are fewer.
+    let second = [
+        Outside { ranges: Some(&["10.0.0.0/10", "10.64.0.0/10", "192.168.77.7/32"]), ..EVERYTHING },
+        Outside { external: Verdict::Local, ..EVERYTHING },
+        Outside { ranges: None, ..EVERYTHING },
+    ];
+    let services = |kinds: [Outside; 3], endpoints| -> Vec<_> {
+        (1..).zip(kinds).map(|(number, kind)| reached(number, endpoints, kind)).collect()
+    };
+    let expected = in_namespace(move || {
+        apply(&mut opened(), services(second, 5));
+        listing()
+    });
+    in_namespace(move || {
+        apply(&mut opened(), services(first, 9));
+        let mut next = opened();
+        // Before the sweep already: what belongs to a frontend is known as soon as the frontend is.
+        next.apply(&Batch { services: services(second, 5), ..Batch::default() }).unwrap();
+        assert_eq!(slotless(&listing(), "svc-"), slotless(&expected, "svc-"));
+        apply(&mut next, services(second, 5));
+        assert_eq!(slotless(&listing(), ""), slotless(&expected, ""));
+        let outcome = apply(&mut opened(), services(second, 5));
+        assert_eq!((outcome.added, outcome.removed), (0, 0));
+    });
+}
+
+/// A Service with names as long as they get, so many ports, and so many endpoints behind each.
+fn big(ports: u16, endpoints: std::ops::Range<u16>) -> (ServiceKey, Option<Arc<Plan>>) {
+    let long = |c: &str| c.repeat(63);
+    let service = ServiceKey::new(&long("n"), &long("s"));
+    let endpoints: Vec<_> = endpoints.collect();
+    let (_, template) = named("template", 7, &endpoints);
+    let template = Plan::clone(template.as_deref().unwrap());
+    let ports = template.ports.iter().flat_map(|template| {
+        (0..ports).map(|i| {
+            let mut port = template.clone();
+            port.name = format!("{}{i:04}", "p".repeat(59)).into();
+            for frontend in &mut port.frontends {
+                match &mut frontend.at {
+                    FrontendAddress::Vip(at) => at.port += i,
+                    FrontendAddress::NodePort(at) => *at = 30000 + i,
+                }
+            }
+            port
+        })
+    });
+    let plan = Plan { service: service.clone(), ports: ports.collect(), ..template.clone() };
+    (service, Some(Arc::new(plan)))
+}
+
+#[test]
+fn a_change_of_a_big_service_costs_a_handful_of_elements() {
+    in_namespace(|| {
+        let mut dataplane = opened();
+        let one = |services| Batch { services, ..Batch::default() };
+        let outcome = apply(&mut dataplane, vec![big(1, 1..5001)]);
+        assert!(outcome.failed.is_empty(), "{:?}", outcome.failed);
+        // A slot of the VIP and one of the NodePort in each family; no other Service is a local one's neighbour.
+        let outcome = dataplane.apply(&one(vec![big(1, 2..5002)])).unwrap();
+        assert_eq!((outcome.added, outcome.removed), (4, 4));
+        // The cost of one more includes its own hairpin element.
+        let outcome = dataplane.apply(&one(vec![big(1, 2..5003)])).unwrap();
+        assert_eq!((outcome.added, outcome.removed), (6, 0));
+        let listed = nft(&["list", "map", "ip", "kube-lane", "endpoints"], None);
+        assert_eq!(listed.matches(" . 8080").count(), 5001);
+
+        let outcome = apply(&mut dataplane, vec![(big(1, 1..2).0, None), service(1, 1)]);
+        assert!(outcome.failed.is_empty(), "{:?}", outcome.failed);
+        let outcome = apply(&mut dataplane, vec![big(1000, 2..4)]);
+        assert!(outcome.failed.is_empty() && outcome.added >= 16_000, "{outcome:?}");
+        // One endpoint of a thousand ports: a slot each, and nothing else.
+        let outcome = dataplane.apply(&one(vec![big(1000, 3..5)])).unwrap();
+        assert_eq!((outcome.added, outcome.removed), (4002, 4002), "one hairpin a family besides");
+        let before = listing();
         nft(&["flush", "ruleset"], None);
         nft(&["-f", "-"], Some(&before));
         assert_eq!(sorted(&before), sorted(&listing()));
