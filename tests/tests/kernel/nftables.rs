@@ -593,6 +593,7 @@ fn a_load_of_many_services_goes_in_and_out() {
         let all: Vec<_> = (1..=2768).map(|n| service(n, 9)).collect();
         let outcome = apply(&mut dataplane, all.clone());
         assert!(outcome.failed.is_empty() && outcome.added > 100_000, "{}", outcome.added);
+        assert!(outcome.messages < outcome.added / 50, "{} messages", outcome.messages);
         let gone = all.into_iter().map(|(key, _)| (key, None)).collect();
         let outcome = apply(&mut dataplane, gone);
         assert!(outcome.failed.is_empty() && outcome.added == 0);

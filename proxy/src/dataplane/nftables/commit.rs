@@ -15,7 +15,7 @@ use super::netlink::{CommitError, Refusal};
 use super::remembered::Edits;
 use super::schema::Set;
 use super::shared::Shared;
-use super::{Nftables, NftablesError, rewrite};
+use super::{Nftables, NftablesError, State, rewrite};
 use crate::dataplane::{Batch, Outcome};
 use crate::model::input::{Family, ServiceKey};
 use crate::model::plan::{NodePlan, Plan};
@@ -27,12 +27,14 @@ const ELEMENTS_PER_PART: usize = 20_000;
 const BULK: usize = 500;
 
 /// Whose a message is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Owner {
     /// The constant part.
     Ruleset,
     /// The node's own elements, and the sweep.
     Node,
+    /// Several Services of the part: which of them is asked only where one is refused.
+    Part,
     /// The Service at this position of the part.
     Service(usize),
 }
@@ -80,7 +82,7 @@ impl Nftables {
         self.commit_services(&batch.services, outcome)?;
         // After the Services: with the ServiceCIDRs in force, an address that has none yet is dropped, and a client
         // whose first packet is dropped waits a second.
-        self.commit_node(batch.node.as_ref(), batch.sweep || self.swept, outcome)?;
+        self.commit_node(batch.node.as_ref(), batch.sweep, outcome)?;
         self.recheck(outcome)?;
         if batch.sweep { self.sweep(outcome) } else { Ok(()) }
     }
@@ -92,13 +94,13 @@ impl Nftables {
         exact: bool,
         outcome: &mut Outcome,
     ) -> Result<(), Failure> {
-        if node.is_none() && self.found.is_none() {
+        if node.is_none() && self.state.found().is_none() {
             return Ok(());
         }
         let node = node.unwrap_or(&self.node).clone();
         let (mut removed, mut added, mut owned) = (Vec::new(), Vec::new(), self.node_places.clone());
         for (family, set, wanted) in node_elements(&node) {
-            let found = self.found.as_ref().map(|found| found.places_in(family, set)).unwrap_or_default();
+            let found = self.state.found().map(|found| found.places_in(family, set)).unwrap_or_default();
             // Where pods are is known or it is not; it does not grow with what the sources have listed.
             let partial = set != Set::PodCidrs || wanted.is_empty();
             if !exact && !found.is_empty() && partial {
@@ -121,16 +123,8 @@ impl Nftables {
             let (old, new) = (policy(&self.pod_cidrs), policy(&pod_cidrs));
             rewrite(&mut transaction, *family, &old, &new, Owner::Node);
         }
-        match self.send(&mut transaction, removed.len(), added.len(), outcome) {
-            Ok(()) => {}
-            Err(CommitError::Refused(refusals)) if refusals.iter().any(disagrees) => {
-                return Err(Failure::Disagreement(words(&refusals)));
-            }
-            Err(CommitError::Refused(refusals)) => return Err(NftablesError::Node(words(&refusals)).into()),
-            Err(CommitError::TooLarge) => return Err(NftablesError::Node(TOO_LARGE.into()).into()),
-            Err(CommitError::Io(error)) => return Err(NftablesError::Socket(error).into()),
-        }
-        if let Some(found) = &mut self.found {
+        self.send(&mut transaction, removed.len(), added.len(), outcome).map_err(failure)?;
+        if let Some(found) = self.state.found_mut() {
             owned.values().flatten().chain(&removed).for_each(|place| found.settle(place));
         }
         self.node = node;
@@ -166,7 +160,7 @@ impl Nftables {
         let mut elements = 0;
         for (key, plan) in ordered {
             let (previous, plan) = (self.applied.get(key), plan.as_ref());
-            let lowered = match &self.found {
+            let lowered = match self.state.found() {
                 Some(found) => lower(previous, plan, found),
                 None => lower(previous, plan, &Empty),
             };
@@ -188,13 +182,13 @@ impl Nftables {
 
     /// One transaction of Services; those that the kernel refuses are left out, and the others sent again.
     fn commit_part(&mut self, mut part: Vec<Staged<'_>>, outcome: &mut Outcome) -> Result<(), Failure> {
+        let mut apart = false;
         while !part.is_empty() {
-            let refused = match self.try_part(&part, outcome) {
+            let refused = match self.try_part(&part, apart, outcome) {
                 Ok(()) => {
                     self.take_over(part);
                     return Ok(());
                 }
-                Err((CommitError::Io(error), _)) => return Err(NftablesError::Socket(error).into()),
                 Err((CommitError::TooLarge, _)) if part.len() > 1 => {
                     let rest = part.split_off(part.len() / 2);
                     self.commit_part(part, outcome)?;
@@ -202,8 +196,16 @@ impl Nftables {
                     continue;
                 }
                 Err((CommitError::TooLarge, _)) => BTreeMap::from([(0, TOO_LARGE.to_owned())]),
-                Err((CommitError::Refused(refusals), owners)) => blame(&refusals, &owners)?,
+                Err((CommitError::Refused(refusals), owners)) => {
+                    if !apart && !refusals.iter().any(disagrees) {
+                        apart = true;
+                        continue;
+                    }
+                    blame(refusals, &owners)?
+                }
+                Err((error, _)) => return Err(failure(error)),
             };
+            apart = false;
             let mut position = 0;
             part.retain(|staged| {
                 let words = refused.get(&position);
@@ -218,36 +220,39 @@ impl Nftables {
     }
 
     /// Sends what a part means: all removals first. Shared elements go with the Services that gain or lose them.
-    /// With an error comes who owns each refused message.
+    /// `apart`: no message is of several Services. With an error comes who owns each refused message.
     fn try_part(
         &mut self,
         part: &[Staged<'_>],
+        apart: bool,
         outcome: &mut Outcome,
     ) -> Result<(), (CommitError, Vec<Option<Owner>>)> {
+        let owner = |position| if apart { Owner::Service(position) } else { Owner::Part };
         let (lost, gained) = self.shared.preview(&shared_delta(part));
-        let (mut removed, mut added) = (lost.len(), 0);
-        let mut transaction = self.netlink.begin();
-        let mut additions = Vec::with_capacity(part.len() + 1);
-        write_removals(&mut transaction, &lost, Owner::Node);
+        let (clear, gained) = self.against_found(&gained);
+        let mut removals = BTreeMap::from([(Owner::Node, [lost, clear].concat())]);
+        let mut additions = BTreeMap::from([(Owner::Node, gained)]);
+        let mut affinity = (0, 0);
         for (position, staged) in part.iter().enumerate() {
-            let owner = Owner::Service(position);
             let (clear, add) = self.against_found(&staged.lowered.added);
-            let removals: Vec<_> = staged.lowered.removed.iter().copied().chain(clear).collect();
-            write_removals(&mut transaction, &removals, owner);
-            removed += removals.len();
-            additions.push((add, owner));
+            let places = removals.entry(owner(position)).or_default();
+            places.extend(staged.lowered.removed.iter().copied().chain(clear));
+            additions.entry(owner(position)).or_default().extend(add);
+            let count = staged.affinity_count();
+            affinity = (affinity.0 + count.0, affinity.1 + count.1);
+        }
+        let removed = affinity.0 + removals.values().map(Vec::len).sum::<usize>();
+        let added = affinity.1 + additions.values().map(Vec::len).sum::<usize>();
+        let mut transaction = self.netlink.begin();
+        for (owner, places) in removals {
+            write_removals(&mut transaction, &places, owner);
         }
         for (position, staged) in part.iter().enumerate() {
             transaction.affinity(&staged.lowered.affinity, &staged.edits, Owner::Service(position));
-            let count = staged.affinity_count();
-            (removed, added) = (removed + count.0, added + count.1);
         }
-        additions.push((self.against_found(&gained).1, Owner::Node));
-        for (elements, owner) in &additions {
-            write_additions(&mut transaction, elements.iter().copied(), *owner);
-            added += elements.len();
+        for (owner, elements) in additions {
+            write_additions(&mut transaction, elements, owner);
         }
-        drop(additions);
         self.send(&mut transaction, removed, added, outcome).map_err(|error| {
             let owners = match &error {
                 CommitError::Refused(refusals) => refusals.iter().map(|r| transaction.owner(r.seq)).collect(),
@@ -259,7 +264,7 @@ impl Nftables {
 
     /// What the kernel already holds need not be added, and what it holds with other data goes first.
     fn against_found<'a>(&self, elements: &'a [Element]) -> (Vec<Place>, Vec<&'a Element>) {
-        let Some(found) = &self.found else { return (Vec::new(), elements.iter().collect()) };
+        let Some(found) = self.state.found() else { return (Vec::new(), elements.iter().collect()) };
         let add: Vec<_> = elements.iter().filter(|element| !found.has(element)).collect();
         let clear = add.iter().map(|element| element.place).filter(|place| found.holds(place)).collect();
         (clear, add)
@@ -272,7 +277,7 @@ impl Nftables {
             let reviews = &lowered.affinity.reviews;
             self.recheck
                 .extend(plan.iter().flat_map(|plan| reviews.iter().map(|r| (Arc::clone(plan), r.port))));
-            if let Some(found) = &mut self.found {
+            if let Some(found) = self.state.found_mut() {
                 let affinity = &lowered.affinity;
                 affinity
                     .dropped
@@ -292,19 +297,18 @@ impl Nftables {
 
     /// Removes what the kernel was found to hold and nobody has claimed: all sources have synced.
     fn sweep(&mut self, outcome: &mut Outcome) -> Result<(), Failure> {
-        let stale = self.found.as_ref().map(super::observe::Found::places).unwrap_or_default();
+        let stale = self.state.found().map(super::observe::Found::places).unwrap_or_default();
         for part in stale.chunks(ELEMENTS_PER_PART) {
             let mut transaction = self.netlink.begin();
             write_removals(&mut transaction, part, Owner::Node);
             self.send(&mut transaction, part.len(), 0, outcome).map_err(failure)?;
         }
         outcome.swept.extend(stale.iter().filter_map(Place::frontend));
-        let stale = self.found.as_ref().map(super::observe::Found::objects).unwrap_or_default();
+        let stale = self.state.found().map(super::observe::Found::objects).unwrap_or_default();
         let mut transaction = self.netlink.begin();
         stale.iter().for_each(|object| transaction.drop_object(object, Owner::Node));
         self.send(&mut transaction, 0, 0, outcome).map_err(failure)?;
-        self.found = None;
-        self.swept = true;
+        self.state = State::Exact;
         Ok(())
     }
 
@@ -358,26 +362,35 @@ fn shared_delta(part: &[Staged<'_>]) -> BTreeMap<Shared, i64> {
 }
 
 /// Which Services of a part were refused, and why, in words.
-fn blame(refusals: &[Refusal], owners: &[Option<Owner>]) -> Result<BTreeMap<usize, String>, Failure> {
-    if refusals.iter().any(disagrees) {
-        return Err(Failure::Disagreement(words(refusals)));
-    }
+fn blame(refusals: Vec<Refusal>, owners: &[Option<Owner>]) -> Result<BTreeMap<usize, String>, Failure> {
     let mut refused = BTreeMap::new();
     for (refusal, owner) in refusals.iter().zip(owners) {
-        let Some(Owner::Service(position)) = owner else {
-            return Err(NftablesError::Node(words(refusals)).into());
-        };
-        refused.entry(*position).or_insert_with(|| refusal.to_string());
+        match owner {
+            Some(Owner::Service(position)) if !disagrees(refusal) => {
+                refused.entry(*position).or_insert_with(|| refusal.to_string());
+            }
+            _ => return Err(failure(CommitError::Refused(refusals))),
+        }
     }
     Ok(refused)
 }
 
-/// Why a transaction that belongs to no Service failed: a refusal shows that the kernel holds something else.
+/// Why a transaction failed of which no Service can be left out.
 pub(super) fn failure(error: CommitError) -> Failure {
     match error {
-        CommitError::Refused(refusals) => Failure::Disagreement(words(&refusals)),
-        CommitError::TooLarge => NftablesError::Node(TOO_LARGE.into()).into(),
-        CommitError::Io(error) => NftablesError::Socket(error).into(),
+        CommitError::Refused(refusals) if refusals.iter().any(disagrees) => {
+            Failure::Disagreement(words(&refusals))
+        }
+        error => Failure::Error(fatal(error, NftablesError::Node)),
+    }
+}
+
+/// A transaction's failure as the caller's; `refused` makes it of the kernel's words.
+pub(super) fn fatal(error: CommitError, refused: fn(String) -> NftablesError) -> NftablesError {
+    match error {
+        CommitError::Refused(refusals) => refused(words(&refusals)),
+        CommitError::TooLarge => refused(TOO_LARGE.into()),
+        CommitError::Io(error) => NftablesError::Socket(error),
     }
 }
 
@@ -387,7 +400,7 @@ fn disagrees(refusal: &Refusal) -> bool {
 }
 
 /// Refusals in words; the first few say it all.
-pub(super) fn words(refusals: &[Refusal]) -> String {
+fn words(refusals: &[Refusal]) -> String {
     let words: BTreeSet<_> = refusals.iter().map(ToString::to_string).take(3).collect();
     words.into_iter().collect::<Vec<_>>().join("; ")
 }

@@ -48,12 +48,16 @@ impl Kernel for Model {
     }
 
     fn backend(&self, place: &Place) -> Option<SocketAddr> {
-        (*self.0.get(place)?)?.to_backend()
+        self.0.get(place)?.as_ref()?.to_backend()
     }
 
     fn ranges(&self, vip: Place) -> impl Iterator<Item = Place> {
         let of_vip = move |place: &&Place| place.set == Set::Ranges && place.key.starts_with(&vip.key);
         self.0.keys().filter(of_vip).copied()
+    }
+
+    fn holds_object(&self, _: &Object) -> bool {
+        false
     }
 }
 
@@ -214,7 +218,7 @@ fn what_an_earlier_run_left_of_a_frontend_goes_when_it_is_claimed() {
     let lowered = lower(None, Some(&after), &kernel);
     // What is there already is not written again: the commit sees to that.
     assert!(lowered.removed.iter().all(|place| kernel.0.remove(place).is_some()));
-    kernel.0.extend(lowered.added.iter().map(|element| (element.place, element.data)));
+    kernel.0.extend(lowered.added.iter().map(|element| (element.place, element.data.clone())));
     let mut fresh = Model::default();
     fresh.apply(&lower(None, Some(&after), &Empty));
     assert_eq!(meaning(&kernel), meaning(&fresh));

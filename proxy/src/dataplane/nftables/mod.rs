@@ -46,7 +46,7 @@ use self::expr::c_name;
 use self::lower::Applied;
 use self::message::{Transaction, table};
 use self::monitor::Monitor;
-use self::netlink::{CommitError, Netlink};
+use self::netlink::Netlink;
 use self::observe::{Found, TableState};
 use self::rules::{Detection, Policy};
 use self::schema::Set;
@@ -128,16 +128,35 @@ pub struct Nftables {
     node_places: BTreeMap<(Family, Set), BTreeSet<Place>>,
     /// The families whose rules are written for a set of pod CIDRs that has any.
     pod_cidrs: BTreeSet<Family>,
-    /// What the kernel was found to hold and nobody has claimed; `None` once swept.
-    found: Option<Found>,
-    /// What has to be applied again since reading back succeeded and applying did not.
-    owed: Option<Batch>,
-    /// Whether the constant part is in place.
-    ready: bool,
-    /// Whether stale elements were removed once: from then on, what nobody claims is stale.
-    swept: bool,
+    state: State,
     /// The generation that the ruleset has if nobody but us changed it; `None` while notifications tell.
     expected_generation: Option<u32>,
+}
+
+/// What is known of the kernel.
+enum State {
+    /// Nothing: before the first commit, and after one that failed. All of this should be there.
+    Unknown(Batch),
+    /// What it holds and nobody has claimed: it stays until the sources have synced.
+    Adopted(Found),
+    /// It holds what was programmed and nothing else.
+    Exact,
+}
+
+impl State {
+    fn found(&self) -> Option<&Found> {
+        match self {
+            Self::Adopted(found) => Some(found),
+            Self::Unknown(_) | Self::Exact => None,
+        }
+    }
+
+    fn found_mut(&mut self) -> Option<&mut Found> {
+        match self {
+            Self::Adopted(found) => Some(found),
+            Self::Unknown(_) | Self::Exact => None,
+        }
+    }
 }
 
 impl Nftables {
@@ -158,10 +177,7 @@ impl Nftables {
             recheck: Vec::new(),
             node_places: BTreeMap::new(),
             pod_cidrs: BTreeSet::new(),
-            found: None,
-            owed: None,
-            ready: false,
-            swept: false,
+            state: State::Unknown(Batch::default()),
             expected_generation: None,
         })
     }
@@ -199,14 +215,11 @@ impl Nftables {
         }
         let outcome =
             Outcome { messages: transaction.messages(), bytes: transaction.len(), ..Outcome::default() };
-        self.netlink.commit(&mut transaction).map_err(|error| match error {
-            CommitError::Io(error) => NftablesError::Socket(error),
-            CommitError::TooLarge => NftablesError::Ruleset("it does not fit a netlink message".into()),
-            CommitError::Refused(refusals) => NftablesError::Ruleset(commit::words(&refusals)),
-        })?;
+        self.netlink
+            .commit(&mut transaction)
+            .map_err(|error| commit::fatal(error, NftablesError::Ruleset))?;
         self.committed();
-        self.found = Some(found);
-        self.ready = true;
+        self.state = State::Adopted(found);
         Ok(outcome)
     }
 
@@ -237,16 +250,24 @@ impl Nftables {
     }
 
     /// Everything that should be programmed: what is, or is owed, with a batch on top.
-    fn everything(&mut self, batch: &Batch) -> Batch {
+    fn everything(&self, batch: &Batch) -> Batch {
         let mut services: BTreeMap<_, _> =
             self.applied.iter().map(|(key, applied)| (key.clone(), Some(applied.plan().clone()))).collect();
-        let owed = self.owed.take().unwrap_or_default();
-        services.extend(owed.services);
+        let (mut owed_node, mut sweep) = (None, batch.sweep);
+        match &self.state {
+            State::Unknown(owed) => {
+                services.extend(owed.services.iter().cloned());
+                owed_node = owed.node.clone();
+                sweep |= owed.sweep;
+            }
+            State::Adopted(_) => {}
+            State::Exact => sweep = true,
+        }
         services.extend(batch.services.iter().cloned());
         Batch {
-            node: Some(batch.node.clone().or(owed.node).unwrap_or_else(|| self.node.clone())),
+            node: Some(batch.node.clone().or(owed_node).unwrap_or_else(|| self.node.clone())),
             services: services.into_iter().collect(),
-            sweep: batch.sweep || owed.sweep || self.swept,
+            sweep,
         }
     }
 
@@ -260,7 +281,7 @@ impl Nftables {
                 Err(commit::Failure::Error(error)) => Err(error),
             });
         if result.is_err() {
-            self.owed = Some(everything);
+            self.state = State::Unknown(everything);
         }
         result
     }
@@ -271,14 +292,15 @@ impl Dataplane for Nftables {
 
     fn apply(&mut self, batch: &Batch) -> Result<Outcome, NftablesError> {
         let mut outcome = Outcome::default();
-        if !self.ready || self.owed.is_some() {
+        if let State::Unknown(_) = self.state {
             outcome = self.reconcile(batch)?;
         } else {
             match self.commit_batch(batch, &mut outcome) {
                 Ok(()) => {}
                 Err(commit::Failure::Disagreement(what)) => {
                     info!(what, "the kernel holds something else than was programmed: reading it back");
-                    outcome = self.reconcile(batch)?;
+                    outcome.failed.clear();
+                    outcome.absorb(self.reconcile(batch)?);
                 }
                 Err(commit::Failure::Error(error)) => return Err(error),
             }
@@ -292,7 +314,8 @@ impl Dataplane for Nftables {
     }
 
     fn repair(&mut self) -> Result<Option<Outcome>, NftablesError> {
-        if !self.monitor.drain()? || !self.ready {
+        // What a repair owes that failed is tried again without another notification.
+        if !self.monitor.drain()? && !matches!(self.state, State::Unknown(_)) {
             return Ok(None);
         }
         info!("somebody else changed our tables: reading them back");
@@ -355,9 +378,5 @@ pub fn cleanup() -> Result<(), NftablesError> {
         transaction.object(&table(family), MsgType::Add, Owner::Ruleset);
         transaction.object(&table(family), MsgType::Del, Owner::Ruleset);
     }
-    netlink.commit(&mut transaction).map_err(|error| match error {
-        CommitError::Io(error) => NftablesError::Socket(error),
-        CommitError::TooLarge => NftablesError::Ruleset("the removal does not fit a netlink message".into()),
-        CommitError::Refused(refusals) => NftablesError::Ruleset(commit::words(&refusals)),
-    })
+    netlink.commit(&mut transaction).map_err(|error| commit::fatal(error, NftablesError::Ruleset))
 }
