@@ -4,8 +4,8 @@ use std::fs;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
-use kube_lane_lab::{Dial, Flow, Host, Outcome, Proto, topology};
-use kube_lane_tests::objects::Port;
+use kube_lane_lab::{Dial, Flow, Host, Outcome, Pod, Proto, topology};
+use kube_lane_tests::objects::{Port, service, slices};
 
 use super::world::{QUIET, SYNC, World, answered, at, endpoints, serving, until, vips, web_ports};
 
@@ -73,6 +73,54 @@ fn a_client_follows_the_server_pod_as_it_cycles() {
         for (who, flow) in &mut flows {
             let outcome = ask_until(flow, by(pod.name()));
             assert_eq!(outcome.by(), Some(pod.name()), "{who}: {outcome}\n{}", world.agents[0].log());
+        }
+    }
+}
+
+#[test]
+fn a_client_of_a_local_policy_follows_the_pods_of_its_node() {
+    let world = World::new(&[]);
+    let lab = &world.lab;
+    let pods = [serving(lab, 0, "a"), serving(lab, 1, "far"), serving(lab, 0, "c")];
+    let [a, far, c] = pods.each_ref().map(|(pod, _)| pod);
+    let client = lab.node(0).add_pod("client").unwrap();
+    let put = |backends: &[&Pod]| {
+        let mut local = service("web", &vips(10), &web_ports());
+        local["spec"]["internalTrafficPolicy"] = "Local".into();
+        let mut objects = vec![local];
+        objects.extend(slices("web", &web_ports(), &endpoints(backends)));
+        world.folder.put("web", &objects).unwrap();
+    };
+    put(&[a, far]);
+    let mut flows: Vec<_> = vips(10).into_iter().map(|vip| udp(&client, at(vip, 80))).collect();
+    for (backends, pod) in [([a, far], a), ([c, far], c), ([far, a], a)] {
+        put(&backends);
+        for flow in &mut flows {
+            let outcome = ask_until(flow, by(pod.name()));
+            assert_eq!(outcome.by(), Some(pod.name()), "{outcome}\n{}", world.agents[0].log());
+        }
+    }
+}
+
+#[test]
+fn sctp_follows_where_it_is_asked_to() {
+    let world = World::new(&["--conntrack-clean-sctp"]);
+    let lab = &world.lab;
+    let pods = ["node0-a", "node0-b"].map(|name| lab.node(0).add_pod(name).unwrap());
+    let _echoes = pods.each_ref().map(|pod| pod.serve(Proto::Sctp, 9999).unwrap());
+    let client = lab.node(0).add_pod("client").unwrap();
+    let ports = [Port::new("SCTP", 99, 9999)];
+    world.put("sctp", &ports, 12, &endpoints(&[&pods[0]]));
+    let flow = |vip| {
+        assert!(answered(&until(&client, Proto::Sctp, at(vip, 99), answered)));
+        client.flow(Dial::new(Proto::Sctp, at(vip, 99)).timeout(QUIET)).unwrap()
+    };
+    let mut flows = vips(12).map(flow);
+    for pod in [&pods[0], &pods[1], &pods[0]] {
+        world.put("sctp", &ports, 12, &endpoints(&[pod]));
+        for flow in &mut flows {
+            let outcome = ask_until(flow, by(pod.name()));
+            assert_eq!(outcome.by(), Some(pod.name()), "{outcome}\n{}", world.agents[0].log());
         }
     }
 }
