@@ -570,6 +570,13 @@ fn the_nodes_own_elements_follow() {
         assert!(listing.contains("{ 192.168.77.9 }") && !listing.contains("192.168.77.1"), "{listing}");
         assert!(listing.contains("10.96.0.0/12, 10.112.0.0/16"), "{listing}");
         assert!(!listing.contains("fd00:77::1"));
+        // One of two ranges without a gap goes.
+        dataplane.apply(&Batch { node: Some(self::node()), ..Batch::default() }).unwrap();
+        let expected = in_namespace(|| {
+            apply(&mut opened(), vec![]);
+            sorted(&self::listing())
+        });
+        assert_eq!(sorted(&self::listing()), expected);
     });
 }
 

@@ -300,10 +300,13 @@ pub(crate) fn ranges(set: Set, family: Family, networks: &[IpNetwork]) -> Vec<El
     if of_family().next().is_some_and(|first| !first.network().is_unspecified()) {
         push(unspecified(family), true);
     }
-    for network in of_family() {
+    let mut networks = of_family().peekable();
+    while let Some(network) = networks.next() {
         push(network.network(), false);
-        // A range that reaches the last address has no end element.
-        if let Some(behind) = successor(network.broadcast()) {
+        // A range that reaches the last address has no end element, and one that the next follows at once has none of
+        // its own: the kernel would take an end and a start at one address, and then not find them again.
+        let next = networks.peek().map(|next| next.network());
+        if let Some(behind) = successor(network.broadcast()).filter(|behind| Some(*behind) != next) {
             push(behind, true);
         }
     }
@@ -395,12 +398,13 @@ mod tests {
 
     #[test]
     fn ranges_end_where_nothing_is_covered() {
-        let networks: Vec<IpNetwork> = ["10.0.0.0/8", "255.0.0.0/8"].map(|n| n.parse().unwrap()).to_vec();
+        let networks: Vec<IpNetwork> =
+            ["10.0.0.0/8", "11.0.0.0/9", "255.0.0.0/8"].map(|n| n.parse().unwrap()).to_vec();
         let keys: Vec<_> = ranges(Set::PodCidrs, Family::V4, &networks)
             .iter()
             .map(|e| format!("{:?}", e.place.key))
             .collect();
-        assert_eq!(keys, ["00000000 end", "0a000000", "0b000000 end", "ff000000"]);
+        assert_eq!(keys, ["00000000 end", "0a000000", "0b000000", "0b800000 end", "ff000000"]);
         assert!(ranges(Set::PodCidrs, Family::V6, &networks).is_empty());
         assert_eq!(ranges(Set::PodCidrs, Family::V4, &["0.0.0.0/0".parse().unwrap()]).len(), 1);
     }
