@@ -14,6 +14,7 @@ mod stage;
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
@@ -27,6 +28,7 @@ use self::names::Names;
 use self::objects::Objects;
 use self::report::Report;
 use self::stage::{Api, Stage};
+use crate::controlplane::program;
 
 /// Runs scenarios, one after the other; those with one configuration should follow each other.
 pub struct Oracle {
@@ -53,6 +55,14 @@ impl Oracle {
     /// When it could not be run to its end.
     pub fn run(&mut self, scenario: &Scenario, number: usize) -> Result<Vec<String>> {
         self.report.begin(scenario);
+        let result = self.try_run(scenario, number);
+        if result.is_err() {
+            self.report.give_up(scenario);
+        }
+        result
+    }
+
+    fn try_run(&mut self, scenario: &Scenario, number: usize) -> Result<Vec<String>> {
         if self.stage.as_ref().is_none_or(|stage| stage.config != scenario.config) {
             self.stage = None;
             // What a stage before left in the API would only take the new one's time.
@@ -73,8 +83,13 @@ impl Oracle {
     }
 
     /// The summary of all that ran, as Markdown.
-    pub fn summary(&self) -> String {
-        self.report.markdown(self.started.elapsed(), "kube-proxy 1.36")
+    ///
+    /// # Errors
+    /// When kube-proxy does not say its version.
+    pub fn summary(&self) -> Result<String> {
+        let output = Command::new(program("kube-proxy")?).arg("--version").output()?;
+        let version = String::from_utf8_lossy(&output.stdout);
+        Ok(self.report.markdown(self.started.elapsed(), version.trim().trim_start_matches("Kubernetes ")))
     }
 }
 

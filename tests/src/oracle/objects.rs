@@ -55,7 +55,8 @@ impl Objects {
         for name in &step.delete {
             let wrong = || format!("`{name}`: what is deleted is named as in Service/web");
             let (kind, name) = name.split_once('/').with_context(wrong)?;
-            let gone = self.0.remove(&(kind.into(), names.namespace.clone(), names.text(name)?));
+            let namespace = if kind == "ServiceCIDR" { String::new() } else { names.namespace.clone() };
+            let gone = self.0.remove(&(kind.into(), namespace, names.text(name)?));
             ensure!(gone.is_some(), "{}: there is none", wrong());
         }
         Ok(())

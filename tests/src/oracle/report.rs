@@ -25,6 +25,7 @@ pub(super) struct Report {
     differences: BTreeSet<(String, Proxy, String)>,
     skipped: BTreeSet<(String, Proxy, String)>,
     orders: usize,
+    unfinished: BTreeSet<String>,
 }
 
 impl Report {
@@ -51,13 +52,18 @@ impl Report {
         }
     }
 
+    /// Marks a scenario that could not be run to its end.
+    pub(super) fn give_up(&mut self, scenario: &Scenario) {
+        self.unfinished.insert(scenario.name.clone());
+    }
+
     /// Counts flows of a further order, which have no place in the table.
     pub(super) fn add_order(&mut self, done: &[Done]) {
         self.orders += done.len();
     }
 
     /// The summary as Markdown.
-    pub(super) fn markdown(&self, elapsed: Duration, versions: &str) -> String {
+    pub(super) fn markdown(&self, elapsed: Duration, version: &str) -> String {
         let mut text = String::from(
             "# Conformance\n\nWhat `cargo xtask test --lane oracle` has shown: every scenario of `tests/scenarios/`, \
              flow by flow, over kube-lane and\nover the real kube-proxy. A cell counts the flows over IPv4 + IPv6; \
@@ -77,14 +83,16 @@ impl Report {
             },
         );
         let (date, scenarios, seconds) = (Timestamp::now().to_string(), self.rows.len(), elapsed.as_secs());
-        let _ = writeln!(text, "{}, {scenarios} scenarios in {seconds} s, {versions}.\n", &date[..10]);
+        let _ =
+            writeln!(text, "{}, {scenarios} scenarios in {seconds} s, kube-proxy {version}.\n", &date[..10]);
         text.push_str(
             "| scenario | kube-lane | kube-proxy nftables | kube-proxy iptables |\n|---|---|---|---|\n",
         );
         let rows = self.rows.iter().map(|(name, row)| (name.clone(), row));
         for (name, row) in rows.chain([("**all**".to_owned(), &totals)]) {
             let cells = Proxy::ALL.map(|proxy| row.get(&proxy).map_or("–".to_owned(), cell));
-            let _ = writeln!(text, "| {name} | {} |", cells.join(" | "));
+            let end = if self.unfinished.contains(&name) { " (**not run to its end**)" } else { "" };
+            let _ = writeln!(text, "| {name}{end} | {} |", cells.join(" | "));
         }
         let _ = writeln!(
             text,

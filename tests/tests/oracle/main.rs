@@ -21,13 +21,12 @@ fn main() -> Result<ExitCode> {
         let oracle = Arc::clone(&oracle);
         Trial::test(scenario.name.clone(), move || {
             let mut oracle = oracle.lock().unwrap_or_else(PoisonError::into_inner);
-            let run = || -> Result<Vec<String>> {
+            let mut run = || -> Result<Vec<String>> {
                 if oracle.is_none() {
                     *oracle = Some(Oracle::start()?);
                 }
                 oracle.as_mut().context("no oracle")?.run(&scenario, number)
             };
-            let mut run = run;
             match run() {
                 Ok(wrong) if wrong.is_empty() => Ok(()),
                 Ok(wrong) => Err(Failed::from(wrong.join("\n"))),
@@ -38,7 +37,7 @@ fn main() -> Result<ExitCode> {
     let _interrupt = kube_lane_lab::on_interrupt()?;
     let conclusion = libtest_mimic::run(&arguments, trials.collect());
     if let Some(oracle) = oracle.lock().unwrap_or_else(PoisonError::into_inner).take() {
-        fs::write(root.join("../target/oracle.md"), oracle.summary())?;
+        fs::write(root.join("../target/oracle.md"), oracle.summary()?)?;
     }
     Ok(conclusion.exit_code())
 }
