@@ -10,6 +10,8 @@ mod ebpf;
 #[cfg(test)]
 mod health;
 #[cfg(test)]
+mod history;
+#[cfg(test)]
 mod lab;
 #[cfg(test)]
 mod nftables;

@@ -15,7 +15,7 @@ use kube_lane::model::plan::{
 use nix::sched::{CloneFlags, unshare};
 
 /// Runs in a network namespace of its own, which goes with the thread.
-fn in_namespace<T: Send + 'static>(test: impl FnOnce() -> T + Send + 'static) -> T {
+pub(super) fn in_namespace<T: Send + 'static>(test: impl FnOnce() -> T + Send + 'static) -> T {
     let thread = thread::spawn(|| {
         unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace (needs root)");
         test()
@@ -39,7 +39,7 @@ fn nft(arguments: &[&str], input: Option<&str>) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-fn listing() -> String {
+pub(super) fn listing() -> String {
     nft(&["list", "ruleset"], None)
 }
 
