@@ -8,7 +8,7 @@ use kube_lane::dataplane::{Batch, Dataplane};
 use kube_lane::model::input::{Change, Event, Origin};
 use kube_lane::model::planner::{self, NodePortAddresses, Planner, PodCidrs};
 
-use super::nftables::{in_namespace, listing};
+use crate::plans::{in_namespace, listing};
 
 #[path = "../../../proxy/tests/planner/history.rs"]
 mod random;

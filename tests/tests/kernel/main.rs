@@ -16,6 +16,8 @@ mod lab;
 #[cfg(test)]
 mod nftables;
 #[cfg(test)]
+mod plans;
+#[cfg(test)]
 mod policies;
 #[cfg(test)]
 mod services;
