@@ -288,25 +288,28 @@ impl fmt::Display for Place {
     }
 }
 
-/// The elements of a set of ranges, for sorted disjoint networks of one family, as nft writes them: each starts
-/// with an element, and an end element stands at the first address that no range covers any more.
+/// The elements of a set of ranges, for sorted disjoint networks of one family: one stands where a range starts, an end
+/// element at the first address that no range covers any more. Networks without a gap between them are one range: of an
+/// end and a start at one address, the kernel cannot always tell which is meant.
 pub(crate) fn ranges(set: Set, family: Family, networks: &[IpNetwork]) -> Vec<Element> {
     let mut elements = Vec::new();
     let mut push = |address: IpAddr, interval_end| {
         let key = Key { interval_end, ..Key::address(address) };
         elements.push(Element { place: Place { family, set, key }, data: None, comment: None });
     };
-    let of_family = || networks.iter().filter(|network| Family::of(network.ip()) == family);
-    if of_family().next().is_some_and(|first| !first.network().is_unspecified()) {
+    let mut networks = networks.iter().filter(|network| Family::of(network.ip()) == family).peekable();
+    if networks.peek().is_some_and(|first| !first.network().is_unspecified()) {
         push(unspecified(family), true);
     }
-    let mut networks = of_family().peekable();
+    let mut behind_last = None;
     while let Some(network) = networks.next() {
-        push(network.network(), false);
-        // A range that reaches the last address has no end element, and one that the next follows at once has none of
-        // its own: the kernel would take an end and a start at one address, and then not find them again.
+        if behind_last != Some(network.network()) {
+            push(network.network(), false);
+        }
+        // A range that reaches the last address has no end element.
+        behind_last = successor(network.broadcast());
         let next = networks.peek().map(|next| next.network());
-        if let Some(behind) = successor(network.broadcast()).filter(|behind| Some(*behind) != next) {
+        if let Some(behind) = behind_last.filter(|behind| Some(*behind) != next) {
             push(behind, true);
         }
     }
@@ -404,7 +407,7 @@ mod tests {
             .iter()
             .map(|e| format!("{:?}", e.place.key))
             .collect();
-        assert_eq!(keys, ["00000000 end", "0a000000", "0b000000", "0b800000 end", "ff000000"]);
+        assert_eq!(keys, ["00000000 end", "0a000000", "0b800000 end", "ff000000"]);
         assert!(ranges(Set::PodCidrs, Family::V6, &networks).is_empty());
         assert_eq!(ranges(Set::PodCidrs, Family::V4, &["0.0.0.0/0".parse().unwrap()]).len(), 1);
     }
