@@ -10,10 +10,12 @@
 //! 1.0.6 lists a rule that puts IPv6 address and port into a map, and aborts when it is to take it back. So a port whose
 //! backends listen on several ports has several maps.
 //!
+//! What is learned has to be in the endpoint set, whose members stand in a set of their own (`aff-members/…`): a packet
+//! that was led to a backend before that left must not be remembered after, or whoever comes next is led there again.
+//!
 //! A port that uses its Cluster *and* its Local set (`externalTrafficPolicy: Local` with its short-circuit, or
-//! `internalTrafficPolicy: Local` at the cluster IP alone) has maps for each, since a remembered backend counts only
-//! where it is in the set that a client gets. What is learned goes to the map of each set that has the backend: for
-//! that alone such a port has its sets' members, too.
+//! `internalTrafficPolicy: Local` at the cluster IP alone) has maps and members of each, since a remembered backend counts
+//! only where it is in the set that a client gets. What is learned goes to the map of each set that has the backend.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -191,9 +193,7 @@ impl<'a> Port<'a> {
         for scope in self.scopes() {
             objects.insert(self.object(Kind::Consult(scope)));
             objects.extend(self.maps(scope));
-            if self.is_mixed() {
-                objects.insert(self.object(Kind::Members(scope)));
-            }
+            objects.insert(self.object(Kind::Members(scope)));
         }
         objects
     }
@@ -236,7 +236,7 @@ impl<'a> Port<'a> {
         rule
     }
 
-    /// `th dport 8080 update @aff/…/8080 { ip saddr timeout 3h : ip daddr }`.
+    /// `th dport 8080 ip daddr . th dport @aff-members/… update @aff/…/8080 { ip saddr timeout 3h : ip daddr }`.
     fn learn(&self, scope: Scope, target: u16) -> Vec<Expr> {
         let (keys, reg) = (self.keys(), Reg(0));
         let mut rule = Vec::from(self.protocol());
@@ -244,14 +244,12 @@ impl<'a> Port<'a> {
             Expr::DestinationPort { reg },
             Expr::Compare { reg, bytes: target.to_be_bytes().into(), invert: false },
         ]);
-        if self.is_mixed() {
-            let set = LookupIn::Named(self.object(Kind::Members(scope)).name());
-            rule.extend([
-                keys.destination(reg),
-                Expr::DestinationPort { reg: keys.after_address() },
-                Expr::Lookup { set, key: reg, data: None, invert: false },
-            ]);
-        }
+        let members = LookupIn::Named(self.object(Kind::Members(scope)).name());
+        rule.extend([
+            keys.destination(reg),
+            Expr::DestinationPort { reg: keys.after_address() },
+            Expr::Lookup { set: members, key: reg, data: None, invert: false },
+        ]);
         let (map, timeout) = (self.map(scope, target).name(), self.timeout);
         rule.extend([
             keys.source(reg),
@@ -334,11 +332,12 @@ pub(crate) struct Change {
     pub(crate) members: Vec<(Object, Option<Vec<AddressPort>>, Vec<AddressPort>)>,
     /// Elements to add, after everything else.
     pub(crate) added: Vec<Element>,
-    /// What is remembered has to be looked through: for the ports of the plan at these positions, in these maps.
+    /// Ports whose maps have to be looked through.
     pub(crate) reviews: Vec<Review>,
 }
 
-/// The maps of a port have to be looked through.
+/// The maps of a port have to be looked through: with the change, and once more after it, since a packet on its way may
+/// be found to be remembered before, and be remembered after.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Review {
     /// The port's position in its plan.
@@ -402,12 +401,13 @@ impl Change {
             let chain = Chain { name: object.to_string(), base: None, rules };
             self.rules.push((object, chain));
         }
-        for scope in new.scopes().filter(|_| new.is_mixed()) {
-            let known = old.filter(|old| old.is_mixed()).map(|old| old.backends(scope));
+        for scope in new.scopes() {
+            let members = new.object(Kind::Members(scope));
+            let known = old.filter(|old| old.uses.contains(&scope)).map(|old| old.backends(scope));
             let (left, joined) = difference(known.unwrap_or_default(), new.backends(scope));
-            if known.is_none() || !(left.is_empty() && joined.is_empty()) {
-                let left = known.is_some().then_some(left);
-                self.members.push((new.object(Kind::Members(scope)), left, joined));
+            let is_found = known.is_none() && kernel.holds_object(&members);
+            if is_found || !(left.is_empty() && joined.is_empty()) {
+                self.members.push((members, (!is_found).then_some(left), joined));
             }
         }
         let sources = sources(old, new, kernel);
@@ -430,8 +430,16 @@ fn sources(old: Option<&Port<'_>>, new: &Port<'_>, kernel: &impl Kernel) -> Vec<
         let (left, joined) = difference(old.backends(scope), new.backends(scope));
         !left.is_empty() || (new.is_mixed() && !joined.is_empty())
     };
-    let concerned = old.timeout != new.timeout || old.uses != new.uses || new.scopes().any(concerned);
-    if concerned { old.scopes().flat_map(|scope| old.maps(scope)).collect() } else { Vec::new() }
+    let maps: Vec<_> = old.scopes().flat_map(|scope| old.maps(scope)).collect();
+    // A map of an earlier run, of a set that this one has not used until now.
+    let found = new.scopes().flat_map(|scope| new.maps(scope));
+    let found: Vec<_> = found.filter(|map| !maps.contains(map) && kernel.holds_object(map)).collect();
+    if old.timeout != new.timeout || old.uses != new.uses || new.scopes().any(concerned) || !found.is_empty()
+    {
+        [maps, found].concat()
+    } else {
+        Vec::new()
+    }
 }
 
 /// The addresses that are only in the first, and only in the second, of two sorted sets.

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 
 use super::super::lower::Empty;
+use super::super::observe::Found;
 use super::*;
 use crate::model::input::ServiceKey;
 
@@ -63,10 +64,13 @@ fn sources(change: &Change) -> Vec<String> {
 fn a_port_with_one_set_has_two_chains_and_a_map() {
     let change = change(None, Some(&single(10, &[1, 2])));
     let names = names(&change.created);
-    assert_eq!(
-        names,
-        ["aff/default/web/tcp/http", "aff-learn/default/web/tcp/http", "aff/default/web/tcp/http/8080"]
-    );
+    let expected = [
+        "aff/default/web/tcp/http",
+        "aff-learn/default/web/tcp/http",
+        "aff/default/web/tcp/http/8080",
+        "aff-members/default/web/tcp/http",
+    ];
+    assert_eq!(names, expected);
     assert_eq!(change.rules.iter().map(|(_, chain)| chain.rules.len()).sum::<usize>(), 2);
     let elements: Vec<_> =
         change.added.iter().map(|e| format!("{} {:?}", e.place, e.data.as_ref().unwrap())).collect();
@@ -79,7 +83,8 @@ fn a_port_with_one_set_has_two_chains_and_a_map() {
             "np-aff-learn { 6 . 30080 } goto aff-learn/default/web/tcp/http",
         ]
     );
-    assert!(change.members.is_empty() && change.reviews.is_empty());
+    assert_eq!(change.members[0].2, [1, 2].map(|n| backend(n).address));
+    assert!(change.reviews.is_empty());
 }
 
 #[test]
@@ -88,9 +93,15 @@ fn rules_do_not_depend_on_endpoints() {
     let (before, after) = (single(10, &backends), single(10, &backends[1..]));
     let change = change(Some(&before), Some(&after));
     assert_eq!(sources(&change), ["aff/default/web/tcp/http/8080"]);
-    assert_eq!(Change { reviews: vec![], ..change }, Change::default());
+    assert_eq!(change.members[0].1.as_deref(), Some(&[backend(0).address][..]));
+    assert_eq!(Change { reviews: vec![], members: vec![], ..change }, Change::default());
     let more = super::Change::between(Some(&after), Some(&before), &Empty);
-    assert_eq!(more, Change::default(), "nobody is remembered wrongly because of a new endpoint");
+    assert_eq!(more.members[0].2, [backend(0).address]);
+    assert_eq!(
+        Change { members: vec![], ..more },
+        Change::default(),
+        "nobody is remembered wrongly because of a new endpoint"
+    );
 }
 
 #[test]
@@ -138,7 +149,7 @@ fn a_policy_that_changes_keeps_the_map_of_the_set_that_stays() {
     let to_both = change(Some(&one), Some(&both));
     assert!(to_both.dropped.is_empty() && to_both.removed.is_empty());
     assert_eq!(sources(&to_both), ["aff/default/web/tcp/http/8080"]);
-    assert!(to_both.members.iter().all(|(_, left, _)| left.is_none()));
+    assert_eq!(to_both.members.len(), 1, "of the set that is new");
     let back = change(Some(&both), Some(&one));
     assert!(!names(&back.dropped).contains(&"aff/default/web/tcp/http/8080".to_owned()));
     assert_eq!(back.dropped.len(), to_both.created.len());
@@ -178,4 +189,17 @@ fn each_port_that_backends_listen_on_has_its_map() {
     assert!(made.added.is_empty());
     let back = change(Some(&several), Some(&single(10, &[1, 2, 3])));
     assert_eq!(names(&back.dropped), ["aff/default/web/tcp/http/9090"]);
+}
+
+#[test]
+fn a_map_of_an_earlier_run_is_looked_through_when_it_is_taken_over() {
+    let old = single(10, &[1]);
+    let map = change(None, Some(&mixed(10, &[1], &[1])));
+    let map = map.created.iter().find(|object| object.kind == Kind::Map(Scope::Local, 8080)).unwrap();
+    let found = Found::holding([].iter(), [map].into_iter());
+    for (previous, next) in [(None, mixed(10, &[1], &[1])), (Some(&old), mixed(10, &[1], &[1]))] {
+        let change = Change::between(previous, Some(&next), &found);
+        assert!(sources(&change).contains(&map.to_string()), "{change:?}");
+    }
+    assert!(Change::between(None, Some(&old), &found).reviews[0].sources == [map.clone()], "for its clients");
 }

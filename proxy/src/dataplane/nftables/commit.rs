@@ -43,7 +43,8 @@ impl Staged<'_> {
     /// How many elements of session affinity it removes and adds, beside those of the frontends.
     fn affinity_count(&self) -> (usize, usize) {
         let members = self.lowered.affinity.members.iter();
-        let members = members.map(|(_, left, joined)| (left.as_ref().map_or(0, Vec::len), joined.len()));
+        let members =
+            members.map(|(_, left, joined)| left.as_ref().map_or((0, 0), |left| (left.len(), joined.len())));
         let entries = self.edits.iter().map(Edits::count);
         members.chain(entries).fold((0, 0), |sum, count| (sum.0 + count.0, sum.1 + count.1))
     }

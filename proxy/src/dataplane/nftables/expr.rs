@@ -109,6 +109,8 @@ pub(crate) enum Verdict {
 pub(crate) const STATE_NEW: u32 = 1 << 3;
 /// `IPS_DST_NAT`: the bit of `ct status dnat`.
 pub(crate) const STATUS_DNAT: u32 = 1 << 5;
+/// `IPS_CONFIRMED`: the connection's first packet has left this host's hooks, or reached a socket.
+pub(crate) const STATUS_CONFIRMED: u32 = 1 << 3;
 /// Ties a rule to the anonymous set sent just before it in the same batch.
 pub(crate) const ANONYMOUS_SET_ID: u32 = 0x6b6c;
 /// The name of every anonymous set: the kernel puts a number in.

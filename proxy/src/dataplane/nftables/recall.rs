@@ -36,7 +36,7 @@ impl Nftables {
         }
         grace_period();
         let mut changes = Vec::new();
-        for (was, i) in std::mem::take(&mut self.recheck) {
+        for (was, i) in self.recheck.clone() {
             let Some(plan) = self.applied.get(&was.service).map(|applied| Arc::clone(applied.plan())) else {
                 continue;
             };
@@ -49,7 +49,9 @@ impl Nftables {
         transaction.edits(&changes, Owner::Node);
         let count = |of: fn((usize, usize)) -> usize| changes.iter().map(|edits| of(edits.count())).sum();
         self.send(&mut transaction, count(|(removed, _)| removed), count(|(_, added)| added), outcome)
-            .map_err(failure)
+            .map_err(failure)?;
+        self.recheck.clear();
+        Ok(())
     }
 
     fn look_through(&mut self, port: &Port<'_>, maps: &[Object]) -> Result<Vec<Edits>, Failure> {

@@ -14,7 +14,9 @@
 
 use nftnl::{ChainType, Hook};
 
-use super::expr::{ADDRESS_LOCAL, ConnectionWord, Expr, LookupIn, Reg, STATE_NEW, STATUS_DNAT, Verdict};
+use super::expr::{
+    ADDRESS_LOCAL, ConnectionWord, Expr, LookupIn, Reg, STATE_NEW, STATUS_CONFIRMED, STATUS_DNAT, Verdict,
+};
 use super::schema::{CLASSES, LOCAL_SLOTS, Set, address_len};
 use crate::model::input::Family;
 
@@ -306,7 +308,9 @@ fn firewall(chains: &mut Vec<Chain>, keys: &Keys) {
 }
 
 /// Where a new connection was led, by the destination that it was opened to, is remembered for the Service ports with
-/// affinity. VIPs come before NodePorts, as in the translation.
+/// affinity. VIPs come before NodePorts, as in the translation. Only a connection's first packet counts: `ct state new`
+/// holds for the next ones, too, until an answer comes, and a client that tries a backend again which is gone must not be
+/// led there for that.
 fn learning(chains: &mut Vec<Chain>, keys: &Keys) {
     let search = |mut rule: Vec<Expr>, map| {
         rule.push(Expr::VerdictMap { map, key: Reg(0) });
@@ -328,7 +332,8 @@ fn learning(chains: &mut Vec<Chain>, keys: &Keys) {
         ],
     ));
     let dnatted = bit(ConnectionWord::Status, STATUS_DNAT, true);
-    let enter = [state_new(), dnatted, goto("learn")].concat();
+    let first = bit(ConnectionWord::Status, STATUS_CONFIRMED, false);
+    let enter = [dnatted, first, goto("learn")].concat();
     for (name, hook) in [("learn-prerouting", Hook::PreRouting), ("learn-output", Hook::Out)] {
         chains.push(base(name, ChainType::Filter, hook, LEARN_PRIORITY, vec![enter.clone()]));
     }
