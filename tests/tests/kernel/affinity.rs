@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU32;
-use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,6 +14,8 @@ use kube_lane::model::plan::{
 };
 use kube_lane_lab::{Dial, Echo, Host, Lab, Pod, Proto, topology};
 use nix::sched::{CloneFlags, setns};
+
+use crate::plans::{listing, nft};
 
 const PROTOS: [(Proto, Protocol); 2] = [(Proto::Tcp, Protocol::Tcp), (Proto::Udp, Protocol::Udp)];
 const HOUR: u32 = 3600;
@@ -141,12 +142,12 @@ impl World {
     }
 
     fn listing(&self) -> String {
-        nft(&["list", "ruleset"])
+        listing()
     }
 
     /// What the map of the TCP port remembers in IPv4: client → backend, seconds to live.
     fn remembered(&self, map: &str) -> BTreeMap<String, (String, f64)> {
-        let text = nft(&["list", "map", "ip", "kube-lane", map]);
+        let text = nft(&["list", "map", "ip", "kube-lane", map], None);
         let elements = text.split_once("elements = {").map(|(_, rest)| rest.split('}').next().unwrap());
         let entry = |element: &str| {
             let words: Vec<_> = element.split_whitespace().collect();
@@ -168,12 +169,6 @@ fn node() -> NodePlan {
 
 fn open() -> Nftables {
     Nftables::open(Settings { detector: Detector::PodCidrs, masquerade_all: false }).unwrap()
-}
-
-fn nft(arguments: &[&str]) -> String {
-    let output = Command::new("nft").args(arguments).output().unwrap();
-    assert!(output.status.success(), "nft {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap()
 }
 
 /// A duration as nft prints it: `59m58s120ms`.
@@ -494,12 +489,12 @@ fn what_nft_lists_with_affinity_nft_takes_back() {
     let before = world.listing();
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), &before).unwrap();
-    nft(&["flush", "ruleset"]);
-    nft(&["-f", &file.path().to_string_lossy()]);
+    nft(&["flush", "ruleset"], None);
+    nft(&["-f", &file.path().to_string_lossy()], None);
     assert_eq!(without_time(&before), without_time(&world.listing()));
     // Somebody else's flush is repaired; what was remembered went with it.
     world.dataplane.repair().unwrap();
-    nft(&["flush", "ruleset"]);
+    nft(&["flush", "ruleset"], None);
     assert!(world.dataplane.repair().unwrap().is_some_and(|outcome| outcome.failed.is_empty()));
     assert!(sole(world.lab.outside(), Proto::Tcp, lb(Family::V4)).is_some());
 }
