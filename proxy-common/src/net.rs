@@ -5,6 +5,8 @@ use core::net::{IpAddr, SocketAddr};
 
 /// The IANA protocol number of TCP.
 pub const TCP: u8 = 6;
+/// The IANA protocol number of UDP.
+pub const UDP: u8 = 17;
 
 /// An IPv6 address, or an IPv4 address in its v4-mapped form (`::ffff:a.b.c.d`), in network byte order.
 ///
@@ -18,6 +20,38 @@ impl Address {
     #[inline]
     pub const fn from_user_ip4(word: u32) -> Self {
         Self([0, 0, 0xffff_u32.to_be(), word])
+    }
+
+    /// From `bpf_sock_addr::user_ip6`, which is in network byte order.
+    #[inline]
+    pub const fn from_user_ip6(words: [u32; 4]) -> Self {
+        Self(words)
+    }
+
+    /// The address in four words, in network byte order; the last one is an IPv4 address's.
+    #[inline]
+    pub const fn words(self) -> [u32; 4] {
+        self.0
+    }
+
+    /// Whether it is an IPv4 address.
+    #[inline]
+    pub const fn is_v4(self) -> bool {
+        let [first, second, third, _] = self.0;
+        first == 0 && second == 0 && third == 0xffff_u32.to_be()
+    }
+
+    /// The unspecified address of its family: where NodePorts are looked up.
+    #[inline]
+    pub const fn unspecified(self) -> Self {
+        if self.is_v4() { Self::from_user_ip4(0) } else { Self([0; 4]) }
+    }
+}
+
+impl From<Address> for IpAddr {
+    fn from(address: Address) -> Self {
+        let [a, b, c, d] = address.0.map(|word| u128::from(u32::from_be(word)));
+        core::net::Ipv6Addr::from_bits(a << 96 | b << 64 | c << 32 | d).to_canonical()
     }
 }
 
@@ -49,6 +83,18 @@ impl Port {
     pub const fn from_user_port(port: u32) -> Self {
         Self(port as u16)
     }
+
+    /// For `bpf_sock_addr::user_port`.
+    #[inline]
+    pub const fn to_user_port(self) -> u32 {
+        self.0 as u32
+    }
+
+    /// In host byte order.
+    #[inline]
+    pub const fn to_host(self) -> u16 {
+        u16::from_be(self.0)
+    }
 }
 
 /// What a client dials: the key of every map that is looked up by destination.
@@ -72,10 +118,29 @@ impl FrontendKey {
         Self { address, port, protocol, padding: 0 }
     }
 
+    /// A number that another key hardly has, for [`Frontend`](crate::Frontend).
+    #[inline]
+    pub const fn fingerprint(&self) -> u32 {
+        let [a, b, c, d] = self.address.0;
+        let end = (self.port.0 as u32) << 8 | self.protocol as u32;
+        let mut hash = mix(0x9e37_79b9, a);
+        hash = mix(hash, b);
+        hash = mix(hash, c);
+        hash = mix(hash, d);
+        hash = mix(hash, end);
+        hash ^ (hash >> 15)
+    }
+
     /// The key of a TCP frontend.
     pub fn tcp(at: SocketAddr) -> Self {
         Self::new(at.ip().into(), Port::from_host(at.port()), TCP)
     }
+}
+
+/// One step of Murmur3's 32-bit hash.
+const fn mix(hash: u32, word: u32) -> u32 {
+    let word = word.wrapping_mul(0xcc9e_2d51).rotate_left(15).wrapping_mul(0x1b87_3593);
+    (hash ^ word).rotate_left(13).wrapping_mul(5).wrapping_add(0xe654_6b64)
 }
 
 const _: () = {
@@ -91,6 +156,9 @@ const _: () = {
 #[cfg(feature = "user")]
 // SAFETY: `repr(C)`, integers only, no padding but the named field (see the asserts above): every byte is initialised.
 unsafe impl aya::Pod for FrontendKey {}
+#[cfg(feature = "user")]
+// SAFETY: `repr(transparent)` over integers: every byte is initialised, every value valid.
+unsafe impl aya::Pod for Address {}
 
 #[cfg(test)]
 mod tests {

@@ -4,6 +4,7 @@
 //! meets nftables, which is complete without it.
 
 mod loader;
+pub mod write;
 
 use std::path::PathBuf;
 

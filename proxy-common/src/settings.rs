@@ -1,0 +1,100 @@
+//! What holds for all Services of the node.
+
+use core::mem::{align_of, offset_of};
+
+/// The value of [`maps::SETTINGS`](crate::maps::SETTINGS). Each word is written by one store; to change more than
+/// [`Settings::answered`], that is 0 meanwhile, and for a grace period before.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Who is answered where.
+    pub answered: Answered,
+    /// The cookie of the host's network namespace.
+    pub host: u64,
+    /// Where IPv4 pods have their addresses: counts with [`Answered::SOURCE`].
+    pub pods4: Network4,
+    /// The same for IPv6.
+    pub pods6: Network6,
+}
+
+/// An IPv4 network: an address is in it whose `address & mask` is `network`. All in network byte order.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Network4 {
+    /// The network's address.
+    pub network: u32,
+    /// The network's mask.
+    pub mask: u32,
+}
+
+/// An IPv6 network, likewise.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Network6 {
+    /// The network's address.
+    pub network: [u32; 4],
+    /// The network's mask.
+    pub mask: [u32; 4],
+}
+
+/// Where a client is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Client {
+    /// In a network namespace of its own.
+    Pod = 0,
+    /// In the host's.
+    Host = 1,
+}
+
+/// Who is answered where, one bit each. What is not answered is left to nftables.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answered(pub u64);
+
+impl Answered {
+    /// Nobody anywhere.
+    pub const NOTHING: Self = Self(0);
+    /// A pod's socket that is bound to an address outside the pods' network of its family is left alone at cluster IPs.
+    /// Shifted by [`Answered::family`].
+    pub const SOURCE: u64 = 1 << 4;
+    /// NodePorts are looked up, too.
+    pub const NODEPORTS: u64 = 1 << 16;
+    /// NodePorts answer the host's own sockets on 127.0.0.0/8, too.
+    pub const LOOPBACK_NODEPORTS: u64 = 1 << 17;
+    /// There are cgroups to be left alone.
+    pub const LEFT_ALONE: u64 = 1 << 18;
+
+    /// How far the bits of a family are shifted.
+    #[inline]
+    pub const fn family(is_ipv6: bool) -> u32 {
+        if is_ipv6 { 8 } else { 0 }
+    }
+
+    /// The bit of a client at a kind of frontend in a family.
+    #[inline]
+    pub const fn bit(client: Client, external: bool, is_ipv6: bool) -> u64 {
+        1 << (client as u32 + 2 * external as u32 + Self::family(is_ipv6))
+    }
+
+    /// Whether a bit is set.
+    #[inline]
+    pub const fn has(self, bit: u64) -> bool {
+        self.0 & bit != 0
+    }
+}
+
+const _: () = {
+    assert!(size_of::<Answered>() == 8);
+    assert!(size_of::<Network4>() == 8 && align_of::<Network4>() == 4);
+    assert!(size_of::<Network6>() == 32 && align_of::<Network6>() == 4);
+    assert!(size_of::<Settings>() == 56 && align_of::<Settings>() == 8);
+    assert!(offset_of!(Settings, answered) == 0);
+    assert!(offset_of!(Settings, host) == 8);
+    assert!(offset_of!(Settings, pods4) == 16);
+    assert!(offset_of!(Settings, pods6) == 24);
+};
+
+#[cfg(feature = "user")]
+// SAFETY: `repr(C)`, integers only, no padding (see the asserts above): every byte is initialised, every value valid.
+unsafe impl aya::Pod for Settings {}
