@@ -41,6 +41,16 @@ pub struct Outcome {
     pub swept: Vec<(Family, Protocol, FrontendAddress)>,
 }
 
+impl Batch {
+    /// The Services of the batch that are in force as it has them: all but those that the kernel refused.
+    pub fn programmed<'a>(
+        &'a self,
+        outcome: &'a Outcome,
+    ) -> impl Iterator<Item = &'a (ServiceKey, Option<Arc<Plan>>)> + Clone {
+        self.services.iter().filter(|(key, _)| !outcome.failed.iter().any(|(failed, _)| failed == key))
+    }
+}
+
 impl Outcome {
     /// Adds what another commit did.
     pub fn absorb(&mut self, other: Self) {

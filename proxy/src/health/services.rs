@@ -79,10 +79,9 @@ impl ServiceHealth {
 
 impl Follower for ServiceHealth {
     fn committed(&mut self, batch: &Batch, outcome: &Outcome) {
-        let refused = |key: &ServiceKey| outcome.failed.iter().any(|(failed, _)| failed == key);
         self.0.send_if_modified(|checks| {
             let mut modified = false;
-            for (key, plan) in batch.services.iter().filter(|(key, _)| !refused(key)) {
+            for (key, plan) in batch.programmed(outcome) {
                 let check = plan.as_ref().and_then(|plan| plan.health_check);
                 let before = match check {
                     Some(check) => checks.services.insert(key.clone(), check),

@@ -55,8 +55,7 @@ impl NoLocalEndpoints {
 
 impl Follower for NoLocalEndpoints {
     fn committed(&mut self, batch: &Batch, outcome: &Outcome) {
-        let refused = |key: &ServiceKey| outcome.failed.iter().any(|(failed, _)| failed == key);
-        for (key, plan) in batch.services.iter().filter(|(key, _)| !refused(key)) {
+        for (key, plan) in batch.programmed(outcome) {
             let after = plan.as_ref().map(|plan| counts(plan)).unwrap_or_default();
             let before = if after == Counts::default() {
                 self.services.remove(key)

@@ -96,8 +96,12 @@ impl Conntrack {
     }
 
     fn update(&self, change: impl FnOnce(&mut Tracker)) {
-        change(&mut self.0.lock().tracker);
-        self.0.wake.notify_one();
+        let mut state = self.0.lock();
+        change(&mut state.tracker);
+        // Most commits change no flow: the thread sleeps on.
+        if state.tracker.has_pending() {
+            self.0.wake.notify_one();
+        }
     }
 }
 

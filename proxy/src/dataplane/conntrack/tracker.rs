@@ -168,17 +168,16 @@ impl Tracker {
     /// This was committed: notes what has to be looked at for it.
     pub(super) fn committed(&mut self, batch: &Batch, outcome: &Outcome) {
         self.incoming.clear();
-        let refused = |key: &ServiceKey| outcome.failed.iter().any(|(failed, _)| failed == key);
-        let changed = || batch.services.iter().filter(|(key, _)| !refused(key));
+        let changed = batch.programmed(outcome);
         // First all that goes: what one Service gives up another one may get.
         let mut before = Frontends::new();
-        for (key, _) in changed() {
+        for (key, _) in changed.clone() {
             if let Some(plan) = self.services.remove(key) {
                 before.extend(self.frontends_of(&plan));
             }
         }
         before.keys().for_each(|place| drop(self.frontends.remove(place)));
-        for (key, plan) in changed() {
+        for (key, plan) in changed {
             let Some(plan) = plan else { continue };
             let frontends: Vec<_> = self.frontends_of(plan).collect();
             if !frontends.is_empty() {
