@@ -263,8 +263,7 @@ impl<D: Dataplane> Controller<D> {
                 self.followers.iter_mut().for_each(|follower| follower.committed(&batch, outcome));
                 let tried =
                     |key: &ServiceKey| batch.services.binary_search_by(|(tried, _)| tried.cmp(key)).is_ok();
-                let again = |key: &ServiceKey| outcome.failed.iter().any(|(failed, _)| failed == key);
-                self.refused.retain(|key, _| !tried(key) || again(key));
+                self.refused.retain(|key, _| !tried(key) || outcome.refused(key));
             }
             Err(_) => {
                 self.pending.node = batch.node;

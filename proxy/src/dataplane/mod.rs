@@ -47,11 +47,16 @@ impl Batch {
         &'a self,
         outcome: &'a Outcome,
     ) -> impl Iterator<Item = &'a (ServiceKey, Option<Arc<Plan>>)> + Clone {
-        self.services.iter().filter(|(key, _)| !outcome.failed.iter().any(|(failed, _)| failed == key))
+        self.services.iter().filter(|(key, _)| !outcome.refused(key))
     }
 }
 
 impl Outcome {
+    /// The kernel refused this Service.
+    pub fn refused(&self, service: &ServiceKey) -> bool {
+        self.failed.iter().any(|(failed, _)| failed == service)
+    }
+
     /// Adds what another commit did.
     pub fn absorb(&mut self, other: Self) {
         self.failed.extend(other.failed);
