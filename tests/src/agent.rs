@@ -37,6 +37,14 @@ pub fn binary() -> Result<PathBuf> {
     Ok(path.into())
 }
 
+/// The arguments that keep the eBPF programs of a host's agent to this host.
+pub fn places(host: &Host) -> [String; 2] {
+    [
+        format!("--cgroup-root={}", host.cgroup().display()),
+        format!("--bpf-root={}", host.bpf_root().display()),
+    ]
+}
+
 impl Agent {
     /// Starts the agent on a host with these arguments; its log is appended to `log`. Returns at once.
     ///

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use socket2::{Domain, Socket, Type};
 
-use crate::connect::{connect, report_icmp};
+use crate::connect::{connect, is_refused_at_once, peer_in_kernel, report_icmp};
 use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::sctp;
@@ -109,6 +109,16 @@ impl fmt::Display for Outcome {
     }
 }
 
+/// What a client met, and where that was decided.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Met {
+    /// What it met.
+    pub outcome: Outcome,
+    /// The socket itself was connected elsewhere than dialled, or refused before a packet left; else whatever happened
+    /// happened to packets.
+    pub at_socket: bool,
+}
+
 /// How often each outcome came.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
@@ -191,8 +201,31 @@ impl Dial {
         Flow::open(self).map_or_else(|outcome| outcome, |mut flow| flow.ask())
     }
 
+    /// The same, of TCP, and where the outcome was decided.
+    pub fn meet(&self) -> Met {
+        match Flow::open(self) {
+            Ok(mut flow) => {
+                let outcome = flow.ask();
+                match flow.local().and_then(peer_in_kernel) {
+                    Ok(peer) => Met { outcome, at_socket: peer != self.to },
+                    Err(error) => Met { outcome: error.into(), at_socket: false },
+                }
+            }
+            Err(outcome) => {
+                let at_once =
+                    || is_refused_at_once(&Socket::new(self.domain(), Type::STREAM, None)?, self.to);
+                let at_socket = outcome == Outcome::Refused && at_once().unwrap_or_default();
+                Met { outcome, at_socket }
+            }
+        }
+    }
+
+    fn domain(&self) -> Domain {
+        Domain::for_address(self.to)
+    }
+
     fn connect(&self) -> io::Result<Transport> {
-        let domain = Domain::for_address(self.to);
+        let domain = self.domain();
         let transport = match self.proto {
             Proto::Tcp => {
                 let socket = Socket::new(domain, Type::STREAM, None)?;
@@ -203,7 +236,13 @@ impl Dial {
                 connect(&socket, self.to, self.timeout)?;
                 socket.set_read_timeout(Some(self.timeout))?;
                 socket.set_write_timeout(Some(self.timeout))?;
-                Transport::Tcp(BufReader::new(socket.into()))
+                let stream = TcpStream::from(socket);
+                // Applications are to see what they dialled, whoever they were led to.
+                let peer = stream.peer_addr()?;
+                if peer != self.to {
+                    return Err(io::Error::other(format!("getpeername says {peer}")));
+                }
+                Transport::Tcp(BufReader::new(stream))
             }
             Proto::Udp => {
                 let socket = Socket::new(domain, Type::DGRAM, None)?;

@@ -1,4 +1,4 @@
-//! A host: one network namespace with addresses and, through its node, a cgroup.
+//! A host: one network namespace with addresses and, through its node, a cgroup and a place for eBPF pins.
 //!
 //! Owns the namespace and the list of addresses. What runs on a host lives in the modules that add methods to it:
 //! `echo`, `client`, `load`, `sniff`, `process`.
@@ -26,6 +26,7 @@ struct Inner {
     addresses: Mutex<Vec<IpAddr>>,
     namespace: Namespace,
     cgroup: PathBuf,
+    bpf_root: PathBuf,
     servers: tokio::runtime::Handle,
 }
 
@@ -34,11 +35,11 @@ impl Host {
         name: &str,
         primary: [IpAddr; 2],
         namespace: Namespace,
-        cgroup: PathBuf,
+        (cgroup, bpf_root): (PathBuf, PathBuf),
         servers: tokio::runtime::Handle,
     ) -> Self {
         let addresses = Mutex::new(primary.to_vec());
-        Self(Arc::new(Inner { name: name.into(), primary, addresses, namespace, cgroup, servers }))
+        Self(Arc::new(Inner { name: name.into(), primary, addresses, namespace, cgroup, bpf_root, servers }))
     }
 
     /// The name, which its echo servers answer with.
@@ -58,6 +59,11 @@ impl Host {
     /// The cgroup v2 directory that its processes and clients are in; a pod's is its node's.
     pub fn cgroup(&self) -> &Path {
         &self.0.cgroup
+    }
+
+    /// A folder in a BPF file system that is its own, or its node's, and goes with the lab; it may have to be made.
+    pub fn bpf_root(&self) -> &Path {
+        &self.0.bpf_root
     }
 
     /// Its first IPv4 address.

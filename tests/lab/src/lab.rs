@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use ipnetwork::IpNetwork;
 use tokio::runtime::{self, Runtime};
 
+use crate::bpf;
 use crate::cgroup::LabCgroups;
 use crate::error::{Doing, Error, Result};
 use crate::host::Host;
@@ -97,13 +98,15 @@ impl Lab {
             .build()
             .doing(|| "start the servers' runtime".into())?;
         let cgroups = LabCgroups::create(&name.0)?;
+        let pins = bpf::create(&name.0)?;
         let fabric = Fabric::create(&name.0, &cgroups)?;
         let attach = |host: &str, addresses, port, router| {
             let cgroup = cgroups.add(host)?;
             let origin = Origin::Cgroup(cgroup.clone());
             let namespace = Namespace::create(format!("{}-{host}", name.0), origin, router)?;
             fabric.attach(host, port, &namespace, addresses)?;
-            Ok(Host::new(host, addresses, namespace, cgroup, servers.handle().clone()))
+            let places = (cgroup, pins.join(host));
+            Ok(Host::new(host, addresses, namespace, places, servers.handle().clone()))
         };
         let outside = Outside { host: attach("outside", topology::outside_addresses(), 0, false)? };
         let mut nodes = Vec::with_capacity(plan.nodes.into());
@@ -284,8 +287,8 @@ impl Node {
             netlink.settle(link)?;
             if routed { Ok(()) } else { netlink.settle(BRIDGE_INDEX) }
         })?;
-        let cgroup = self.cgroup().to_owned();
-        let host = Host::new(name, addresses, namespace, cgroup, self.servers().clone());
+        let places = (self.cgroup().to_owned(), self.bpf_root().to_owned());
+        let host = Host::new(name, addresses, namespace, places, self.servers().clone());
         Ok(Pod { host, node: self.host.clone(), link })
     }
 

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use crate::cgroup;
+use crate::{bpf, cgroup};
 
 /// Where `ip netns` looks for names.
 pub(crate) const NETNS_DIR: &str = "/run/netns";
@@ -30,11 +30,12 @@ pub(crate) fn new_name() -> String {
     name
 }
 
-/// Removes the named namespaces and the cgroups of one lab, and kills the processes in them.
+/// Removes the named namespaces, the cgroups and the pins of one lab, and kills the processes in them.
 pub(crate) fn remove(lab: &str) {
     if let Ok(root) = cgroup::root() {
         cgroup::remove(&root.join(lab));
     }
+    bpf::remove(lab);
     for (owner, path) in named_namespaces() {
         if owner == lab {
             unmount(&path);
@@ -54,7 +55,7 @@ pub(crate) fn remove_own() {
 /// Removes the labs whose makers are dead.
 pub(crate) fn sweep() {
     let mut labs: BTreeSet<String> = named_namespaces().map(|(lab, _)| lab).collect();
-    if let Ok(root) = cgroup::root() {
+    for root in [cgroup::root().ok(), Some(bpf::DIR.into())].into_iter().flatten() {
         labs.extend(entries(&root).filter_map(|path| lab_of(path.file_name()?.to_str()?)));
     }
     for lab in labs.iter().filter(|lab| maker_is_dead(lab)) {
@@ -64,8 +65,13 @@ pub(crate) fn sweep() {
 
 /// Takes a namespace's name away; the namespace lives on while a thread or a socket is in it.
 pub(crate) fn unmount(path: &Path) {
-    let _ = nix::mount::umount2(path, nix::mount::MntFlags::MNT_DETACH);
+    unmount_from(path);
     let _ = fs::remove_file(path);
+}
+
+/// Takes away what is mounted there, if anything is.
+pub(crate) fn unmount_from(path: &Path) {
+    let _ = nix::mount::umount2(path, nix::mount::MntFlags::MNT_DETACH);
 }
 
 fn named_namespaces() -> impl Iterator<Item = (String, PathBuf)> {

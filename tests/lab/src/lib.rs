@@ -17,6 +17,7 @@
 //! A lab lives as long as its [`Lab`]; what a killed process leaves behind, the next lab sweeps. Conntrack follows
 //! connections in a namespace as soon as some rule there asks for it, as on any host.
 
+mod bpf;
 mod cgroup;
 mod client;
 mod connect;
@@ -34,7 +35,7 @@ mod sctp;
 mod sniff;
 pub mod topology;
 
-pub use client::{Dial, Flow, Outcome, Proto, Tally};
+pub use client::{Dial, Flow, Met, Outcome, Proto, Tally};
 pub use echo::Echo;
 pub use error::{Error, Result};
 pub use host::Host;
