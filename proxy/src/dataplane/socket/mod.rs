@@ -3,6 +3,9 @@
 //! Owns the eBPF object, its maps and its links. Never decides policy, and is never needed: what it leaves alone
 //! meets nftables, which is complete without it.
 
+pub mod answers;
+#[cfg(test)]
+mod answers_tests;
 mod loader;
 pub mod write;
 
