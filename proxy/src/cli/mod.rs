@@ -19,7 +19,7 @@ mod version;
 
 const FLAGS_NOTE: &str = "Every other flag of kube-proxy 1.36 is accepted as well. Those that are set and have no \
 effect so far are named in one warning at the start. With --config, only --hostname-override, --master, --manifests, \
---conntrack-clean-sctp and the flags about logs still count.";
+--conntrack-clean-sctp, --cgroup-root, --bpf-root, --socket-lb-* and the flags about logs still count.";
 
 /// kube-lane: Kubernetes Services in nftables and eBPF, in place of kube-proxy
 #[derive(Debug, Parser)]

@@ -81,6 +81,24 @@ section! {
         log_level: Option<String>,
         #[serde(rename = "conntrackCleanSCTP")]
         conntrack_clean_sctp: Option<bool>,
+        cgroup_root: Option<PathBuf>,
+        bpf_root: Option<PathBuf>,
+        #[serde(rename = "socketLB", deserialize_with = "null_as_default")]
+        socket_lb: SocketLbSection,
+    }
+}
+
+section! {
+    /// `kubeLane.socketLB`.
+    SocketLbSection {
+        udp: Option<bool>,
+        external: Option<bool>,
+        loopback_node_ports: Option<bool>,
+        host_namespace_only: Option<bool>,
+        leave_alone: Option<Vec<PathBuf>>,
+        max_frontends: Option<i64>,
+        max_service_ports: Option<i64>,
+        max_endpoints: Option<i64>,
     }
 }
 

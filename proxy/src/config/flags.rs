@@ -14,6 +14,7 @@ use super::duration::GoDuration;
 use super::error::ConfigError;
 use super::file::{KubeProxyConfiguration, LoggingSection, leaves, prune};
 use super::resolve::{Environment, Overrides, Resolved, resolve};
+use super::socket_lb::SocketLbFlags;
 use super::{LogFormat, Logging, NetworkFlags, parse};
 use crate::address::parse_ip;
 
@@ -26,6 +27,8 @@ pub struct RunFlags {
     network: NetworkFlags,
     #[command(flatten)]
     conntrack: ConntrackFlags,
+    #[command(flatten)]
+    socket_lb: SocketLbFlags,
     #[command(flatten)]
     tolerated: ToleratedFlags,
 
@@ -278,10 +281,13 @@ impl RunFlags {
             vmodule: flags.logging.vmodule.or(file.logging.vmodule),
             options: flags.logging.options.or(file.logging.options),
         };
-        file.kube_lane.manifests = flags.kube_lane.manifests.or(file.kube_lane.manifests);
-        file.kube_lane.conntrack_clean_sctp =
-            flags.kube_lane.conntrack_clean_sctp.or(file.kube_lane.conntrack_clean_sctp);
-        file.kube_lane.log_level = flags.kube_lane.log_level.or(file.kube_lane.log_level);
+        let (own, flags) = (&mut file.kube_lane, flags.kube_lane);
+        own.manifests = flags.manifests.or(own.manifests.take());
+        own.conntrack_clean_sctp = flags.conntrack_clean_sctp.or(own.conntrack_clean_sctp);
+        own.cgroup_root = flags.cgroup_root.or(own.cgroup_root.take());
+        own.bpf_root = flags.bpf_root.or(own.bpf_root.take());
+        own.socket_lb = std::mem::take(&mut own.socket_lb).under(flags.socket_lb);
+        own.log_level = flags.log_level.or(own.log_level.take());
 
         let overrides = Overrides { master: self.master.clone(), ..Overrides::default() };
         let mut resolved = resolve(file, &overrides, environment, str::to_owned)?;
@@ -328,6 +334,7 @@ impl RunFlags {
         };
         self.network.fill(&mut file);
         self.conntrack.fill(&mut file);
+        self.socket_lb.fill(&mut file);
         file.client_connection.kubeconfig = self.kubeconfig.clone();
         file.client_connection.content_type = tolerated.kube_api_content_type;
         file.client_connection.qps = tolerated.kube_api_qps;

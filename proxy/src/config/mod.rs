@@ -22,6 +22,7 @@ pub mod flags;
 mod network;
 mod parse;
 mod resolve;
+mod socket_lb;
 #[cfg(test)]
 mod tests;
 
@@ -29,6 +30,7 @@ pub use conntrack::Conntrack;
 pub use error::{ConfigError, InvalidField};
 pub use network::{Detector, Network, NetworkFlags};
 pub use resolve::{Environment, Resolved};
+pub use socket_lb::{AnswerFlags, Roots, SocketLb};
 
 /// The resolved configuration of an agent.
 #[derive(Clone, Debug, PartialEq)]
@@ -43,6 +45,8 @@ pub struct Config {
     pub manifests: Option<PathBuf>,
     /// Whose addresses are whose.
     pub network: Network,
+    /// How the socket layer works.
+    pub socket_lb: SocketLb,
     /// Masquerade every connection to a cluster IP.
     pub masquerade_all: bool,
     /// The least time between two commits; zero: commit at once.

@@ -10,7 +10,7 @@ use super::check::{Checker, text};
 use super::duration::GoDuration;
 use super::error::ConfigError;
 use super::file::{KubeProxyConfiguration, leaves};
-use super::{Api, Config, Conntrack, LogFormat, Logging, Mode, Network};
+use super::{Api, Config, Conntrack, LogFormat, Logging, Mode, Network, SocketLb};
 
 const HEALTHZ_PORT: u16 = 10256;
 const METRICS_PORT: u16 = 10249;
@@ -92,8 +92,9 @@ impl Resolved {
     /// own name is not in it: one file may serve every node.
     pub fn to_yaml(&self) -> String {
         let mut value = self.file.to_value();
-        let Config { healthz_address, metrics_address, min_sync_period, conntrack, network, .. } =
-            &self.config;
+        let Config {
+            healthz_address, metrics_address, min_sync_period, conntrack, network, socket_lb, ..
+        } = &self.config;
         let address = |address: &Option<SocketAddr>| address.map(|address| address.to_string());
         let nodeport_addresses = match &network.nodeport_addresses {
             None => json!(["primary"]),
@@ -120,6 +121,21 @@ impl Resolved {
             ("/conntrack/udpStreamTimeout", timeout(conntrack.udp_stream)),
         ] {
             set(&mut value, path, default);
+        }
+        if self.config.mode == Mode::Ebpf {
+            for (path, default) in [
+                ("/kubeLane/bpfRoot", json!(socket_lb.bpf_root)),
+                ("/kubeLane/socketLB/udp", json!(socket_lb.udp)),
+                ("/kubeLane/socketLB/external", json!(socket_lb.external)),
+                ("/kubeLane/socketLB/loopbackNodePorts", json!(socket_lb.loopback_nodeports)),
+                ("/kubeLane/socketLB/hostNamespaceOnly", json!(socket_lb.host_namespace_only)),
+                ("/kubeLane/socketLB/leaveAlone", json!(socket_lb.leave_alone)),
+                ("/kubeLane/socketLB/maxFrontends", json!(socket_lb.max_frontends)),
+                ("/kubeLane/socketLB/maxServicePorts", json!(socket_lb.max_service_ports)),
+                ("/kubeLane/socketLB/maxEndpoints", json!(socket_lb.max_endpoints)),
+            ] {
+                set(&mut value, path, default);
+            }
         }
         if text(&self.file.hostname_override).is_some() {
             set(&mut value, "/hostnameOverride", json!(self.config.node_name));
@@ -198,6 +214,7 @@ pub(super) fn resolve(
     );
 
     let conntrack = Conntrack::resolve(&file.conntrack, &file.kube_lane, &mut check);
+    let socket_lb = SocketLb::resolve(&file.kube_lane, &mut check);
     let node_name = check.node_name(file.hostname_override.as_deref(), &environment.hostname);
 
     let manifests = file.kube_lane.manifests.clone().filter(|path| !path.as_os_str().is_empty());
@@ -232,6 +249,7 @@ pub(super) fn resolve(
     if !invalid.is_empty() {
         return Err(ConfigError::Invalid(invalid));
     }
+    warnings.extend(socket_lb.warnings(mode, &network.detector, masquerade_all));
     let idle = without_effect(&file.to_value(), written_mode);
     if !idle.is_empty() {
         let mut names: Vec<String> = idle.iter().map(|path| name_of(path)).collect();
@@ -244,6 +262,7 @@ pub(super) fn resolve(
         api,
         manifests,
         network,
+        socket_lb,
         masquerade_all,
         min_sync_period: file.nftables.min_sync_period.unwrap_or_default().0,
         healthz_address: (!overrides.no_healthz).then_some(healthz_address),

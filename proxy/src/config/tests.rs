@@ -7,6 +7,8 @@ use clap::{CommandFactory, Parser};
 use super::flags::{Action, RunFlags};
 use super::*;
 
+mod socket_lb;
+
 #[derive(Debug, Parser)]
 #[command(disable_version_flag = true, args_override_self = true)]
 struct Cli {
@@ -361,7 +363,7 @@ fn beside_a_file_only_some_flags_count_and_the_rest_are_named() {
 fn only_strict_reading_refuses_unknown_and_repeated_fields() {
     let file = ConfigFile::fields(
         "strict",
-        "mode: nftables\nclusterCidr: 10.0.0.0/8\nnftables:\n  masqueradeAll: true\n  minsyncPeriod: 1s\n\
+        "mode: nftables\nclusterCidr: 10.0.0.0/8\nnftables:\n  masqueradeAll: false\n  minsyncPeriod: 1s\n\
          extra: {a: {b: 1}}\nmode: ebpf\ndetectLocalMode: NodeCIDR\n",
     );
     let resolved = file.resolve(&[]).unwrap();

@@ -1,0 +1,263 @@
+//! `kubeLane.socketLB`: how the socket layer of `--proxy-mode ebpf` works, and where its cgroup and its pins are.
+
+use std::path::{Component, Path, PathBuf};
+
+use clap::Args;
+
+use super::check::Checker;
+use super::file::{KubeLaneSection, KubeProxyConfiguration, SocketLbSection};
+use super::flags::go_bool;
+use super::{Detector, Mode};
+
+const BPF_ROOT: &str = "/sys/fs/bpf/kube-lane";
+const FRONTENDS: u32 = 1 << 17;
+const SERVICE_PORTS: u32 = 1 << 16;
+const ENDPOINTS: u32 = 1 << 18;
+/// What an id has room for in the maps' words.
+const MOST: u32 = 1 << 24;
+
+/// How the socket layer works. Counts in [`Mode::Ebpf`] alone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SocketLb {
+    /// The cgroup v2 whose processes are answered; `None`: the root of the hierarchy, wherever that is mounted.
+    pub cgroup_root: Option<PathBuf>,
+    /// The folder of a BPF file system where maps and links are pinned.
+    pub bpf_root: PathBuf,
+    /// Answer unconnected UDP sockets, too.
+    pub udp: bool,
+    /// Answer NodePorts, load balancer and external IPs, too: the endpoint sees the client's own address.
+    pub external: bool,
+    /// Answer NodePorts on 127.0.0.0/8, too, to the host's own processes; counts beside `external` alone.
+    pub loopback_nodeports: bool,
+    /// Answer the processes of the host's network namespace alone, no pods.
+    pub host_namespace_only: bool,
+    /// Cgroups that are left to nftables with all that is below them: paths relative to the cgroup root.
+    pub leave_alone: Vec<PathBuf>,
+    /// How many addresses and ports can be answered, a NodePort counted once for each family.
+    pub max_frontends: u32,
+    /// How many ports of Services, counted once for each family.
+    pub max_service_ports: u32,
+    /// How many endpoints of these ports.
+    pub max_endpoints: u32,
+}
+
+impl Default for SocketLb {
+    fn default() -> Self {
+        Self {
+            cgroup_root: None,
+            bpf_root: BPF_ROOT.into(),
+            udp: false,
+            external: false,
+            loopback_nodeports: false,
+            host_namespace_only: false,
+            leave_alone: Vec::new(),
+            max_frontends: FRONTENDS,
+            max_service_ports: SERVICE_PORTS,
+            max_endpoints: ENDPOINTS,
+        }
+    }
+}
+
+/// Which frontends are answered to whom.
+#[derive(Args, Clone, Debug, Default)]
+pub struct AnswerFlags {
+    /// Beside --proxy-mode ebpf: answer unconnected UDP sockets, too
+    #[arg(long, value_parser = go_bool(), num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    socket_lb_udp: Option<bool>,
+    /// Answer NodePorts, load balancer and external IPs at the socket, too
+    #[arg(long, value_parser = go_bool(), num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    socket_lb_external: Option<bool>,
+    /// Answer NodePorts on 127.0.0.0/8, too, to the host's own processes (with --socket-lb-external)
+    #[arg(long, value_parser = go_bool(), num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    socket_lb_loopback_nodeports: Option<bool>,
+    /// Answer the host's own processes alone: for nodes whose pods have a service mesh
+    #[arg(long, value_parser = go_bool(), num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    socket_lb_host_namespace_only: Option<bool>,
+}
+
+/// All flags about the socket layer.
+#[derive(Args, Clone, Debug, Default)]
+pub(super) struct SocketLbFlags {
+    #[command(flatten)]
+    answer: AnswerFlags,
+    /// A cgroup to leave to nftables, relative to the cgroup root; may be given several times
+    #[arg(long, value_name = "PATH", value_delimiter = ',')]
+    socket_lb_leave_alone: Option<Vec<PathBuf>>,
+    #[command(flatten)]
+    roots: Roots,
+}
+
+/// Where the cgroup and the pins are.
+#[derive(Args, Clone, Debug, Default)]
+pub struct Roots {
+    /// The cgroup v2 whose processes --proxy-mode ebpf answers [default: the root of the hierarchy]
+    #[arg(long, value_name = "PATH")]
+    cgroup_root: Option<PathBuf>,
+    /// Folder of a BPF file system for the maps and links of --proxy-mode ebpf [default: /sys/fs/bpf/kube-lane]
+    #[arg(long, value_name = "PATH")]
+    bpf_root: Option<PathBuf>,
+}
+
+impl Roots {
+    /// The folder of the pins.
+    pub fn bpf_root(&self) -> PathBuf {
+        not_empty(self.bpf_root.clone()).unwrap_or_else(|| BPF_ROOT.into())
+    }
+
+    /// The cgroup, where one is named.
+    pub fn cgroup_root(&self) -> Option<PathBuf> {
+        not_empty(self.cgroup_root.clone())
+    }
+}
+
+impl AnswerFlags {
+    /// The flags by themselves, the rest as by default.
+    pub fn resolve(&self) -> SocketLb {
+        SocketLb {
+            udp: self.socket_lb_udp.unwrap_or_default(),
+            external: self.socket_lb_external.unwrap_or_default(),
+            loopback_nodeports: self.socket_lb_loopback_nodeports.unwrap_or_default(),
+            host_namespace_only: self.socket_lb_host_namespace_only.unwrap_or_default(),
+            ..SocketLb::default()
+        }
+    }
+}
+
+impl SocketLbFlags {
+    /// Puts the flags into the form of a file.
+    pub(super) fn fill(&self, file: &mut KubeProxyConfiguration) {
+        let own = &mut file.kube_lane;
+        own.cgroup_root = self.roots.cgroup_root.clone();
+        own.bpf_root = self.roots.bpf_root.clone();
+        own.socket_lb = SocketLbSection {
+            udp: self.answer.socket_lb_udp,
+            external: self.answer.socket_lb_external,
+            loopback_node_ports: self.answer.socket_lb_loopback_nodeports,
+            host_namespace_only: self.answer.socket_lb_host_namespace_only,
+            leave_alone: self.socket_lb_leave_alone.clone(),
+            ..SocketLbSection::default()
+        };
+    }
+}
+
+impl SocketLbSection {
+    /// What `over` sets goes before what is set here.
+    pub(super) fn under(self, over: Self) -> Self {
+        Self {
+            udp: over.udp.or(self.udp),
+            external: over.external.or(self.external),
+            loopback_node_ports: over.loopback_node_ports.or(self.loopback_node_ports),
+            host_namespace_only: over.host_namespace_only.or(self.host_namespace_only),
+            leave_alone: over.leave_alone.or(self.leave_alone),
+            max_frontends: over.max_frontends.or(self.max_frontends),
+            max_service_ports: over.max_service_ports.or(self.max_service_ports),
+            max_endpoints: over.max_endpoints.or(self.max_endpoints),
+        }
+    }
+}
+
+impl SocketLb {
+    /// Resolves what there is of it in our own section.
+    pub(super) fn resolve(own: &KubeLaneSection, check: &mut Checker) -> Self {
+        let section = &own.socket_lb;
+        Self {
+            cgroup_root: absolute("kubeLane.cgroupRoot (--cgroup-root)", &own.cgroup_root, check),
+            bpf_root: absolute("kubeLane.bpfRoot (--bpf-root)", &own.bpf_root, check)
+                .unwrap_or_else(|| BPF_ROOT.into()),
+            udp: section.udp.unwrap_or_default(),
+            external: section.external.unwrap_or_default(),
+            loopback_nodeports: section.loopback_node_ports.unwrap_or_default(),
+            host_namespace_only: section.host_namespace_only.unwrap_or_default(),
+            leave_alone: leave_alone(section.leave_alone.as_deref().unwrap_or_default(), check),
+            max_frontends: size("kubeLane.socketLB.maxFrontends", section.max_frontends, FRONTENDS, check),
+            max_service_ports: size(
+                "kubeLane.socketLB.maxServicePorts",
+                section.max_service_ports,
+                SERVICE_PORTS,
+                check,
+            ),
+            max_endpoints: size("kubeLane.socketLB.maxEndpoints", section.max_endpoints, ENDPOINTS, check),
+        }
+    }
+
+    /// What a user may not expect of these settings beside the others.
+    pub(super) fn warnings(&self, mode: Mode, detector: &Detector, masquerade_all: bool) -> Vec<String> {
+        let mut warnings = Vec::new();
+        if mode != Mode::Ebpf {
+            let defaults = Self { cgroup_root: None, bpf_root: BPF_ROOT.into(), ..Self::default() };
+            let written = Self { cgroup_root: None, bpf_root: BPF_ROOT.into(), ..self.clone() };
+            if written != defaults {
+                warnings.push("kubeLane.socketLB counts only in mode (--proxy-mode) ebpf".to_owned());
+            }
+            return warnings;
+        }
+        if self.loopback_nodeports && !self.external {
+            warnings.push(
+                "kubeLane.socketLB.loopbackNodePorts counts only beside kubeLane.socketLB.external"
+                    .to_owned(),
+            );
+        }
+        if masquerade_all {
+            warnings.push(
+                "masqueradeAll (--masquerade-all): connections to cluster IPs have to be masqueraded, which nftables \
+                 does: none is answered at the socket"
+                    .to_owned(),
+            );
+        } else if self.host_namespace_only && *detector == Detector::None {
+            warnings.push(
+                "kubeLane.socketLB.hostNamespaceOnly without a way to tell pods (clusterCIDR, detectLocalMode): no \
+                 connection to a cluster IP is answered at the socket"
+                    .to_owned(),
+            );
+        }
+        warnings
+    }
+}
+
+fn not_empty(path: Option<PathBuf>) -> Option<PathBuf> {
+    path.filter(|path| !path.as_os_str().is_empty())
+}
+
+fn absolute(field: &'static str, written: &Option<PathBuf>, check: &mut Checker) -> Option<PathBuf> {
+    let path = not_empty(written.clone())?;
+    if !path.is_absolute() {
+        check.invalid(field, &path.display().to_string(), "is no absolute path", "begin it with /");
+    }
+    Some(path)
+}
+
+/// Paths below the cgroup root, as `/proc/PID/cgroup` shows them.
+fn leave_alone(written: &[PathBuf], check: &mut Checker) -> Vec<PathBuf> {
+    let below = |path: &Path| {
+        let parts: Option<PathBuf> = path
+            .components()
+            .filter(|part| !matches!(part, Component::RootDir | Component::CurDir))
+            .map(|part| matches!(part, Component::Normal(_)).then_some(part))
+            .collect();
+        not_empty(parts)
+    };
+    let mut paths = Vec::with_capacity(written.len());
+    for path in written {
+        match below(path) {
+            Some(path) => paths.push(path),
+            None => check.invalid(
+                "kubeLane.socketLB.leaveAlone (--socket-lb-leave-alone)",
+                &path.display().to_string(),
+                "is no path of a cgroup below the cgroup root",
+                "write it as /proc/PID/cgroup does, like /system.slice/libvirtd.service",
+            ),
+        }
+    }
+    paths
+}
+
+fn size(field: &'static str, written: Option<i64>, default: u32, check: &mut Checker) -> u32 {
+    let Some(written) = written else { return default };
+    match u32::try_from(written) {
+        Ok(size @ 1..=MOST) => size,
+        _ => {
+            check.invalid(field, &written.to_string(), "is no size of a map", "use 1 to 16777216");
+            default
+        }
+    }
+}

@@ -1,0 +1,72 @@
+//! The settings of the socket layer, by flags and in a file.
+
+use super::*;
+
+#[test]
+fn the_socket_layer_has_a_section_and_flags() {
+    let file = ConfigFile::fields(
+        "socket-lb",
+        "mode: ebpf\nclusterCIDR: 10.0.0.0/8\nkubeLane:\n  cgroupRoot: /c\n  bpfRoot: /b\n  socketLB:\n    udp: true\n    \
+         external: true\n    loopbackNodePorts: true\n    hostNamespaceOnly: true\n    \
+         leaveAlone: [/system.slice/a.service, ./b]\n    maxFrontends: 1\n    maxServicePorts: 2\n    maxEndpoints: 3\n",
+    );
+    let resolved = file.resolve(&[]).unwrap();
+    let expected = SocketLb {
+        cgroup_root: Some("/c".into()),
+        bpf_root: "/b".into(),
+        udp: true,
+        external: true,
+        loopback_nodeports: true,
+        host_namespace_only: true,
+        leave_alone: vec!["system.slice/a.service".into(), "b".into()],
+        max_frontends: 1,
+        max_service_ports: 2,
+        max_endpoints: 3,
+    };
+    assert_eq!((&resolved.config.socket_lb, resolved.warnings.as_slice()), (&expected, &[][..]));
+    let read = ConfigFile::new("socket-lb-again", &resolved.to_yaml()).resolve(&[]).unwrap();
+    assert_eq!(read.config, resolved.config, "{}", resolved.to_yaml());
+
+    let flags = ["--cgroup-root=/d", "--bpf-root=/e", "--socket-lb-udp=false", "--socket-lb-leave-alone=x,y"];
+    let beside = SocketLb {
+        cgroup_root: Some("/d".into()),
+        bpf_root: "/e".into(),
+        udp: false,
+        leave_alone: vec!["x".into(), "y".into()],
+        ..expected
+    };
+    assert_eq!(file.resolve(&flags).unwrap().config.socket_lb, beside);
+    assert_eq!(config(&[]).socket_lb, SocketLb::default());
+    let alone = config(&["--proxy-mode=ebpf", "--socket-lb-external", "--socket-lb-loopback-nodeports"]);
+    assert_eq!(alone.socket_lb, SocketLb { external: true, loopback_nodeports: true, ..SocketLb::default() });
+}
+
+#[test]
+fn settings_of_the_socket_layer_that_do_nothing_are_said() {
+    let cidr = "--cluster-cidr=10.0.0.0/8";
+    for (args, part) in [
+        (&["--socket-lb-udp", cidr][..], "only in mode (--proxy-mode) ebpf"),
+        (&["--proxy-mode=ebpf", "--socket-lb-loopback-nodeports", cidr], "socketLB.external"),
+        (&["--proxy-mode=ebpf", "--masquerade-all", cidr], "masqueradeAll"),
+        (&["--proxy-mode=ebpf", "--socket-lb-host-namespace-only"], "hostNamespaceOnly"),
+    ] {
+        let warnings = resolve(args).unwrap().warnings;
+        assert!(warnings.iter().any(|warning| warning.contains(part)), "{args:?}: {warnings:?}");
+    }
+    assert_eq!(resolve(&["--bpf-root=/b", cidr]).unwrap().warnings, [""; 0]);
+    for (fields, parts) in [
+        ("cgroupRoot: sys", ["kubeLane.cgroupRoot", "--cgroup-root", "begin it with /"]),
+        ("bpfRoot: ./bpf", ["kubeLane.bpfRoot", "./bpf", "begin it with /"]),
+        ("socketLB: {leaveAlone: [a, ../b]}", ["socketLB.leaveAlone", "../b", "/proc/PID/cgroup"]),
+        ("socketLB: {leaveAlone: [/]}", ["--socket-lb-leave-alone", "\"/\"", "below the cgroup root"]),
+        ("socketLB: {maxEndpoints: 0}", ["socketLB.maxEndpoints", "\"0\"", "1 to 16777216"]),
+        ("socketLB: {maxFrontends: 99999999999}", ["socketLB.maxFrontends", "99999999999", "use 1"]),
+    ] {
+        let error = ConfigFile::fields("socket-lb-bad", &format!("kubeLane: {{{fields}}}\n")).resolve(&[]);
+        let error = error.unwrap_err();
+        assert_eq!(error.lines().count(), 1, "{error}");
+        for part in parts {
+            assert!(error.contains(part), "{fields}: {part:?} is not in {error}");
+        }
+    }
+}
