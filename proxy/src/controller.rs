@@ -231,6 +231,9 @@ impl<D: Dataplane> Controller<D> {
                 removed = total.removed,
                 "all Services are programmed"
             );
+            if let Some(unknown) = self.planner.unknown_node() {
+                warn!("{unknown}; is --hostname-override the name of this machine's Node?");
+            }
         }
         self.report_refused(&mut total);
         debug!(

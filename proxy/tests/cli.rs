@@ -141,9 +141,12 @@ fn render_prints_the_plan_as_text_and_as_json() {
     let output = run(&["render", &folder.path(""), "--node-name=here"]);
     assert!(output.status.success(), "{}", text(&output.stderr));
     let plan = text(&output.stdout);
-    for line in
-        ["service default/web", "ClusterIP 10.96.0.10:80", "to 10.244.0.5:8080 local", "to 10.244.1.6:8080"]
-    {
+    for line in [
+        "service default/web",
+        "ClusterIP 10.96.0.10:80",
+        "to 10.244.0.5:8080 on this node",
+        "to 10.244.1.6:8080",
+    ] {
         assert!(plan.lines().any(|printed| printed.trim() == line), "{line:?} is not in\n{plan}");
     }
 

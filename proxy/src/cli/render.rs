@@ -83,6 +83,9 @@ pub(super) fn run(flags: &RenderFlags) -> anyhow::Result<ExitCode> {
             writeln!(out)?;
         }
     }
+    if let Some(unknown) = planner.unknown_node() {
+        writeln!(io::stderr(), "{unknown}; name a node with --node-name")?;
+    }
     for problem in &problems {
         writeln!(io::stderr(), "{problem}")?;
     }

@@ -12,7 +12,7 @@ mod node;
 mod objects;
 pub mod plan;
 pub mod planner;
-mod render;
+pub mod render;
 mod service;
 mod source_ranges;
 mod topology;

@@ -242,6 +242,16 @@ impl Objects {
         self.nodes.iter().find_map(Option::as_ref)
     }
 
+    /// Whether anything says that there is a node of the own name: its Node, or an endpoint on it; `None` where there is
+    /// nothing that could.
+    pub(super) fn knows_own_node(&self) -> Option<bool> {
+        let mut slices = self.slices.all().peekable();
+        let any = slices.peek().is_some();
+        let local = |slice: &Slice| slice.endpoints(None).any(|(_, state)| state.local());
+        let known = self.node().is_some() || slices.any(|(_, slice)| local(slice));
+        (known || any).then_some(known)
+    }
+
     /// The Services whose plans the own zone can change.
     pub(super) fn with_zone_hints(&self) -> impl Iterator<Item = &ServiceKey> {
         self.slices.all().filter(|(_, slice)| !slice.zone_hints.is_empty()).map(|(_, slice)| &slice.service)

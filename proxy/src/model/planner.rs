@@ -220,6 +220,18 @@ impl Planner {
         self.objects.node().map_or(unknown, |node| !node.leaving)
     }
 
+    /// Words for a user whose node may have another name: nothing that the sources know is on a node of this one.
+    pub fn unknown_node(&self) -> Option<String> {
+        let with_api = self.settings.origins.contains(&Origin::Api);
+        let known = self.objects.knows_own_node().unwrap_or(!with_api);
+        (!known).then(|| {
+            format!(
+                "there is no Node {:?}, and no endpoint is on it: no endpoint counts as local",
+                self.settings.node_name
+            )
+        })
+    }
+
     /// How many times a Service was planned: the work done, whether or not it changed a plan.
     pub fn services_planned(&self) -> u64 {
         self.services_planned
@@ -230,7 +242,7 @@ impl Planner {
         self.services_planned += 1;
         let claimant = Claimant::new(origin, &service);
         let first = |claim: &Claim| self.claims.before(claim, &claimant);
-        Some(service::plan(&service, &self.objects.slices_of(key), &self.facts, first))
+        Some(service::plan(origin, &service, &self.objects.slices_of(key), &self.facts, first))
     }
 
     /// Marks the Services whose plans depend on what has changed of the node.

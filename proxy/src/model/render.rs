@@ -10,52 +10,91 @@ use super::plan::{
     Backend, Frontend, FrontendAddress, FrontendKind, HealthCheck, NodePlan, Plan, PortPlan, Verdict,
 };
 
+/// What is known beside a plan, written where it belongs.
+pub trait Notes {
+    /// Beside a frontend.
+    fn frontend(&self, _port: &PortPlan, _frontend: &Frontend) -> Option<String> {
+        None
+    }
+
+    /// Beside a backend, once for each set that it is in.
+    fn backend(&self, _port: &PortPlan, _backend: &Backend) -> Option<String> {
+        None
+    }
+
+    /// In a line of its own at the end of a port.
+    fn port(&self, _port: &PortPlan) -> Option<String> {
+        None
+    }
+}
+
+/// No notes.
+impl Notes for () {}
+
+/// A plan as text, with notes.
+#[derive(Clone, Copy, Debug)]
+pub struct Annotated<'a, N>(pub &'a Plan, pub N);
+
 impl Display for Plan {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        writeln!(f, "service {}", self.service)?;
-        if let Some(HealthCheck { port, v4_endpoints, v6_endpoints }) = self.health_check {
+        Annotated(self, ()).fmt(f)
+    }
+}
+
+impl<N: Notes> Display for Annotated<'_, N> {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let Self(plan, notes) = self;
+        writeln!(f, "service {}", plan.service)?;
+        if let Some(HealthCheck { port, v4_endpoints, v6_endpoints }) = plan.health_check {
             for (family, count) in [(Family::V4, v4_endpoints), (Family::V6, v6_endpoints)] {
-                count.map_or(Ok(()), |count| writeln!(f, "  health check {port} {family}: {count} local"))?;
+                let Some(count) = count else { continue };
+                writeln!(f, "  health check {port} {family}: {count} on this node")?;
             }
         }
-        for port in &self.ports {
-            port.fmt(f)?;
-        }
-        self.warnings.iter().try_for_each(|warning| writeln!(f, "  warning: {warning}"))
+        plan.ports.iter().try_for_each(|port| fmt_port(port, notes, f))?;
+        plan.warnings.iter().try_for_each(|warning| writeln!(f, "  warning: {warning}"))
     }
 }
 
-impl Display for PortPlan {
-    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        write!(f, "  port")?;
-        if !self.name.is_empty() {
-            write!(f, " {}", self.name)?;
+fn fmt_port(port: &PortPlan, notes: &impl Notes, f: &mut Formatter<'_>) -> fmt::Result {
+    let blank = if port.name.is_empty() { "" } else { " " };
+    writeln!(f, "  port{blank}{} {} {}", port.name, port.protocol, port.family)?;
+    for frontend in &port.frontends {
+        let met = met(port, frontend);
+        writeln!(f, "    {} {}{met}{}", frontend.kind, frontend.at, Note(notes.frontend(port, frontend)))?;
+    }
+    for range in port.source_ranges.iter().flat_map(|ranges| ranges.iter()) {
+        writeln!(f, "    LoadBalancer from {range}")?;
+    }
+    if let Some(seconds) = port.affinity {
+        writeln!(f, "    affinity {seconds} s")?;
+    }
+    for (policy, backends) in [("", &port.backends), ("policy Local ", &port.local_backends)] {
+        for backend in backends {
+            writeln!(f, "    {policy}to {backend}{}", Note(notes.backend(port, backend)))?;
         }
-        writeln!(f, " {} {}", self.protocol, self.family)?;
-        for frontend in &self.frontends {
-            writeln!(f, "    {frontend}")?;
-        }
-        for range in self.source_ranges.iter().flat_map(|ranges| ranges.iter()) {
-            writeln!(f, "    LoadBalancer from {range}")?;
-        }
-        if let Some(seconds) = self.affinity {
-            writeln!(f, "    affinity {seconds} s")?;
-        }
-        self.backends.iter().try_for_each(|backend| writeln!(f, "    to {backend}"))?;
-        let local = |backend: &Backend| writeln!(f, "    locally to {}", backend.address.socket());
-        self.local_backends.iter().try_for_each(local)?;
-        self.draining.iter().try_for_each(|address| writeln!(f, "    draining {}", address.socket()))
+    }
+    port.draining.iter().try_for_each(|address| writeln!(f, "    draining {}", address.socket()))?;
+    notes.port(port).map_or(Ok(()), |note| writeln!(f, "    {note}"))
+}
+
+/// What a new connection meets where that is not any backend.
+fn met(port: &PortPlan, frontend: &Frontend) -> &'static str {
+    match (frontend.verdict, port.local_backends.is_empty(), frontend.kind) {
+        (Verdict::Cluster, ..) => "",
+        (Verdict::Reject, ..) => " refused: no endpoint",
+        (Verdict::Local, false, _) => " policy Local",
+        (Verdict::Local, true, FrontendKind::ClusterIp) => " policy Local: dropped, no endpoint on this node",
+        // This node's pods and processes get the Cluster set.
+        (Verdict::Local, true, _) => " policy Local: dropped from outside, no endpoint on this node",
     }
 }
 
-impl Display for Frontend {
+struct Note(Option<String>);
+
+impl Display for Note {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {}", self.kind, self.at)?;
-        match self.verdict {
-            Verdict::Cluster => Ok(()),
-            Verdict::Local => f.write_str(" local"),
-            Verdict::Reject => f.write_str(" reject"),
-        }
+        self.0.as_ref().map_or(Ok(()), |note| write!(f, " [{note}]"))
     }
 }
 
@@ -81,7 +120,7 @@ impl Display for FrontendKind {
 
 impl Display for Backend {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        write!(f, "{}{}", self.address.socket(), if self.local { " local" } else { "" })
+        write!(f, "{}{}", self.address.socket(), if self.local { " on this node" } else { "" })
     }
 }
 

@@ -1,6 +1,7 @@
 //! The plan of one Service: a pure function of the Service, its slices, the node and who comes first where it is not
 //! alone.
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
@@ -8,15 +9,19 @@ use ipnetwork::IpNetwork;
 use super::claims::Claim;
 use super::endpoint::Slices;
 use super::frontend::{Ask, asks};
-use super::input::{Family, Service, ServiceKey, ServiceType};
+use super::input::{Family, Origin, Service, ServiceKey, ServiceType};
 use super::node::Facts;
 use super::objects::Slice;
 use super::plan::{Frontend, FrontendKind, HealthCheck, Plan, PortPlan};
 use super::source_ranges;
 use super::traffic_policy::Policies;
 
+/// The API server's range of NodePorts, where it is not told another.
+const NODE_PORTS: RangeInclusive<u16> = 30_000..=32_767;
+
 /// Plans one Service. `first` names the Service that comes before this one at a claim, if there is one.
 pub(super) fn plan<'a>(
+    origin: Origin,
     service: &Service,
     slices: &[&Slice],
     node: &Facts,
@@ -32,6 +37,16 @@ pub(super) fn plan<'a>(
         }
         first.is_none()
     });
+    if origin == Origin::Static {
+        // Nobody has checked it.
+        let odd =
+            service.ports.iter().filter_map(|port| port.node_port).filter(|port| !NODE_PORTS.contains(port));
+        warnings.extend(odd.map(|port| {
+            format!(
+                "nodePort {port} is outside 30000-32767: a server or a client of the node may want this port"
+            )
+        }));
+    }
     let policies = Policies::of(service);
     let slices = |family| Slices { slices, family, zone: node.zone.as_deref() };
     let ranges = Family::ALL.map(|family| source_ranges(service, family, &asks, node, &mut warnings));
