@@ -46,6 +46,24 @@ impl Address {
     pub const fn unspecified(self) -> Self {
         if self.is_v4() { Self::from_user_ip4(0) } else { Self([0; 4]) }
     }
+
+    /// Whether it is the unspecified address of its family: of a destination, the host itself; of a source, none.
+    #[inline]
+    pub const fn is_unspecified(self) -> bool {
+        let [first, second, third, last] = self.0;
+        first | second | last == 0 && (third == 0 || third == 0xffff_u32.to_be())
+    }
+
+    /// Whether it is in `127.0.0.0/8`, or `::1`.
+    #[inline]
+    pub const fn is_loopback(self) -> bool {
+        let [first, second, third, last] = self.0;
+        if self.is_v4() {
+            u32::from_be(last) >> 24 == 127
+        } else {
+            first | second | third == 0 && last == 1_u32.to_be()
+        }
+    }
 }
 
 impl From<Address> for IpAddr {
@@ -184,6 +202,24 @@ mod tests {
         let address = Ipv4Addr::new(10, 96, 0, 1);
         assert_eq!(bytes(IpAddr::V4(address).into()), address.to_ipv6_mapped().octets());
         assert_eq!(Address::from(IpAddr::V4(address)), IpAddr::V6(address.to_ipv6_mapped()).into());
+    }
+
+    #[test]
+    fn addresses_of_the_host_itself_are_known() {
+        let address = |text: &str| Address::from(text.parse::<IpAddr>().unwrap());
+        for own in ["127.0.0.1", "127.255.255.255", "::1"] {
+            assert!(address(own).is_loopback(), "{own}");
+        }
+        for other in ["0.0.0.0", "::", "126.0.0.1", "128.0.0.1", "::2", "1::1", "::7f00:1"] {
+            assert!(!address(other).is_loopback(), "{other}");
+        }
+        for nothing in ["0.0.0.0", "::"] {
+            assert!(address(nothing).is_unspecified(), "{nothing}");
+            assert_eq!(address(nothing).unspecified(), address(nothing));
+        }
+        for some in ["0.0.0.1", "127.0.0.1", "::1", "1::", "0:0:1::", "::1:0:0:0"] {
+            assert!(!address(some).is_unspecified(), "{some}");
+        }
     }
 
     #[test]

@@ -71,16 +71,20 @@ impl Reverse {
 /// nftables.
 pub const PEERS: usize = 8;
 
-/// What a UDP socket sent to, and where that led. Several threads may use one socket at a time: `state` is written last
-/// and read first and last.
+/// What a UDP socket sent to, and where that led. The kernel holds the socket's lock while a program reads or writes it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Peer {
-    /// Bits 0–31: the id of the backend; 0: the entry is free, or is being written. Bits 32–63: counts up with each
-    /// use of the entry, so that a reader notices one between its two looks.
-    pub state: u64,
     /// What was sent to, and where that led.
     pub reverse: Reverse,
+    /// The id of the backend; 0: the entry is free; [`Peer::LEFT`].
+    pub backend: u32,
+}
+
+impl Peer {
+    /// What is sent to this frontend is left to nftables: it would meet a backend that another frontend led to, and
+    /// what that answers could come from either.
+    pub const LEFT: u32 = u32::MAX;
 }
 
 /// All that a UDP socket remembers.
@@ -103,9 +107,9 @@ const _: () = {
     assert!(offset_of!(Reverse, address) == 20);
     assert!(offset_of!(Reverse, port) == 36);
     assert!(offset_of!(Reverse, padding) == 38);
-    assert!(size_of::<Peer>() == 48 && align_of::<Peer>() == 8);
-    assert!(offset_of!(Peer, state) == 0);
-    assert!(offset_of!(Peer, reverse) == 8);
+    assert!(size_of::<Peer>() == 44 && align_of::<Peer>() == 4);
+    assert!(offset_of!(Peer, reverse) == 0);
+    assert!(offset_of!(Peer, backend) == 40);
     assert!(size_of::<Peers>() == PEERS * size_of::<Peer>());
 };
 

@@ -2,6 +2,8 @@
 
 use core::mem::{align_of, offset_of};
 
+use crate::Address;
+
 /// The value of [`maps::SETTINGS`](crate::maps::SETTINGS). Each word is written by one store; to change more than
 /// [`Settings::answered`], that is 0 meanwhile, and for a grace period before.
 #[repr(C)]
@@ -27,6 +29,15 @@ pub struct Network4 {
     pub mask: u32,
 }
 
+impl Network4 {
+    /// Whether the IPv4 address is in it.
+    #[inline]
+    pub const fn has(&self, address: Address) -> bool {
+        let [.., word] = address.words();
+        word & self.mask == self.network
+    }
+}
+
 /// An IPv6 network, likewise.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +46,16 @@ pub struct Network6 {
     pub network: [u32; 4],
     /// The network's mask.
     pub mask: [u32; 4],
+}
+
+impl Network6 {
+    /// Whether the IPv6 address is in it.
+    #[inline]
+    pub const fn has(&self, address: Address) -> bool {
+        let ([a, b, c, d], [e, f, g, h]) = (address.words(), self.network);
+        let [i, j, k, l] = self.mask;
+        (a & i) ^ e | (b & j) ^ f | (c & k) ^ g | (d & l) ^ h == 0
+    }
 }
 
 /// Where a client is.
@@ -98,3 +119,33 @@ const _: () = {
 #[cfg(feature = "user")]
 // SAFETY: `repr(C)`, integers only, no padding (see the asserts above): every byte is initialised, every value valid.
 unsafe impl aya::Pod for Settings {}
+
+#[cfg(test)]
+mod tests {
+    use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+    use super::*;
+
+    fn address(text: &str) -> Address {
+        text.parse::<IpAddr>().unwrap().into()
+    }
+
+    #[test]
+    fn networks_have_their_addresses_alone() {
+        let word = |address: Ipv4Addr| u32::from_ne_bytes(address.octets());
+        let pods4 = Network4 {
+            network: word(Ipv4Addr::new(10, 244, 0, 0)),
+            mask: word(Ipv4Addr::new(255, 255, 0, 0)),
+        };
+        assert!(pods4.has(address("10.244.0.0")) && pods4.has(address("10.244.255.255")));
+        assert!(!pods4.has(address("10.245.0.0")) && !pods4.has(address("10.243.255.255")));
+
+        let words = |address: Ipv6Addr| Address::from(IpAddr::V6(address)).words();
+        let pods6 = Network6 {
+            network: words("fd00:10::".parse().unwrap()),
+            mask: words("ffff:ffff:ffff::".parse().unwrap()),
+        };
+        assert!(pods6.has(address("fd00:10::")) && pods6.has(address("fd00:10:0:ffff::1")));
+        assert!(!pods6.has(address("fd00:10:1::")) && !pods6.has(address("fd00:11::")));
+    }
+}

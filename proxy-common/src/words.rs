@@ -92,6 +92,12 @@ impl Set {
         (self.0 >> 32) as u32 & Self::MAX
     }
 
+    /// The slot that a random number, of all that there are, falls on. Meaningless where there are no slots.
+    #[inline]
+    pub const fn pick(self, random: u32) -> u32 {
+        self.first().wrapping_add(((random as u64 * self.count() as u64) >> 32) as u32)
+    }
+
     /// Whether connections are refused.
     #[inline]
     pub const fn is_refused(self) -> bool {
@@ -193,6 +199,13 @@ impl Remembered {
     pub const fn seconds(self) -> u32 {
         (self.0 >> 32) as u32
     }
+
+    /// Whether a port with this affinity has forgotten the client by `now`, in seconds. As both times are rounded down,
+    /// a memory lasts as long as it has to, or up to a second more.
+    #[inline]
+    pub const fn has_expired(self, affinity: u32, now: u32) -> bool {
+        now.wrapping_sub(self.seconds()) > affinity
+    }
 }
 
 #[cfg(feature = "user")]
@@ -235,6 +248,16 @@ mod tests {
     }
 
     #[test]
+    fn a_pick_is_a_slot_of_the_set_and_each_is_as_likely() {
+        let set = Set::new(16, 3);
+        assert_eq!(
+            [0, u32::MAX / 3, u32::MAX / 3 + 1, u32::MAX].map(|random| set.pick(random)),
+            [16, 16, 17, 18]
+        );
+        assert_eq!(Set::new(0, Set::MAX).pick(u32::MAX), Set::MAX - 1);
+    }
+
+    #[test]
     fn a_member_is_in_the_sets_of_its_port_alone() {
         let member = Member::new(3, false, true);
         assert!(member.is_in(Set::local_of(3)));
@@ -248,5 +271,14 @@ mod tests {
         assert_eq!((slot.backend(), slot.set()), (u32::MAX, 8));
         let remembered = Remembered::new(8, u32::MAX);
         assert_eq!((remembered.backend(), remembered.seconds()), (8, u32::MAX));
+    }
+
+    #[test]
+    fn a_memory_lasts_as_long_as_the_affinity() {
+        let remembered = Remembered::new(1, 100);
+        assert!(!remembered.has_expired(10, 100) && !remembered.has_expired(10, 110));
+        assert!(remembered.has_expired(10, 111));
+        // The seconds wrap after 136 years of uptime.
+        assert!(!Remembered::new(1, u32::MAX).has_expired(10, 3));
     }
 }

@@ -2,15 +2,24 @@
 
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
-use kube_lane_common::FrontendKey;
+use crate::maps::{CONNECTIONS, REFUSED};
 
-use crate::maps::CONNECTS;
-
-/// Counts a connect, if the agent watches its destination.
+/// Counts a connection that is sent to a backend, or a first datagram.
 #[inline(always)]
-pub(crate) fn connect(to: &FrontendKey) {
-    if let Some(count) = CONNECTS.get_ptr_mut(to) {
-        // SAFETY: the kernel gave a pointer to an aligned u64, and frees none that a running program holds.
-        unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(count, 1) };
+pub(crate) fn connection(backend: u32) {
+    count(CONNECTIONS.get_ptr_mut(backend));
+}
+
+/// Counts a connection to a port that is refused.
+#[inline(always)]
+pub(crate) fn refused(port: u32) {
+    count(REFUSED.get_ptr_mut(port));
+}
+
+#[inline(always)]
+fn count(counter: Option<*mut u64>) {
+    if let Some(counter) = counter {
+        // SAFETY: the kernel gave a pointer to an aligned u64 of an array, which is never freed.
+        unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(counter, 1) };
     }
 }

@@ -1,0 +1,122 @@
+//! Who asks, and whether a socket may be answered: everything but what the Service has.
+//!
+//! Owns no rule of a Service. `None` means everywhere that the socket is left alone.
+
+use aya_ebpf::helpers::generated::{
+    bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_netns_cookie,
+};
+use aya_ebpf::programs::SockAddrContext;
+use kube_lane_common::{Address, Answered, Client, Settings};
+
+use crate::maps::{LEFT_ALONE, NODE_ADDRESSES, SETTINGS, read};
+use crate::rewrite;
+
+/// How many cgroups above a process are looked up: enough for a cluster whose nodes are themselves pods.
+const DEPTH: i32 = 16;
+
+/// What holds for all Services at this moment.
+#[derive(Clone, Copy)]
+pub(crate) struct Rules {
+    answered: Answered,
+    settings: &'static Settings,
+}
+
+/// The rules, where anybody is answered.
+#[inline(always)]
+pub(crate) fn rules() -> Option<Rules> {
+    let settings = SETTINGS.get(0)?;
+    // One load, before everything else: the others change only while this is 0.
+    let answered = read(Some(&raw const settings.answered))?;
+    (answered != Answered::NOTHING).then_some(Rules { answered, settings })
+}
+
+impl Rules {
+    /// Whether NodePorts answer on this address.
+    #[inline(always)]
+    pub(crate) fn has_nodeports(self, context: &SockAddrContext, address: Address) -> bool {
+        if address.is_v4() && address.is_loopback() {
+            self.answered.has(Answered::LOOPBACK_NODEPORTS)
+                && self.client(netns_cookie(context)) == Client::Host
+        } else {
+            NODE_ADDRESSES.get_ptr(address).is_some()
+        }
+    }
+
+    /// Whether NodePorts are answered at all.
+    #[inline(always)]
+    pub(crate) fn nodeports(self) -> bool {
+        self.answered.has(Answered::NODEPORTS)
+    }
+
+    /// The cookie of the client's network namespace, if the client is answered at such a frontend of the destination's
+    /// family. `source` gives the address that it is bound to.
+    #[inline(always)]
+    pub(crate) fn admit(
+        self,
+        context: &SockAddrContext,
+        is_external: bool,
+        destination: Address,
+        source: impl FnOnce(&SockAddrContext) -> Address,
+    ) -> Option<u64> {
+        if self.answered.has(Answered::LEFT_ALONE) && is_left_alone() {
+            return None;
+        }
+        let cookie = netns_cookie(context);
+        let client = self.client(cookie);
+        let is_ipv6 = !destination.is_v4();
+        if !self.answered.has(Answered::bit(client, is_external, is_ipv6)) {
+            return None;
+        }
+        // The way to the Service's address and the way to a backend's may be different there.
+        if rewrite::has_device(context) {
+            return None;
+        }
+        let source = source(context);
+        (source.is_unspecified() || self.source_passes(client, is_external, is_ipv6, source))
+            .then_some(cookie)
+    }
+
+    #[inline(always)]
+    fn client(self, cookie: u64) -> Client {
+        if cookie == self.settings.host { Client::Host } else { Client::Pod }
+    }
+
+    /// Whether packets would leave with the source that the socket is bound to: nobody may masquerade them, and a
+    /// backend elsewhere must be able to answer.
+    #[inline(always)]
+    fn source_passes(self, client: Client, is_external: bool, is_ipv6: bool, source: Address) -> bool {
+        if client == Client::Host || source.is_loopback() || source.is_v4() == is_ipv6 {
+            return false;
+        }
+        if is_external || !self.answered.has(Answered::SOURCE << Answered::family(is_ipv6)) {
+            return true;
+        }
+        if is_ipv6 { self.settings.pods6.has(source) } else { self.settings.pods4.has(source) }
+    }
+}
+
+#[inline(always)]
+fn netns_cookie(context: &SockAddrContext) -> u64 {
+    // SAFETY: the helper takes the context.
+    unsafe { bpf_get_netns_cookie(context.sock_addr.cast()) }
+}
+
+/// Whether the process runs in a cgroup that is left alone, or below one.
+#[inline(always)]
+fn is_left_alone() -> bool {
+    // SAFETY: the helper takes nothing.
+    if LEFT_ALONE.get_ptr(unsafe { bpf_get_current_cgroup_id() }).is_some() {
+        return true;
+    }
+    for level in 0..DEPTH {
+        // SAFETY: the helper takes any level, and gives 0 below the process's own.
+        let id = unsafe { bpf_get_current_ancestor_cgroup_id(level) };
+        if id == 0 {
+            return false;
+        }
+        if LEFT_ALONE.get_ptr(id).is_some() {
+            return true;
+        }
+    }
+    false
+}
