@@ -37,7 +37,7 @@ impl SocketPrograms {
         connect4.attach(at, CgroupAttachMode::Single).map_err(|source| SocketError::Attach {
             name,
             path: cgroup.to_owned(),
-            source: Box::new(source),
+            source: std::io::Error::other(source),
         })?;
 
         let connects = ebpf.take_map(maps::CONNECTS).ok_or(SocketError::Missing(maps::CONNECTS))?;

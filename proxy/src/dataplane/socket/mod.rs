@@ -3,17 +3,26 @@
 //! Owns the eBPF object, its maps and its links. Never decides policy, and is never needed: what it leaves alone
 //! meets nftables, which is complete without it.
 
+mod affinity;
 pub mod answers;
 #[cfg(test)]
 mod answers_tests;
+mod cgroup;
+mod error;
+mod install;
+mod layer;
 mod loader;
+mod maps;
+mod pins;
+mod probe;
+mod sys;
 pub mod write;
 
-use std::path::PathBuf;
-
-use thiserror::Error;
-
+pub use self::error::SocketError;
+pub use self::layer::{Options, Socket, cleanup};
 pub use self::loader::SocketPrograms;
+pub use self::maps::Room;
+pub use self::probe::{Feature, probe};
 
 /// The programs, as `cargo xtask build` embeds them; `None` in an agent that plain `cargo build` made.
 pub static OBJECT: Option<&[u8]> = embedded();
@@ -34,58 +43,4 @@ const fn embedded() -> Option<&'static [u8]> {
 /// [`SocketError::NotBuiltIn`].
 pub fn available() -> Result<&'static [u8], SocketError> {
     OBJECT.ok_or(SocketError::NotBuiltIn)
-}
-
-/// What went wrong in the socket layer.
-#[derive(Debug, Error)]
-pub enum SocketError {
-    /// This agent was built without eBPF programs.
-    #[error(
-        "this kube-lane was built without its eBPF programs (`cargo xtask build` makes one that has them)"
-    )]
-    NotBuiltIn,
-    /// The object is malformed, or the kernel refuses one of its maps.
-    #[error("cannot load the eBPF object")]
-    Object(#[source] Box<aya::EbpfError>),
-    /// The object does not have what this agent asks for: they are of different builds.
-    #[error("the eBPF object has no {0}")]
-    Missing(&'static str),
-    /// The kernel refuses a program: its verifier says why.
-    #[error("the kernel refuses the program {name}")]
-    Load {
-        /// The program.
-        name: &'static str,
-        /// What the kernel says.
-        #[source]
-        source: Box<aya::programs::ProgramError>,
-    },
-    /// The cgroup cannot be opened.
-    #[error("cannot open the cgroup {}", path.display())]
-    Cgroup {
-        /// The cgroup.
-        path: PathBuf,
-        /// What the kernel says.
-        #[source]
-        source: std::io::Error,
-    },
-    /// The program cannot be attached: not a cgroup v2, no permission, or a program there that allows no other.
-    #[error("cannot attach the program {name} to the cgroup {}", path.display())]
-    Attach {
-        /// The program.
-        name: &'static str,
-        /// The cgroup.
-        path: PathBuf,
-        /// What the kernel says.
-        #[source]
-        source: Box<aya::programs::ProgramError>,
-    },
-    /// A map cannot be read or written.
-    #[error("map {name}")]
-    Map {
-        /// The map.
-        name: &'static str,
-        /// What the kernel says.
-        #[source]
-        source: Box<aya::maps::MapError>,
-    },
 }

@@ -1,0 +1,177 @@
+//! Puts maps and programs in place: those of an earlier run are taken over, at any moment that run may have ended.
+//!
+//! Owns the order: maps, then programs loaded, then programs attached. A program that is attached is replaced where it
+//! is, so that no connect() meets none, or two. Never decides what is answered.
+
+use std::os::fd::AsFd;
+
+use aya::programs::{CgroupSockAddr, ProgramError, ProgramType};
+use aya::sys::{BpfHelper, is_helper_supported};
+use aya::{Ebpf, EbpfLoader};
+use kube_lane_common::programs;
+
+use super::SocketError;
+use super::cgroup::Cgroup;
+use super::maps::{Layout, Maps, Pinned, Room, inspect, layouts};
+use super::pins::{MapFolder, Pins, Version};
+use super::sys::Link;
+
+/// The constant of the programs: not 0 where `bpf_set_retval` exists.
+const CAN_REFUSE: &str = "CAN_REFUSE";
+
+/// Maps and loaded programs that are not attached yet. Where an earlier run's are attached, they use these maps, or
+/// others that are given up with them.
+pub(super) struct Prepared {
+    pub(super) maps: Maps,
+    ebpf: Ebpf,
+    version: Version,
+    /// The maps are not in use yet.
+    are_new: bool,
+    udp: bool,
+}
+
+/// Takes maps over or makes them, and loads the programs. What an agent of another layout left is gone.
+pub(super) fn prepare(object: &[u8], pins: &Pins, room: Room, udp: bool) -> Result<Prepared, SocketError> {
+    let version = pins.create()?;
+    for older in pins.versions()?.iter().filter(|found| **found != version) {
+        version.succeed(older)?;
+    }
+    let layouts = layouts(room);
+    let pinned = inspect(&version.maps(), &layouts);
+    let folder = match &pinned {
+        Pinned::Usable => version.maps(),
+        Pinned::TooSmall(too_small) => {
+            let kept = layouts.iter().map(|layout| layout.name).filter(|name| !too_small.contains(name));
+            renew(&version, kept)?
+        }
+        Pinned::Unusable(kept) => renew(&version, kept.iter().copied())?,
+    };
+    let mut ebpf = load(object, Some(&folder), &layouts)?;
+    let mut maps = Maps::open(&folder)?;
+    if let Pinned::TooSmall(too_small) = &pinned {
+        maps.copy(&Maps::open(&version.maps())?, too_small)?;
+    }
+    for name in wanted(udp) {
+        load_program(&mut ebpf, name)?;
+    }
+    Ok(Prepared { maps, ebpf, version, are_new: pinned != Pinned::Usable, udp })
+}
+
+fn wanted(udp: bool) -> impl Iterator<Item = &'static str> {
+    programs::TCP.into_iter().chain(programs::UDP.into_iter().filter(move |_| udp))
+}
+
+impl Prepared {
+    /// Brings maps and programs into use.
+    pub(super) fn attach(mut self, cgroup: &Cgroup) -> Result<(Maps, MapFolder), SocketError> {
+        if self.are_new {
+            self.version.finish_new_maps()?;
+        }
+        if !self.udp {
+            programs::UDP.iter().try_for_each(|name| self.version.detach_program(name))?;
+        }
+        for name in wanted(self.udp) {
+            attach(name, program(&mut self.ebpf, name)?, &self.version, cgroup)?;
+        }
+        Ok((self.maps, self.version.maps()))
+    }
+}
+
+/// A folder of maps to come that has these of the present ones already.
+fn renew<'a>(version: &Version, kept: impl IntoIterator<Item = &'a str>) -> Result<MapFolder, SocketError> {
+    let folder = version.begin_new_maps()?;
+    kept.into_iter().try_for_each(|name| folder.share(&version.maps(), name))?;
+    Ok(folder)
+}
+
+/// Loads the object with the maps of `folder`, where what is missing is made and pinned; without one, with maps of its
+/// own.
+fn load(object: &[u8], folder: Option<&MapFolder>, layouts: &[Layout]) -> Result<Ebpf, SocketError> {
+    let can_refuse = u8::from(can_refuse());
+    let mut loader = EbpfLoader::new();
+    loader.override_global(CAN_REFUSE, &can_refuse, true);
+    for layout in layouts {
+        if let Some(folder) = folder {
+            loader.map_pin_path(layout.name, folder.map(layout.name));
+        }
+        if let Some(entries) = layout.entries {
+            loader.map_max_entries(layout.name, entries);
+        }
+    }
+    loader.load(object).map_err(|source| SocketError::Object(Box::new(source)))
+}
+
+/// Loads programs with small maps of their own, which nobody fills.
+pub(super) fn load_alone(object: &[u8], names: &[&'static str]) -> Result<Ebpf, SocketError> {
+    let mut ebpf = load(object, None, &layouts(Room::SMALL))?;
+    names.iter().try_for_each(|name| load_program(&mut ebpf, name))?;
+    Ok(ebpf)
+}
+
+/// Attaches a loaded program, and detaches it.
+pub(super) fn attach_for_a_moment(
+    ebpf: &mut Ebpf,
+    name: &'static str,
+    cgroup: &Cgroup,
+) -> Result<(), SocketError> {
+    let program = program(ebpf, name)?.fd().map_err(|source| load_error(name, source))?.as_fd();
+    let link = Link::attach(program, cgroup.as_fd(), attach_type(name));
+    link.map(drop).map_err(|source| SocketError::Attach { name, path: cgroup.path().to_owned(), source })
+}
+
+/// `bpf_set_retval` (Linux 5.18): without it, what is refused could only be told EPERM.
+pub(super) fn can_refuse() -> bool {
+    is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval).unwrap_or(false)
+}
+
+fn program<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut CgroupSockAddr, SocketError> {
+    let program = ebpf.program_mut(name).ok_or(SocketError::Missing(name))?;
+    program.try_into().map_err(|source| load_error(name, source))
+}
+
+fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), SocketError> {
+    program(ebpf, name)?.load().map_err(|source| load_error(name, source))
+}
+
+fn load_error(name: &'static str, source: ProgramError) -> SocketError {
+    SocketError::Load { name, source: Box::new(source) }
+}
+
+/// Puts a program in the place of its predecessor; where there is none at this hook of this cgroup, attaches it.
+fn attach(
+    name: &'static str,
+    program: &CgroupSockAddr,
+    version: &Version,
+    cgroup: &Cgroup,
+) -> Result<(), SocketError> {
+    let program = program.fd().map_err(|source| load_error(name, source))?.as_fd();
+    let attach_error = |source| SocketError::Attach { name, path: cgroup.path().to_owned(), source };
+    let attach_type = attach_type(name);
+    if let Some(link) = version.pinned_link(name) {
+        let at = link.info().map_err(attach_error)?;
+        // The kernel would put any program of this type at any of these hooks.
+        if (at.cgroup, at.attach_type) == (cgroup.id(), attach_type) {
+            return link.replace(program).map_err(attach_error);
+        }
+    }
+    // Not before the other has gone: where one cgroup is below the other, a connect() would meet both.
+    version.detach_program(name)?;
+    let link = Link::attach(program, cgroup.as_fd(), attach_type).map_err(attach_error)?;
+    link.pin(&version.link(name)).map_err(attach_error)
+}
+
+/// The hook of a program: `enum bpf_attach_type` of `linux/bpf.h`.
+fn attach_type(name: &str) -> u32 {
+    match name {
+        programs::CONNECT4 => 10,
+        programs::CONNECT6 => 11,
+        programs::SENDMSG4 => 14,
+        programs::SENDMSG6 => 15,
+        programs::RECVMSG4 => 19,
+        programs::RECVMSG6 => 20,
+        programs::GETPEERNAME4 => 29,
+        programs::GETPEERNAME6 => 30,
+        // The kernel refuses what has another hook than its object says.
+        _ => u32::MAX,
+    }
+}

@@ -1,0 +1,147 @@
+//! What the kernel, its mounts and our rights allow, found by trying it.
+//!
+//! Owns no decision: the agent tries the real thing, and this tells a person why that would fail. Leaves nothing behind.
+
+use std::error::Error;
+use std::path::Path;
+use std::time::Instant;
+
+use aya::maps::MapType;
+use aya::programs::ProgramType;
+use aya::sys::{BpfHelper, is_helper_supported, is_map_supported, is_program_supported};
+use kube_lane_common::programs;
+use serde::Serialize;
+
+use super::cgroup::Cgroup;
+use super::install;
+use super::pins::Pins;
+use super::sys::{GracePeriod, Words};
+use super::{SocketError, available};
+
+/// One thing that was tried.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Feature {
+    /// What it is called, for instance "cgroup v2".
+    pub name: &'static str,
+    /// Without it there is no socket layer; else less of one.
+    pub required: bool,
+    /// What the socket layer does with it.
+    pub needed_for: &'static str,
+    /// What was found, or why it was not.
+    pub found: Result<String, String>,
+    /// What it means for the user where it is missing.
+    pub means: &'static str,
+}
+
+/// Nothing answers at connect().
+const NO_LAYER: &str = "no socket layer: nftables answers everything";
+
+/// Tries all that the socket layer needs. `cgroup_root`: as the option; `bpf_root`: likewise.
+pub fn probe(cgroup_root: Option<&Path>, bpf_root: &Path) -> Vec<Feature> {
+    let required = |name, needed_for, found: Result<String, String>| Feature {
+        name,
+        required: true,
+        needed_for,
+        found,
+        means: NO_LAYER,
+    };
+    let optional = |name, needed_for, found: Result<String, String>, means| Feature {
+        name,
+        required: false,
+        needed_for,
+        found,
+        means,
+    };
+    let cgroup = Cgroup::find(cgroup_root);
+    let at = cgroup.as_ref().map(|cgroup| cgroup.path().display().to_string()).map_err(|error| words(error));
+    vec![
+        required("eBPF programs", "they are part of the agent", built_in()),
+        required("cgroup v2", "the programs are attached to its root", at),
+        required("BPF file system", "maps and programs outlive the agent there", file_system(bpf_root)),
+        required("program type cgroup_sock_addr", "runs at connect()", program_type()),
+        required("arrays in memory", "an endpoint changes by a few stores", array()),
+        required("map type sk_storage", "a socket remembers what it dialled", map_type(MapType::SkStorage)),
+        required("map in a map", "tells when what was removed can be used again", grace()),
+        required(
+            "bpf_get_netns_cookie",
+            "tells pods from host processes (Linux 5.7)",
+            helper(BpfHelper::BPF_FUNC_get_netns_cookie),
+        ),
+        required("the programs", "the kernel's verifier accepts them", verifier()),
+        required("attaching", "beside the programs of others", attach(cgroup.as_ref())),
+        optional(
+            "bpf_set_retval",
+            "refuses a connect() where there is no endpoint (Linux 5.18)",
+            helper(BpfHelper::BPF_FUNC_set_retval),
+            "nftables refuses instead: as soon, but by a packet",
+        ),
+    ]
+}
+
+/// An error and what led to it.
+fn words(error: &(dyn Error + 'static)) -> String {
+    let chain = std::iter::successors(Some(error), |error: &&(dyn Error + 'static)| (*error).source());
+    chain.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
+fn built_in() -> Result<String, String> {
+    let object = available().map_err(|error| words(&error))?;
+    Ok(format!("{} KiB", object.len() >> 10))
+}
+
+fn file_system(bpf_root: &Path) -> Result<String, String> {
+    Pins::new(bpf_root).check().map_err(|error| words(&error))?;
+    Ok(bpf_root.display().to_string())
+}
+
+fn program_type() -> Result<String, String> {
+    supported(is_program_supported(ProgramType::CgroupSockAddr))
+}
+
+fn map_type(kind: MapType) -> Result<String, String> {
+    supported(is_map_supported(kind))
+}
+
+fn helper(helper: BpfHelper) -> Result<String, String> {
+    supported(is_helper_supported(ProgramType::CgroupSockAddr, helper))
+}
+
+fn supported<E: Error + 'static>(found: Result<bool, E>) -> Result<String, String> {
+    match found {
+        Ok(true) => Ok("yes".into()),
+        Ok(false) => Err("not in this kernel".into()),
+        Err(error) => Err(words(&error)),
+    }
+}
+
+/// Also tells whether memory may be had: before Linux 5.11 maps counted as locked memory.
+fn array() -> Result<String, String> {
+    /// As large as one of ours is.
+    const ENTRIES: u32 = 1 << 17;
+    Words::create(ENTRIES).map_err(|error| words(&error))?;
+    Ok("yes".into())
+}
+
+fn grace() -> Result<String, String> {
+    let start = Instant::now();
+    GracePeriod::new().and_then(|grace| grace.wait()).map_err(|error| words(&error))?;
+    Ok(format!("waited {} ms", start.elapsed().as_millis()))
+}
+
+fn verifier() -> Result<String, String> {
+    let all = programs::TCP.into_iter().chain(programs::UDP).collect::<Vec<_>>();
+    let loaded = available().and_then(|object| install::load_alone(object, &all));
+    loaded.map(|_| format!("{} programs", all.len())).map_err(|error| words(&error))
+}
+
+/// Attaches a program that has nothing to answer, for a moment.
+fn attach(cgroup: Result<&Cgroup, &SocketError>) -> Result<String, String> {
+    let cgroup = cgroup.map_err(|_| "there is no cgroup".to_owned())?;
+    let attached = available().and_then(|object| {
+        let name = programs::GETPEERNAME6;
+        let mut ebpf = install::load_alone(object, &[name])?;
+        install::attach_for_a_moment(&mut ebpf, name, cgroup)
+    });
+    attached.map(|()| cgroup.path().display().to_string()).map_err(|error| words(&error))
+}
