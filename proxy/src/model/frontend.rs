@@ -37,7 +37,7 @@ pub(super) fn asks<'a>(service: &'a Service, warnings: &mut Vec<String>) -> Vec<
     let mut named = BTreeSet::new();
     let mut claimed = BTreeMap::new();
     let mut asks = Vec::new();
-    for port in &service.ports {
+    for port in &*service.ports {
         if !named.insert((port.protocol, &port.name)) {
             warnings.push(format!("a second {} port named {:?} is ignored", port.protocol, port.name));
             continue;

@@ -8,12 +8,14 @@ use std::net::IpAddr;
 use std::num::NonZeroU32;
 use std::sync::Arc;
 
+use arcstr::ArcStr;
 use ipnetwork::IpNetwork;
 use serde::{Serialize, Serializer};
+use smallvec::SmallVec;
 
-/// `namespace/name` of an object, shared by all who refer to it.
+/// `namespace/name` of an object, shared by all who refer to it. There are many of each: eight bytes a reference.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ObjectKey(Arc<str>);
+pub struct ObjectKey(ArcStr);
 
 impl ObjectKey {
     /// Joins a namespace and a name; neither can contain `/` in Kubernetes.
@@ -153,9 +155,9 @@ pub struct Service {
     /// `metadata.creationTimestamp` in seconds since the epoch; `i64::MAX` where the object has none.
     pub created: i64,
     /// `spec.clusterIPs` (or `spec.clusterIP`), in the object's order.
-    pub cluster_ips: Vec<IpAddr>,
-    /// `spec.ports`, in the object's order.
-    pub ports: Vec<ServicePort>,
+    pub cluster_ips: SmallVec<[IpAddr; 1]>,
+    /// `spec.ports`, in the object's order; shared by Services that have the same.
+    pub ports: Arc<[ServicePort]>,
     /// `spec.type`.
     pub kind: ServiceType,
     /// `spec.internalTrafficPolicy`.
@@ -204,7 +206,7 @@ pub struct External {
 }
 
 /// One entry of `spec.ports`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ServicePort {
     /// `name`, empty where the object has none.
     pub name: Arc<str>,
@@ -225,14 +227,14 @@ pub struct EndpointSlice {
     pub service: ServiceKey,
     /// `addressType`.
     pub family: Family,
-    /// The ports that have a name (possibly empty) and a number.
-    pub ports: Vec<SlicePort>,
+    /// The ports that have a name (possibly empty) and a number; shared by slices that have the same.
+    pub ports: Arc<[SlicePort]>,
     /// The endpoints whose first address parses in the slice's family.
     pub endpoints: Vec<Endpoint>,
 }
 
 /// One port of a slice.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct SlicePort {
     /// `name`: joined with the Service port's name.
     pub name: Arc<str>,

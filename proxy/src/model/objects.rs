@@ -45,7 +45,7 @@ pub(super) struct Replaced<V> {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Slice {
     pub(super) service: ServiceKey,
-    pub(super) ports: Box<[SlicePort]>,
+    pub(super) ports: Arc<[SlicePort]>,
     endpoints: Endpoints,
     /// For which zones the endpoint of a position is meant: sorted, and empty where there are no hints.
     zone_hints: Box<[(u32, Arc<str>)]>,
@@ -168,12 +168,7 @@ impl Slice {
                     .collect(),
             ),
         };
-        Self {
-            service,
-            ports: slice.ports.into_boxed_slice(),
-            endpoints,
-            zone_hints: zone_hints.into_boxed_slice(),
-        }
+        Self { service, ports: slice.ports, endpoints, zone_hints: zone_hints.into_boxed_slice() }
     }
 
     pub(super) fn family(&self) -> Family {
@@ -281,8 +276,6 @@ impl Objects {
         let key = self.shared(key);
         let service = service.map(|mut service| {
             service.key = key.clone();
-            service.cluster_ips.shrink_to_fit();
-            service.ports.shrink_to_fit();
             service
         });
         self.services.set(origin, &key, service, self.synced)

@@ -15,7 +15,7 @@ use self::names::{is_label, is_subdomain};
 use super::intern::Interner;
 use super::problem::{Problem, shorten};
 use super::wire;
-use crate::model::input::{ObjectKey, Origin};
+use crate::model::input::{ObjectKey, Origin, ServicePort, SlicePort};
 
 /// What became of an object.
 #[derive(Debug, PartialEq, Eq)]
@@ -59,7 +59,9 @@ pub(crate) enum Ignored {
 /// Converts objects of one origin and collects what is wrong with them.
 pub(crate) struct Converter {
     origin: Origin,
-    interner: Interner,
+    names: Interner<str>,
+    service_ports: Interner<[ServicePort]>,
+    slice_ports: Interner<[SlicePort]>,
     /// What was wrong with the objects converted since the caller last took them.
     pub(crate) problems: Vec<Problem>,
 }
@@ -123,7 +125,13 @@ impl Report<'_> {
 impl Converter {
     /// A converter for objects of `origin`. Static objects get the defaults that the API server would have filled in.
     pub(crate) fn new(origin: Origin) -> Self {
-        Self { origin, interner: Interner::default(), problems: Vec::new() }
+        Self {
+            origin,
+            names: Interner::default(),
+            service_ports: Interner::default(),
+            slice_ports: Interner::default(),
+            problems: Vec::new(),
+        }
     }
 
     /// The key of a namespaced object, or a problem where it has none that Kubernetes would accept.

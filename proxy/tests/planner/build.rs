@@ -68,7 +68,7 @@ pub(crate) fn service(name: &str, created: i64, cluster_ips: &[&str], node_port:
         key: key(name),
         created,
         cluster_ips: cluster_ips.iter().map(|text| ip(text)).collect(),
-        ports: vec![ServicePort { name: "http".into(), protocol: Protocol::Tcp, port: 80, node_port }],
+        ports: [ServicePort { name: "http".into(), protocol: Protocol::Tcp, port: 80, node_port }].into(),
         kind: ServiceType::default(),
         internal_policy: TrafficPolicy::default(),
         external_policy: TrafficPolicy::default(),
@@ -84,7 +84,7 @@ pub(crate) fn slice(name: &str, service: &str, addresses: &[&str]) -> EndpointSl
         key: key(name),
         service: key(service),
         family: endpoints.first().map_or(Family::V4, |first| Family::of(first.address)),
-        ports: vec![SlicePort { name: "http".into(), protocol: Protocol::Tcp, port: 8080 }],
+        ports: [SlicePort { name: "http".into(), protocol: Protocol::Tcp, port: 8080 }].into(),
         endpoints,
     }
 }

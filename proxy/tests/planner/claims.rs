@@ -1,5 +1,7 @@
 //! Who has an address that several Services ask for.
 
+use std::sync::Arc;
+
 use kube_lane::model::input::{Change, Origin, Protocol, ServicePort};
 
 use crate::build::{api, event, file, key, reported, service, synced, text};
@@ -98,7 +100,7 @@ fn a_lost_node_port_leaves_the_cluster_ip() {
 fn other_families_and_protocols_are_no_contest() {
     let mut planner = synced();
     let mut udp = service("udp", 2, &["10.96.0.1"], Some(30080));
-    udp.ports[0].protocol = Protocol::Udp;
+    Arc::make_mut(&mut udp.ports)[0].protocol = Protocol::Udp;
     planner.apply(api(Change::Service(service("tcp", 1, &["10.96.0.1"], Some(30080)))));
     planner.apply(api(Change::Service(udp)));
     planner.apply(api(Change::Service(service("six", 3, &["fd00::1"], Some(30080)))));
@@ -116,7 +118,8 @@ fn within_a_service_the_first_port_counts() {
         node_port: Some(node_port),
     };
     let mut odd = service("odd", 1, &["10.96.0.1", "10.96.0.1"], None);
-    odd.ports = vec![port("b", 80, 30001), port("a", 80, 30002), port("b", 81, 30003), port("c", 82, 30001)];
+    odd.ports =
+        [port("b", 80, 30001), port("a", 80, 30002), port("b", 81, 30003), port("c", 82, 30001)].into();
     planner.apply(file(Change::Service(odd)));
     planner.replan();
     assert_eq!(

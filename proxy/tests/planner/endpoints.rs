@@ -1,6 +1,7 @@
 //! Which endpoints each policy gives, by tables: those of kube-proxy's own tests of endpoint selection, and more.
 
 use std::net::Ipv4Addr;
+use std::sync::Arc;
 
 use kube_lane::model::input::{Change, Endpoint, Hints, Node, Protocol, Service, ServiceType, TrafficPolicy};
 use kube_lane::model::plan::{FrontendKind, PortPlan, Verdict};
@@ -42,12 +43,12 @@ fn described(words: &str) -> Service {
             "etp" => described.external_policy = TrafficPolicy::Local,
             "nodeport" => {
                 described.kind = ServiceType::NodePort;
-                described.ports[0].node_port = Some(30080);
+                Arc::make_mut(&mut described.ports)[0].node_port = Some(30080);
             }
             "external-ip" => {
                 described.external.get_or_insert_default().ips.push("192.0.2.7".parse().unwrap());
             }
-            "udp" => described.ports[0].protocol = Protocol::Udp,
+            "udp" => Arc::make_mut(&mut described.ports)[0].protocol = Protocol::Udp,
             other => panic!("{other:?}"),
         }
     }
@@ -90,7 +91,7 @@ fn on_node(zone: &str, words: &str, endpoints: &[&str]) -> String {
     planner.apply(api(Change::Node(Some(Node { zone, ..Node::default() }))));
     let web = described(words);
     let mut pods = slice("web-1", "web", &[]);
-    pods.ports[0].protocol = web.ports[0].protocol;
+    Arc::make_mut(&mut pods.ports)[0].protocol = web.ports[0].protocol;
     pods.endpoints = endpoints.iter().map(|text| parse(text)).collect();
     planner.apply(api(Change::Service(web)));
     planner.apply(api(Change::Slice(pods)));

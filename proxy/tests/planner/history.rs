@@ -189,8 +189,8 @@ impl Random {
         Service {
             key: self.name(),
             created: self.below(3) as i64,
-            cluster_ips,
-            ports,
+            cluster_ips: cluster_ips.into(),
+            ports: ports.into(),
             kind: self.pick(&[ServiceType::ClusterIp, ServiceType::NodePort, ServiceType::LoadBalancer]),
             internal_policy: self.policy(),
             external_policy: self.policy(),
@@ -223,15 +223,17 @@ impl Random {
         let family = self.pick(&Family::ALL);
         // Mostly all hinted, since one endpoint without a hint makes the others' void.
         let hinted = !self.one_in(3);
+        let (key, service) = (self.name(), self.name());
+        let ports = self.some(4, |r| SlicePort {
+            name: r.pick(&["http", "", "dns"]).into(),
+            protocol: r.protocol(),
+            port: 8080 + r.below(2) as u16,
+        });
         EndpointSlice {
-            key: self.name(),
-            service: self.name(),
+            key,
+            service,
             family,
-            ports: self.some(4, |r| SlicePort {
-                name: r.pick(&["http", "", "dns"]).into(),
-                protocol: r.protocol(),
-                port: 8080 + r.below(2) as u16,
-            }),
+            ports: ports.into(),
             endpoints: self.some(6, |r| r.endpoint(family, hinted)),
         }
     }

@@ -37,7 +37,7 @@ impl Converter {
         Node {
             addresses,
             pod_cidrs: object.spec.as_ref().map(|spec| pod_cidrs(spec, &mut report)).unwrap_or_default(),
-            zone: zone.filter(|zone| !zone.is_empty()).map(|zone| self.interner.intern(zone)),
+            zone: zone.filter(|zone| !zone.is_empty()).map(|zone| self.names.intern(zone)),
             leaving: is_leaving(object),
         }
     }

@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::num::NonZeroU32;
 
 use k8s_openapi::jiff::Timestamp;
+use smallvec::SmallVec;
 
 use super::{Converted, Converter, Ignored, Report, ports, wire};
 use crate::address::{parse_cidr, parse_ip};
@@ -18,7 +19,7 @@ const LONGEST_AFFINITY: u32 = 86_400;
 impl Converter {
     /// A Service under the key that [`Self::key`] gave.
     pub(crate) fn service(&mut self, key: &ObjectKey, object: &wire::Service<'_>) -> Converted<Service> {
-        let Self { origin, interner, problems } = self;
+        let Self { origin, names, service_ports, problems, .. } = self;
         let mut report = Report { kind: "Service", key: key.as_str(), problems };
         let metadata = object.metadata.as_ref();
         if metadata.and_then(|m| m.labels.as_ref()).is_some_and(|labels| labels.service_proxy_name.is_some())
@@ -37,7 +38,7 @@ impl Converter {
             Converted::Ignored(why) => return Converted::Ignored(why),
             Converted::Bad => return Converted::Bad,
         };
-        let ports = service_ports(spec, interner, &mut report);
+        let ports = ports_of(spec, names, &mut report);
         if cluster_ips.is_empty() || ports.is_empty() {
             return Converted::Bad;
         }
@@ -56,7 +57,7 @@ impl Converter {
             key: key.clone(),
             created: created(metadata, &mut report),
             cluster_ips,
-            ports,
+            ports: service_ports.intern(&ports),
             kind: service_type(spec, &mut report),
             internal_policy,
             external_policy,
@@ -71,7 +72,7 @@ fn cluster_ips(
     spec: &wire::ServiceSpec<'_>,
     origin: Origin,
     report: &mut Report<'_>,
-) -> Converted<Vec<IpAddr>> {
+) -> Converted<SmallVec<[IpAddr; 1]>> {
     let given = spec.cluster_ips.as_deref().unwrap_or_default();
     let first_given = given.first().map(|first| &**first);
     let single = spec.cluster_ip.as_deref().filter(|text| !text.is_empty());
@@ -85,7 +86,7 @@ fn cluster_ips(
         _ => {}
     }
 
-    let mut addresses: Vec<IpAddr> = Vec::with_capacity(given.len().max(1));
+    let mut addresses: SmallVec<[IpAddr; 1]> = SmallVec::new();
     let mut add = |field: String, text: &str| match service_address(text) {
         Err(remedy) => report.add(field, Some(text), remedy),
         // The same address again is how clusterIP and clusterIPs[0] are written.
@@ -115,9 +116,9 @@ fn service_address(text: &str) -> Result<IpAddr, &'static str> {
     Ok(address)
 }
 
-fn service_ports(
+fn ports_of(
     spec: &wire::ServiceSpec<'_>,
-    interner: &mut Interner,
+    names: &mut Interner<str>,
     report: &mut Report<'_>,
 ) -> Vec<ServicePort> {
     let given = spec.ports.as_deref().unwrap_or_default();
@@ -153,7 +154,7 @@ fn service_ports(
             report.add(field("nodePort"), Some(&number.to_string()), remedy);
             node_port = None;
         }
-        ports.push(ServicePort { name: interner.intern(name), protocol, port: number, node_port });
+        ports.push(ServicePort { name: names.intern(name), protocol, port: number, node_port });
     }
     ports
 }

@@ -16,7 +16,7 @@ impl Converter {
         key: &ObjectKey,
         object: &wire::EndpointSlice<'_>,
     ) -> Converted<EndpointSlice> {
-        let Self { origin, interner, problems } = self;
+        let Self { origin, names, slice_ports, problems, .. } = self;
         let mut report = Report { kind: "EndpointSlice", key: key.as_str(), problems };
         let (service, family) = match identify(key, object, *origin, &mut report) {
             Converted::Read(identity) => identity,
@@ -29,17 +29,18 @@ impl Converter {
             given
                 .iter()
                 .enumerate()
-                .filter_map(|(index, given)| endpoint(index, given, family, interner, &mut report)),
+                .filter_map(|(index, given)| endpoint(index, given, family, names, &mut report)),
         );
         if endpoints.is_empty() && !given.is_empty() {
             return Converted::Bad;
         }
         endpoints.shrink_to_fit();
         let given = object.ports.as_deref().unwrap_or_default();
-        let ports = slice_ports(given, *origin, interner, &mut report);
+        let ports = ports_of(given, *origin, names, &mut report);
         if ports.is_empty() && !given.is_empty() {
             return Converted::Bad;
         }
+        let ports = slice_ports.intern(&ports);
         Converted::Read(EndpointSlice { key: key.clone(), service, family, ports, endpoints })
     }
 }
@@ -88,7 +89,7 @@ fn endpoint(
     index: usize,
     given: &wire::Endpoint<'_>,
     family: Family,
-    interner: &mut Interner,
+    names: &mut Interner<str>,
     report: &mut Report<'_>,
 ) -> Option<Endpoint> {
     let field = || format!("endpoints[{index}].addresses[0]");
@@ -105,7 +106,7 @@ fn endpoint(
     };
     let node = given.node_name.as_deref().filter(|name| !name.is_empty()).and_then(|name| {
         if is_subdomain(name) {
-            return Some(interner.intern(name));
+            return Some(names.intern(name));
         }
         let remedy = "no node can have this name; the endpoint counts as one of another node";
         report.add(format!("endpoints[{index}].nodeName"), Some(name), remedy);
@@ -118,17 +119,17 @@ fn endpoint(
         serving: conditions.and_then(|c| c.serving).unwrap_or(true),
         terminating: conditions.and_then(|c| c.terminating).unwrap_or(false),
         node,
-        hints: given.hints.as_ref().and_then(|given| hints(given, interner)),
+        hints: given.hints.as_ref().and_then(|given| hints(given, names)),
     })
 }
 
-fn hints(given: &wire::Hints<'_>, interner: &mut Interner) -> Option<Box<Hints>> {
-    let mut names = |list: &Option<Vec<wire::Hint<'_>>>| -> Vec<Arc<str>> {
+fn hints(given: &wire::Hints<'_>, names: &mut Interner<str>) -> Option<Box<Hints>> {
+    let mut named = |list: &Option<Vec<wire::Hint<'_>>>| -> Vec<Arc<str>> {
         let hints = list.as_deref().unwrap_or_default().iter();
-        hints.map(|hint| interner.intern(hint.name.as_deref().unwrap_or_default())).collect()
+        hints.map(|hint| names.intern(hint.name.as_deref().unwrap_or_default())).collect()
     };
     // A hint without a name stays: it names nobody, and is a hint all the same.
-    let hints = Hints { zones: names(&given.for_zones), nodes: names(&given.for_nodes) };
+    let hints = Hints { zones: named(&given.for_zones), nodes: named(&given.for_nodes) };
     (hints != Hints::default()).then(|| Box::new(hints))
 }
 
@@ -147,10 +148,10 @@ fn endpoint_address(text: &str, family: Family) -> Result<IpAddr, &'static str> 
     Ok(address)
 }
 
-fn slice_ports(
+fn ports_of(
     given: &[wire::Port<'_>],
     origin: Origin,
-    interner: &mut Interner,
+    names: &mut Interner<str>,
     report: &mut Report<'_>,
 ) -> Vec<SlicePort> {
     let mut ports: Vec<SlicePort> = Vec::with_capacity(given.len());
@@ -170,11 +171,7 @@ fn slice_ports(
             );
             continue;
         }
-        ports.push(SlicePort {
-            name: interner.intern(port.name),
-            protocol: port.protocol,
-            port: port.number,
-        });
+        ports.push(SlicePort { name: names.intern(port.name), protocol: port.protocol, port: port.number });
     }
     ports
 }

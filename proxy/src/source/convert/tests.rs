@@ -76,7 +76,10 @@ fn a_service_keeps_its_good_parts() {
     );
     let service = read(converted);
     assert_eq!(service.created, 60);
-    assert_eq!(service.cluster_ips, ["172.30.0.41".parse::<IpAddr>().unwrap(), "fd00::1".parse().unwrap()]);
+    assert_eq!(
+        service.cluster_ips[..],
+        ["172.30.0.41".parse::<IpAddr>().unwrap(), "fd00::1".parse().unwrap()]
+    );
     let ports: Vec<_> =
         service.ports.iter().map(|port| (&*port.name, port.protocol, port.port, port.node_port)).collect();
     assert_eq!(

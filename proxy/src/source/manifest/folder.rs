@@ -291,7 +291,7 @@ impl Folder {
             let service = Id::Service(slice.service.clone());
             match self.objects.get(&service).and_then(|holders| holders.values().next()) {
                 Some(Content::Service(service)) => {
-                    for port in &slice.ports {
+                    for port in &*slice.ports {
                         let matches = |other: &ServicePort| {
                             (&other.name, other.protocol) == (&port.name, port.protocol)
                         };
