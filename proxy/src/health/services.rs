@@ -82,7 +82,7 @@ impl Follower for ServiceHealth {
         self.0.send_if_modified(|checks| {
             let mut modified = false;
             for (key, plan) in batch.programmed(outcome) {
-                let check = plan.as_ref().and_then(|plan| plan.health_check);
+                let check = plan.as_ref().and_then(|plan| plan.health_check.as_deref().copied());
                 let before = match check {
                     Some(check) => checks.services.insert(key.clone(), check),
                     None => checks.services.remove(key),
@@ -203,7 +203,7 @@ mod tests {
 
     fn plan(name: &str, port: u16, v4: Option<u32>, v6: Option<u32>) -> (ServiceKey, Option<Arc<Plan>>) {
         let service = ServiceKey::new("ns", name);
-        let health_check = Some(HealthCheck { port, v4_endpoints: v4, v6_endpoints: v6 });
+        let health_check = Some(Box::new(HealthCheck { port, v4_endpoints: v4, v6_endpoints: v6 }));
         let plan =
             Plan { service: service.clone(), ports: Box::default(), health_check, warnings: Box::default() };
         (service, Some(Arc::new(plan)))

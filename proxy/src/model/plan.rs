@@ -23,7 +23,7 @@ pub struct Plan {
     pub ports: Box<[PortPlan]>,
     /// What load balancers ask whether this node has endpoints of the Service.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub health_check: Option<HealthCheck>,
+    pub health_check: Option<Box<HealthCheck>>,
     /// What a user should know of this Service, in words: lost claims, ignored fields.
     pub warnings: Box<[String]>,
 }

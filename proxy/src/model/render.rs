@@ -45,7 +45,7 @@ impl<N: Notes> Display for Annotated<'_, N> {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         let Self(plan, notes) = self;
         writeln!(f, "service {}", plan.service)?;
-        if let Some(HealthCheck { port, v4_endpoints, v6_endpoints }) = plan.health_check {
+        if let Some(HealthCheck { port, v4_endpoints, v6_endpoints }) = plan.health_check.as_deref() {
             for (family, count) in [(Family::V4, v4_endpoints), (Family::V6, v6_endpoints)] {
                 let Some(count) = count else { continue };
                 writeln!(f, "  health check {port} {family}: {count} on this node")?;

@@ -119,7 +119,7 @@ fn health_check<'a>(
     policies: Policies,
     asks: &[Ask<'_>],
     slices: impl Fn(Family) -> Slices<'a>,
-) -> Option<HealthCheck> {
+) -> Option<Box<HealthCheck>> {
     let port = service.external.as_deref()?.health_check_node_port?;
     let asked = service.kind == ServiceType::LoadBalancer && policies.external_is_local();
     let endpoints = |family| {
@@ -128,5 +128,5 @@ fn health_check<'a>(
     };
     let health_check =
         HealthCheck { port, v4_endpoints: endpoints(Family::V4), v6_endpoints: endpoints(Family::V6) };
-    (asked && !asks.is_empty()).then_some(health_check)
+    (asked && !asks.is_empty()).then(|| Box::new(health_check))
 }

@@ -156,7 +156,7 @@ fn check(plan: &Plan) {
     assert!(plan.ports.is_sorted_by_key(key));
     assert_eq!(plan.ports.iter().map(key).collect::<BTreeSet<_>>().len(), plan.ports.len());
     plan.ports.iter().for_each(check_port);
-    if let Some(check) = plan.health_check {
+    if let Some(check) = &plan.health_check {
         for (family, count) in [(Family::V4, check.v4_endpoints), (Family::V6, check.v6_endpoints)] {
             assert_eq!(count.is_some(), plan.ports.iter().any(|port| port.family == family));
         }

@@ -23,8 +23,8 @@ use crate::model::plan::{
 #[derive(Clone, Debug)]
 pub(crate) struct Applied {
     plan: Arc<Plan>,
-    /// For each port of the plan.
-    ports: Box<[Slots]>,
+    /// The slots of all ports, one port after the other.
+    slots: Box<[u16]>,
 }
 
 /// What one Service's change does to the kernel.
@@ -82,8 +82,12 @@ impl Applied {
     }
 
     fn ports(&self) -> impl Iterator<Item = AppliedPort<'_>> {
-        let ports = self.plan.ports.iter().zip(&self.ports).enumerate();
-        ports.map(|(index, (plan, slots))| AppliedPort { index, plan, slots })
+        let mut rest = &*self.slots;
+        self.plan.ports.iter().enumerate().map(move |(index, plan)| {
+            let slots;
+            (slots, rest) = rest.split_at(SETS.map(|set| set.of(plan).len()).iter().sum());
+            AppliedPort { index, plan, slots: Slots(slots) }
+        })
     }
 }
 
@@ -93,7 +97,7 @@ struct AppliedPort<'a> {
     /// Its position in the plan.
     index: usize,
     plan: &'a PortPlan,
-    slots: &'a Slots,
+    slots: Slots<'a>,
 }
 
 /// What has to change so that `next` is programmed where `previous` was.
@@ -107,12 +111,12 @@ pub(crate) fn lower(previous: Option<&Applied>, next: Option<&Arc<Plan>>, kernel
         .flat_map(|port| port.plan.frontends.iter().map(|f| (identity(port.plan, f), (*port, f))))
         .collect();
     if let Some(plan) = next {
-        let mut slots = Vec::with_capacity(plan.ports.len());
+        let mut slots = Vec::new();
         for port in &plan.ports {
             let old = port.frontends.iter().find_map(|f| frontends.get(&identity(port, f)));
             let old = old.map(|(old, _)| *old);
             let same = old.filter(|old| old.plan == port);
-            let order = same.map_or_else(|| Slots::new(old, port, kernel), |same| same.slots.clone());
+            let order = same.map_or_else(|| order(old, port, kernel), |same| same.slots.0.to_vec());
             let comment = comment(&plan.port_name(port));
             for frontend in &port.frontends {
                 let before = frontends.remove(&identity(port, frontend));
@@ -120,7 +124,7 @@ pub(crate) fn lower(previous: Option<&Applied>, next: Option<&Arc<Plan>>, kernel
                     continue;
                 }
                 let change = Change { at: Target::new(port, frontend), comment: &comment, kernel };
-                let after = Shape::new(frontend, port, &order);
+                let after = Shape::new(frontend, port, Slots(&order));
                 let before = before.map(|(old, f)| (old, Shape::new(f, old.plan, old.slots)));
                 match before {
                     None => change.lower(Shape::default(), after, &mut lowered),
@@ -136,9 +140,9 @@ pub(crate) fn lower(previous: Option<&Applied>, next: Option<&Arc<Plan>>, kernel
             }
             let counterpart = old.and_then(|old| ports.remove(&old.index));
             lowered.shared.between(counterpart.map(|old| old.plan), Some(port));
-            slots.push(order);
+            slots.extend(order);
         }
-        lowered.applied = Some(Applied { plan: Arc::clone(plan), ports: slots.into() });
+        lowered.applied = Some(Applied { plan: Arc::clone(plan), slots: slots.into() });
     }
     for (port, frontend) in frontends.into_values() {
         let change = Change { at: Target::new(port.plan, frontend), comment: &"".into(), kernel };
@@ -161,8 +165,8 @@ fn identity(port: &PortPlan, frontend: &Frontend) -> (Family, Protocol, Frontend
 
 /// Slot by slot the position of its backend in the port's sorted list: those of the Cluster set, then those of the
 /// Local set.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Slots(Box<[u16]>);
+#[derive(Clone, Copy)]
+struct Slots<'a>(&'a [u16]);
 
 /// One of a port's two endpoint sets.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -170,6 +174,9 @@ enum EndpointSet {
     Cluster,
     Local,
 }
+
+/// In the order of their slots.
+const SETS: [EndpointSet; 2] = [EndpointSet::Cluster, EndpointSet::Local];
 
 impl EndpointSet {
     /// Its backends, as many as there can be slots.
@@ -182,24 +189,24 @@ impl EndpointSet {
     }
 }
 
-impl Slots {
-    /// Slots for a port in place of what there is: as programmed, else as the kernel was found.
-    fn new(old: Option<AppliedPort<'_>>, port: &PortPlan, kernel: &impl Kernel) -> Self {
-        let of_set = |set: EndpointSet| {
-            let wanted = set.of(port);
-            let positions = match old {
-                Some(old) => {
-                    let stay = positions(set.of(old.plan), wanted);
-                    old.slots.of(old.plan, set).slots.iter().map(|i| stay[usize::from(*i)]).collect()
-                }
-                None => found(port, set, kernel),
-            };
-            assign(positions, wanted.len())
+/// Slots for a port in place of what there is: as programmed, else as the kernel was found.
+fn order(old: Option<AppliedPort<'_>>, port: &PortPlan, kernel: &impl Kernel) -> Vec<u16> {
+    let of_set = |set: EndpointSet| {
+        let wanted = set.of(port);
+        let positions = match old {
+            Some(old) => {
+                let stay = positions(set.of(old.plan), wanted);
+                old.slots.of(old.plan, set).slots.iter().map(|i| stay[usize::from(*i)]).collect()
+            }
+            None => found(port, set, kernel),
         };
-        Self([of_set(EndpointSet::Cluster), of_set(EndpointSet::Local)].concat().into())
-    }
+        assign(positions, wanted.len())
+    };
+    SETS.map(of_set).concat()
+}
 
-    fn of<'a>(&'a self, port: &'a PortPlan, set: EndpointSet) -> Order<'a> {
+impl<'a> Slots<'a> {
+    fn of(self, port: &'a PortPlan, set: EndpointSet) -> Order<'a> {
         let (cluster, local) = self.0.split_at(EndpointSet::Cluster.of(port).len());
         let slots = match set {
             EndpointSet::Cluster => cluster,
@@ -330,7 +337,7 @@ struct Shape<'a> {
 }
 
 impl<'a> Shape<'a> {
-    fn new(frontend: &Frontend, port: &'a PortPlan, slots: &'a Slots) -> Self {
+    fn new(frontend: &Frontend, port: &'a PortPlan, slots: Slots<'a>) -> Self {
         let (named, sets) = layout(frontend);
         let endpoints = sets.map(|set| set.map(|set| slots.of(port, set)).unwrap_or_default());
         let ranges = port.source_ranges.as_deref().filter(|_| frontend.kind == FrontendKind::LoadBalancer);

@@ -351,7 +351,7 @@ fn slots_found_in_the_kernel_are_kept() {
     }
     let lowered = lower(None, Some(&plan([1, 2, 3].map(backend), false)), &Held);
     let applied = lowered.applied.unwrap();
-    let order = applied.ports[0].of(&applied.plan.ports[0], EndpointSet::Cluster);
+    let order = Slots(&applied.slots).of(&applied.plan.ports[0], EndpointSet::Cluster);
     let backends: Vec<_> = (0..).map_while(|slot| order.at(slot)).map(AddressPort::socket).collect();
     assert_eq!(backends, [3, 2, 1].map(address));
 }
