@@ -86,6 +86,11 @@ impl Claims {
         }
     }
 
+    /// Rebuilds the map with full nodes: the first claims leave them half empty.
+    pub(super) fn pack(&mut self) {
+        self.0 = std::mem::take(&mut self.0).into_iter().collect();
+    }
+
     fn ask(&mut self, claim: Claim, claimant: &Claimant, dirty: &mut BTreeSet<ServiceKey>) {
         let claimants = self.0.entry(claim).or_default();
         if let Err(rank) = claimants.binary_search(claimant) {

@@ -159,6 +159,7 @@ impl Planner {
                     |replaced| slice_replaced(replaced, &mut slices),
                 );
                 dirty.append(&mut slices);
+                claims.pack();
                 self.node_dirty = true;
             }
         }
