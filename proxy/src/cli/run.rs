@@ -26,15 +26,16 @@ use crate::observability::events::{Events, Reason};
 use crate::observability::flows::Flows;
 use crate::observability::local::NoLocalEndpoints;
 use crate::observability::{metrics, telemetry};
-use crate::ready;
 use crate::source::kube::{self, KubeSourceConfig};
 use crate::source::{host, manifest};
+use crate::{memory, ready};
 
 /// Messages of the sources that may wait for the controller; each holds a batch of events.
 const EVENTS: usize = 256;
 
 /// Serves until SIGTERM or SIGINT, which leave everything in the kernel as it is.
 pub(super) fn run(flags: &RunFlags) -> anyhow::Result<ExitCode> {
+    memory::share_arena();
     let config = configure(flags)?;
     instance::claim()?;
     // One thread for the controller and one for the rest is all there is to do.
