@@ -22,6 +22,7 @@ use crate::model::input::{Event, ServiceKey};
 use crate::model::plan::{NodePlan, Plan};
 use crate::model::planner::{Changes, Planner};
 use crate::observability::commits::Commits;
+use crate::status::{About, Known, PAGE, Query, Report};
 
 /// How long after a commit that failed the next is tried, and the most that grows to.
 const RETRY: Duration = Duration::from_millis(200);
@@ -130,8 +131,14 @@ impl<D: Dataplane> Controller<D> {
         }
     }
 
-    /// Runs until all sources are gone. `foreign` becomes readable when somebody else may have changed our state.
-    pub async fn run(mut self, mut events: mpsc::Receiver<Vec<Event>>, foreign: AsyncFd<OwnedFd>) {
+    /// Runs until all sources are gone. `foreign` becomes readable when somebody else may have changed our state;
+    /// `queries` are answered between two commits.
+    pub async fn run(
+        mut self,
+        mut events: mpsc::Receiver<Vec<Event>>,
+        mut queries: mpsc::Receiver<Query>,
+        foreign: AsyncFd<OwnedFd>,
+    ) {
         let mut inbox = Vec::with_capacity(INBOX);
         let mut timers = Timers::new();
         // What depends on no Service is in place by the time the first lists have come.
@@ -150,6 +157,15 @@ impl<D: Dataplane> Controller<D> {
                 Ok(mut ready) = foreign.readable() => {
                     ready.clear_ready();
                     self.pending.repair = true;
+                }
+                Some(query) = queries.recv() => {
+                    // Who asked may have gone.
+                    let _ = query.answer.send(self.report(query.about));
+                    continue;
+                }
+                () = at(self.dataplane.due().map(Instant::from_std)) => {
+                    tokio::task::block_in_place(|| self.dataplane.catch_up());
+                    continue;
                 }
                 () = at(due) => {}
                 () = at(timers.refused) => {
@@ -311,6 +327,23 @@ impl<D: Dataplane> Controller<D> {
             } else {
                 self.warned.insert(service.clone(), warnings);
             }
+        }
+    }
+
+    /// What is known, and of a few Services in particular.
+    fn report(&self, about: About) -> Report {
+        let plans: Vec<_> = match about {
+            About::These(keys) => keys.iter().filter_map(|key| self.planner.plan(key)).collect(),
+            About::After(key) => self.planner.plans_after(key.as_ref()).take(PAGE).collect(),
+        };
+        let known =
+            |plan: &Arc<Plan>| Known { plan: Arc::clone(plan), inspection: self.dataplane.inspect(plan) };
+        Report {
+            count: self.planner.plans().len(),
+            services: plans.into_iter().map(known).collect(),
+            node: self.planner.node().cloned(),
+            refused: self.refused.clone(),
+            troubles: self.dataplane.troubles(),
         }
     }
 

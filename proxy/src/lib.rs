@@ -21,3 +21,4 @@ pub mod model;
 pub mod observability;
 pub mod ready;
 pub mod source;
+pub mod status;

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::config::flags::{Action, LogFlags, RunFlags};
 use crate::observability::telemetry;
@@ -14,6 +14,7 @@ mod instance;
 mod render;
 mod run;
 mod settings;
+mod status;
 mod sysctls;
 mod version;
 
@@ -46,8 +47,17 @@ enum Command {
     Cleanup(LogFlags),
     /// Print what a folder of manifests leads to, without touching the kernel
     Render(render::RenderFlags),
+    /// Ask the agent of this node what it has programmed, and which layer answers
+    Status(status::StatusFlags),
     /// Print the version
     Version,
+}
+
+/// Forms of what is printed.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Output {
+    Text,
+    Json,
 }
 
 /// Runs the command line. Errors go to standard error, one a line.
@@ -58,6 +68,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Some(Command::Run(flags)) => run_or_act(&flags),
         Some(Command::Cleanup(log)) => with_logs(&log, cleanup::run),
         Some(Command::Render(flags)) => render::run(&flags),
+        Some(Command::Status(flags)) => status::run(&flags),
         Some(Command::Version) => version::run(),
     };
     match result {

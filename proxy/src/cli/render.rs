@@ -7,10 +7,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::bail;
-use clap::{Args, ValueEnum};
+use clap::Args;
 use serde::Serialize;
 
-use super::settings;
+use super::{Output, settings};
 use crate::config::{Environment, NetworkFlags};
 use crate::model::input::{Change, Event, Origin};
 use crate::model::plan::{NodePlan, Plan};
@@ -30,12 +30,6 @@ pub(super) struct RenderFlags {
     /// Form of the plan
     #[arg(short, long, value_enum, default_value_t = Output::Text)]
     output: Output,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Output {
-    Text,
-    Json,
 }
 
 /// The JSON form.

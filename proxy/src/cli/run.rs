@@ -1,6 +1,7 @@
 //! `kube-lane run`: the agent, and the actions that need its configuration.
 
 use std::future::Future;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -28,6 +29,7 @@ use crate::observability::local::NoLocalEndpoints;
 use crate::observability::{metrics, telemetry};
 use crate::source::kube::{self, KubeSourceConfig};
 use crate::source::{host, manifest};
+use crate::status::{self, Facts, Query};
 use crate::{memory, ready};
 
 /// Messages of the sources that may wait for the controller; each holds a batch of events.
@@ -37,14 +39,15 @@ const EVENTS: usize = 256;
 pub(super) fn run(flags: &RunFlags) -> anyhow::Result<ExitCode> {
     memory::share_arena();
     let config = configure(flags)?;
-    instance::claim()?;
+    let listener = instance::claim()?;
+    let (config, why) = available(config);
     // One thread for the controller and one for the rest is all there is to do.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .context("runtime")?;
-    let result = runtime.block_on(serve(config));
+    let result = runtime.block_on(serve(config, why, listener));
     // A commit that is under way must not be waited for: the next start repairs what it left.
     runtime.shutdown_background();
     result.map(|()| ExitCode::SUCCESS)
@@ -75,20 +78,24 @@ fn configure(flags: &RunFlags) -> anyhow::Result<Config> {
     let resolved = flags.resolve(&Environment::read())?;
     telemetry::init(&resolved.config.logging)?;
     resolved.warnings.iter().for_each(|warning| warn!("{warning}"));
-    let mut config = resolved.config;
-    if config.mode == Mode::Ebpf {
-        match socket::available() {
-            Ok(_) => warn!(
-                "mode ebpf: the socket programs of this version answer nothing yet; nftables alone serves"
-            ),
-            Err(error) => warn!("mode ebpf: {error}; nftables alone serves"),
-        }
-        config.mode = Mode::Nftables;
-    }
-    Ok(config)
+    Ok(resolved.config)
 }
 
-async fn serve(config: Config) -> anyhow::Result<()> {
+/// The configuration with the mode that can be had, and why that is not the one that was asked for.
+fn available(mut config: Config) -> (Config, Option<String>) {
+    if config.mode == Mode::Nftables {
+        return (config, None);
+    }
+    let why = match socket::available() {
+        Ok(_) => "the socket programs of this version answer nothing yet".to_owned(),
+        Err(error) => error.to_string(),
+    };
+    warn!("mode ebpf: {why}; nftables alone serves");
+    config.mode = Mode::Nftables;
+    (config, Some(why))
+}
+
+async fn serve(config: Config, why: Option<String>, listener: Option<UnixListener>) -> anyhow::Result<()> {
     let mut terminated = signal(SignalKind::terminate()).context("SIGTERM")?;
     let mut interrupted = signal(SignalKind::interrupt()).context("SIGINT")?;
     info!(
@@ -103,8 +110,18 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let mut registry = metrics::registry();
     let servers = Servers::new(&config, &mut registry);
     let events = start_events(&config).await?;
-    let agent = agent(config, health, events.clone(), &mut registry);
-    // A task of their own: a commit blocks this one.
+    let (queries, asked) = mpsc::channel(1);
+    let facts = Facts { node: config.node_name.clone(), mode: config.mode, why };
+    let agent = agent(config, health, asked, events.clone(), &mut registry);
+    // Tasks of their own: a commit blocks this one.
+    if let Some(listener) = listener {
+        let answering = status::serve(listener, facts, health_state.clone(), queries);
+        tokio::spawn(async move {
+            if let Err(error) = answering.await {
+                warn!(%error, "`kube-lane status` cannot be answered");
+            }
+        });
+    }
     let servers = tokio::spawn(servers.run(health_state, Arc::new(registry), events));
     let signal = tokio::select! {
         result = agent => return result,
@@ -120,6 +137,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
 fn agent(
     config: Config,
     health: watch::Sender<HealthState>,
+    queries: mpsc::Receiver<Query>,
     kubernetes: Events,
     registry: &mut Registry,
 ) -> impl Future<Output = anyhow::Result<()>> + use<> {
@@ -143,7 +161,7 @@ fn agent(
         let followers: Vec<Box<dyn Follower>> =
             vec![Box::new(conntrack), Box::new(service_health), Box::new(no_local_endpoints)];
         Controller::new(planner, dataplane, followers, config.min_sync_period, health, commits)
-            .run(inbox, foreign)
+            .run(inbox, queries, foreign)
             .await;
         anyhow::bail!("all sources ended")
     }

@@ -4,12 +4,15 @@
 //! Service it could not program.
 
 pub mod conntrack;
+mod inspection;
 mod netlink;
 pub mod nftables;
 pub mod socket;
 
 use std::sync::Arc;
+use std::time::Instant;
 
+pub use self::inspection::{Counts, Inspection};
 use crate::model::input::{Family, Protocol, ServiceKey};
 use crate::model::plan::{FrontendAddress, NodePlan, Plan};
 
@@ -84,6 +87,24 @@ pub trait Dataplane {
     /// # Errors
     /// When the kernel cannot be asked.
     fn repair(&mut self) -> Result<Option<Outcome>, Self::Error>;
+
+    /// When [`Dataplane::catch_up`] has something to do, whether or not there is a batch.
+    fn due(&self) -> Option<Instant> {
+        None
+    }
+
+    /// Does what a layer in front could not do with its batch.
+    fn catch_up(&mut self) {}
+
+    /// What is known of a Service beyond its plan, for people.
+    fn inspect(&self, _plan: &Plan) -> Inspection {
+        Inspection::default()
+    }
+
+    /// What is wrong with a layer in front, for people: a line each.
+    fn troubles(&self) -> Vec<String> {
+        Vec::new()
+    }
 }
 
 /// Acts beside a dataplane on what that is told.

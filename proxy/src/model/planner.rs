@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::ops::Bound;
 use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
@@ -200,8 +201,14 @@ impl Planner {
     }
 
     /// The current plans, in the order of their keys.
-    pub fn plans(&self) -> impl Iterator<Item = &Arc<Plan>> {
+    pub fn plans(&self) -> impl ExactSizeIterator<Item = &Arc<Plan>> {
         self.plans.values()
+    }
+
+    /// The current plans whose keys come after this one, in their order; `None`: all.
+    pub fn plans_after(&self, key: Option<&ServiceKey>) -> impl Iterator<Item = &Arc<Plan>> {
+        let from = key.map_or(Bound::Unbounded, Bound::Excluded);
+        self.plans.range::<ServiceKey, _>((from, Bound::Unbounded)).map(|(_, plan)| plan)
     }
 
     /// The current plan of one Service.

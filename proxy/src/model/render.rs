@@ -10,26 +10,40 @@ use super::plan::{
     Backend, Frontend, FrontendAddress, FrontendKind, HealthCheck, NodePlan, Plan, PortPlan, Verdict,
 };
 
-/// What is known beside a plan, written where it belongs.
+/// What is known beside a plan, written where it belongs. Ports and frontends are given by their index.
 pub trait Notes {
     /// Beside a frontend.
-    fn frontend(&self, _port: &PortPlan, _frontend: &Frontend) -> Option<String> {
+    fn frontend(&self, _port: usize, _frontend: usize) -> Option<String> {
         None
     }
 
     /// Beside a backend, once for each set that it is in.
-    fn backend(&self, _port: &PortPlan, _backend: &Backend) -> Option<String> {
+    fn backend(&self, _port: usize, _backend: &Backend) -> Option<String> {
         None
     }
 
     /// In a line of its own at the end of a port.
-    fn port(&self, _port: &PortPlan) -> Option<String> {
+    fn port(&self, _port: usize) -> Option<String> {
         None
     }
 }
 
 /// No notes.
 impl Notes for () {}
+
+impl<N: Notes> Notes for &N {
+    fn frontend(&self, port: usize, frontend: usize) -> Option<String> {
+        (**self).frontend(port, frontend)
+    }
+
+    fn backend(&self, port: usize, backend: &Backend) -> Option<String> {
+        (**self).backend(port, backend)
+    }
+
+    fn port(&self, port: usize) -> Option<String> {
+        (**self).port(port)
+    }
+}
 
 /// A plan as text, with notes.
 #[derive(Clone, Copy, Debug)]
@@ -51,17 +65,17 @@ impl<N: Notes> Display for Annotated<'_, N> {
                 writeln!(f, "  health check {port} {family}: {count} on this node")?;
             }
         }
-        plan.ports.iter().try_for_each(|port| fmt_port(port, notes, f))?;
+        plan.ports.iter().enumerate().try_for_each(|(index, port)| fmt_port(index, port, notes, f))?;
         plan.warnings.iter().try_for_each(|warning| writeln!(f, "  warning: {warning}"))
     }
 }
 
-fn fmt_port(port: &PortPlan, notes: &impl Notes, f: &mut Formatter<'_>) -> fmt::Result {
+fn fmt_port(index: usize, port: &PortPlan, notes: &impl Notes, f: &mut Formatter<'_>) -> fmt::Result {
     let blank = if port.name.is_empty() { "" } else { " " };
     writeln!(f, "  port{blank}{} {} {}", port.name, port.protocol, port.family)?;
-    for frontend in &port.frontends {
+    for (at, frontend) in port.frontends.iter().enumerate() {
         let met = met(port, frontend);
-        writeln!(f, "    {} {}{met}{}", frontend.kind, frontend.at, Note(notes.frontend(port, frontend)))?;
+        writeln!(f, "    {} {}{met}{}", frontend.kind, frontend.at, Note(notes.frontend(index, at)))?;
     }
     for range in port.source_ranges.iter().flat_map(|ranges| ranges.iter()) {
         writeln!(f, "    LoadBalancer from {range}")?;
@@ -71,11 +85,11 @@ fn fmt_port(port: &PortPlan, notes: &impl Notes, f: &mut Formatter<'_>) -> fmt::
     }
     for (policy, backends) in [("", &port.backends), ("policy Local ", &port.local_backends)] {
         for backend in backends {
-            writeln!(f, "    {policy}to {backend}{}", Note(notes.backend(port, backend)))?;
+            writeln!(f, "    {policy}to {backend}{}", Note(notes.backend(index, backend)))?;
         }
     }
     port.draining.iter().try_for_each(|address| writeln!(f, "    draining {}", address.socket()))?;
-    notes.port(port).map_or(Ok(()), |note| writeln!(f, "    {note}"))
+    notes.port(index).map_or(Ok(()), |note| writeln!(f, "    {note}"))
 }
 
 /// What a new connection meets where that is not any backend.

@@ -1,0 +1,68 @@
+//! `kube-lane status`: asks the agent of this node what it has programmed.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clap::Args;
+
+use super::Output;
+use super::instance;
+use crate::status::{Head, Request};
+
+/// A commit of very many Services may be under way.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+#[derive(Args, Debug)]
+pub(super) struct StatusFlags {
+    /// Tell of these Services, too
+    #[arg(value_name = "NAMESPACE/NAME")]
+    services: Vec<String>,
+    /// Tell of every Service
+    #[arg(long, conflicts_with = "services")]
+    all: bool,
+    /// Form of the answer
+    #[arg(short, long, value_enum, default_value_t = Output::Text)]
+    output: Output,
+}
+
+pub(super) fn run(flags: &StatusFlags) -> anyhow::Result<ExitCode> {
+    if let Some(odd) =
+        flags.services.iter().find(|name| name.split('/').filter(|part| !part.is_empty()).count() != 2)
+    {
+        bail!("{odd:?} names no Service: write namespace/name");
+    }
+    let Some(mut stream) = instance::agent().context("cannot ask the agent")? else {
+        bail!(
+            "no kube-lane runs here (in this network namespace, as this user); what it left in the kernel is in force"
+        );
+    };
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let request = Request {
+        services: flags.services.clone(),
+        all: flags.all,
+        json: matches!(flags.output, Output::Json),
+    };
+    writeln!(stream, "{}", serde_json::to_string(&request)?)?;
+    stream.shutdown(Shutdown::Write)?;
+
+    let mut answer = BufReader::new(stream);
+    let mut head = String::new();
+    answer.read_line(&mut head).context("the agent does not answer")?;
+    let head: Head =
+        serde_json::from_str(&head).context("the agent does not answer: is it of another version?")?;
+    let mut out = io::stdout().lock();
+    let mut piece = [0; 1 << 16];
+    loop {
+        match answer.read(&mut piece).context("the agent's answer broke off")? {
+            0 => break,
+            length => out.write_all(&piece[..length])?,
+        }
+    }
+    for name in &head.unknown {
+        writeln!(io::stderr(), "the agent knows no Service {name}")?;
+    }
+    Ok(if head.unknown.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}

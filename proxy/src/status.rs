@@ -1,0 +1,196 @@
+//! What the agent says of itself when it is asked: `kube-lane status`.
+//!
+//! Owns the questions to the controller and the forms of the answers. The controller hands out what it has, a page of
+//! Services at a time, so that a question never holds it up; everything else happens beside it. No decision reads it.
+
+use std::collections::BTreeMap;
+use std::fmt::{self, Display, Formatter};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tokio::sync::oneshot;
+
+use crate::config::Mode;
+use crate::dataplane::Inspection;
+use crate::health::HealthState;
+use crate::model::input::ServiceKey;
+use crate::model::plan::{NodePlan, Plan};
+use crate::model::render::Annotated;
+
+mod server;
+
+pub use self::server::serve;
+
+/// How many Services the controller hands out at a time.
+pub const PAGE: usize = 256;
+
+/// A question to the controller.
+#[derive(Debug)]
+pub struct Query {
+    /// Of which Services.
+    pub about: About,
+    /// Who is told.
+    pub answer: oneshot::Sender<Report>,
+}
+
+/// Of which Services to tell. Of those that exist, in the order of their keys.
+#[derive(Clone, Debug)]
+pub enum About {
+    /// Of these.
+    These(Vec<ServiceKey>),
+    /// Of the first [`PAGE`] that come after this one, or of all.
+    After(Option<ServiceKey>),
+}
+
+/// What the controller knows.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// How many Services there are.
+    pub count: usize,
+    /// The Services that were asked for.
+    pub services: Vec<Known>,
+    /// What belongs to the node; `None` until a source has synced.
+    pub node: Option<NodePlan>,
+    /// Services that the kernel refuses, and its words.
+    pub refused: BTreeMap<ServiceKey, String>,
+    /// What is wrong with a layer in front of nftables.
+    pub troubles: Vec<String>,
+}
+
+/// What is known of one Service.
+#[derive(Debug)]
+pub struct Known {
+    /// Its plan.
+    pub plan: Arc<Plan>,
+    /// What the dataplane adds.
+    pub inspection: Inspection,
+}
+
+/// What does not change while the agent runs.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    /// The own Node's name.
+    pub node: String,
+    /// What runs.
+    pub mode: Mode,
+    /// Why that is less than what was asked for.
+    pub why: Option<String>,
+}
+
+/// What `kube-lane status` asks, in one line of JSON.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Request {
+    /// `namespace/name` of the Services to tell of.
+    pub services: Vec<String>,
+    /// Tell of every Service.
+    pub all: bool,
+    /// Answer in JSON, not in text.
+    pub json: bool,
+}
+
+/// The first line of the answer, in JSON; the rest is to be printed.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Head {
+    /// The Services asked for that the agent does not know.
+    pub unknown: Vec<String>,
+}
+
+/// The agent as a whole.
+#[derive(Clone, Copy, Debug)]
+struct Agent<'a> {
+    facts: &'a Facts,
+    health: &'a HealthState,
+    report: &'a Report,
+}
+
+impl Agent<'_> {
+    fn to_json(self) -> Value {
+        let Self { facts, health, report } = self;
+        let refused = |(service, words)| json!({ "service": service, "words": words });
+        json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "nodeName": facts.node,
+            "mode": facts.mode.as_str(),
+            "whyNotEbpf": facts.why,
+            "synced": health.synced,
+            "lastUpdated": health.last_updated.map(|time| time.to_string()),
+            "pendingSince": health.pending_since.map(|time| time.to_string()),
+            "services": report.count,
+            "refused": report.refused.iter().map(refused).collect::<Vec<_>>(),
+            "troubles": report.troubles,
+            "node": report.node,
+        })
+    }
+}
+
+impl Display for Agent<'_> {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let Self { facts, health, report } = self;
+        let version = env!("CARGO_PKG_VERSION");
+        writeln!(f, "kube-lane v{version}, node {}, mode {}", facts.node, facts.mode.as_str())?;
+        if let Some(why) = &facts.why {
+            writeln!(f, "  not ebpf: {why}")?;
+        }
+        let synced = if health.synced { "all programmed" } else { "not all listed or programmed yet" };
+        writeln!(f, "  {} Services, {synced}", report.count)?;
+        if let Some(time) = health.last_updated {
+            writeln!(f, "  last commit {time}")?;
+        }
+        if let Some(time) = health.pending_since {
+            writeln!(f, "  a change waits since {time}")?;
+        }
+        report.troubles.iter().try_for_each(|trouble| writeln!(f, "  {trouble}"))?;
+        for (service, words) in &report.refused {
+            writeln!(f, "  the kernel refuses {service}: {words}")?;
+        }
+        report.node.as_ref().map_or(Ok(()), |node| node.fmt(f))
+    }
+}
+
+impl Known {
+    fn to_json(&self, refused: Option<&String>) -> Value {
+        let mut value = self.inspection.annotate(&self.plan);
+        if let Some(words) = refused {
+            value["refused"] = words.as_str().into();
+        }
+        value
+    }
+
+    fn to_text(&self, refused: Option<&String>) -> String {
+        let refused = refused.map(|words| format!("  the kernel refuses this, what it had stays: {words}\n"));
+        Annotated(&self.plan, &self.inspection).to_string() + &refused.unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_agent_is_told_as_text_and_as_json() {
+        let why = Some("no eBPF".to_owned());
+        let facts = Facts { node: "node-a".into(), mode: Mode::Nftables, why };
+        let refused = BTreeMap::from([(ServiceKey::new("a", "b"), "No space".to_owned())]);
+        let report = Report {
+            count: 2,
+            node: Some(NodePlan::default()),
+            refused,
+            troubles: vec!["a map is full".into()],
+            ..Report::default()
+        };
+        let health = HealthState::default();
+        let agent = Agent { facts: &facts, health: &health, report: &report };
+        assert_eq!(
+            agent.to_string(),
+            concat!("kube-lane v", env!("CARGO_PKG_VERSION"), ", node node-a, mode nftables\n").to_owned()
+                + "  not ebpf: no eBPF\n  2 Services, not all listed or programmed yet\n  a map is full\n  \
+                   the kernel refuses a/b: No space\nnode\n"
+        );
+        let json = agent.to_json();
+        assert_eq!(json["refused"], json!([{"service": "a/b", "words": "No space"}]));
+        assert_eq!((&json["mode"], &json["whyNotEbpf"]), (&json!("nftables"), &json!("no eBPF")));
+    }
+}

@@ -1,0 +1,125 @@
+//! Answering on the agent's socket.
+//!
+//! Owns the connections: a line in, an answer out. Root alone is answered, since everybody in the network namespace can
+//! dial an abstract socket.
+
+use std::io;
+use std::os::unix::net::UnixListener as StdListener;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::unistd::geteuid;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{sleep, timeout};
+use tracing::{debug, warn};
+
+use super::{About, Agent, Facts, Head, Query, Report, Request};
+use crate::health::HealthState;
+use crate::model::input::ServiceKey;
+
+/// The longest request: room for some ten thousand names.
+const REQUEST: u64 = 1 << 20;
+/// How long the peer may take for its line, and for each page of the answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+struct Server {
+    facts: Facts,
+    health: watch::Receiver<HealthState>,
+    queries: mpsc::Sender<Query>,
+}
+
+/// Answers until the process ends.
+///
+/// # Errors
+/// When the runtime cannot watch the socket.
+pub async fn serve(
+    listener: StdListener,
+    facts: Facts,
+    health: watch::Receiver<HealthState>,
+    queries: mpsc::Sender<Query>,
+) -> io::Result<()> {
+    listener.set_nonblocking(true)?;
+    let listener = UnixListener::from_std(listener)?;
+    let server = Arc::new(Server { facts, health, queries });
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let server = Arc::clone(&server);
+                tokio::spawn(async move {
+                    if let Err(error) = server.answer(stream).await {
+                        debug!(%error, "a question for the status was not answered");
+                    }
+                });
+            }
+            Err(error) => {
+                warn!(%error, "cannot take questions for the status; trying again");
+                sleep(PATIENCE).await;
+            }
+        }
+    }
+}
+
+impl Server {
+    async fn answer(&self, mut stream: UnixStream) -> io::Result<()> {
+        let uid = stream.peer_cred()?.uid();
+        if uid != 0 && uid != geteuid().as_raw() {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
+        let (reading, mut writing) = stream.split();
+        let mut line = String::new();
+        let mut reading = BufReader::new(reading.take(REQUEST));
+        timeout(PATIENCE, reading.read_line(&mut line)).await??;
+        if line.is_empty() {
+            // Somebody looks whether there is an agent.
+            return Ok(());
+        }
+        let request: Request = serde_json::from_str(&line)?;
+
+        let keys = request.services.iter().filter_map(|name| name.split_once('/'));
+        let keys = keys.map(|(namespace, name)| ServiceKey::new(namespace, name)).collect();
+        let mut page = self.ask(About::These(keys)).await?;
+        let known = |name: &String| page.services.iter().any(|known| known.plan.service.as_str() == name);
+        let unknown = request.services.iter().filter(|name| !known(name)).cloned().collect();
+        let mut text = serde_json::to_string(&Head { unknown })? + "\n";
+        let health = *self.health.borrow();
+        let agent = Agent { facts: &self.facts, health: &health, report: &page };
+        text += &if request.json {
+            format!("{{\"agent\":{},\"services\":[", agent.to_json())
+        } else {
+            agent.to_string()
+        };
+        if request.all {
+            page = self.ask(About::After(None)).await?;
+        }
+        let mut separator = "";
+        loop {
+            for known in &page.services {
+                let refused = page.refused.get(&known.plan.service);
+                if request.json {
+                    text += separator;
+                    text += &known.to_json(refused).to_string();
+                    separator = ",\n";
+                } else {
+                    text += &known.to_text(refused);
+                }
+            }
+            timeout(PATIENCE, writing.write_all(text.as_bytes())).await??;
+            text.clear();
+            let Some(last) = page.services.last().filter(|_| request.all) else { break };
+            page = self.ask(About::After(Some(last.plan.service.clone()))).await?;
+        }
+        if request.json {
+            writing.write_all(b"]}\n").await?;
+        }
+        Ok(())
+    }
+
+    async fn ask(&self, about: About) -> io::Result<Report> {
+        let (answer, answered) = oneshot::channel();
+        let gone = || io::Error::other("the controller has ended");
+        self.queries.send(Query { about, answer }).await.map_err(|_| gone())?;
+        answered.await.map_err(|_| gone())
+    }
+}
