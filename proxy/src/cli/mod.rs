@@ -1,5 +1,6 @@
 //! The command line: one file per subcommand. No subcommand means `run`, so that kube-lane starts as kube-proxy does.
 
+use std::error::Error;
 use std::ffi::OsString;
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -9,6 +10,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use crate::config::flags::{Action, LogFlags, RunFlags};
 use crate::observability::telemetry;
 
+mod check;
 mod cleanup;
 mod instance;
 mod render;
@@ -45,6 +47,8 @@ enum Command {
     Run(Box<RunFlags>),
     /// Remove everything of kube-lane from the kernel
     Cleanup(LogFlags),
+    /// Try what this machine allows, and say what that means for each proxy mode
+    Check(check::CheckFlags),
     /// Print what a folder of manifests leads to, without touching the kernel
     Render(render::RenderFlags),
     /// Ask the agent of this node what it has programmed, and which layer answers
@@ -67,6 +71,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         None => run_or_act(&cli.run),
         Some(Command::Run(flags)) => run_or_act(&flags),
         Some(Command::Cleanup(log)) => with_logs(&log, cleanup::run),
+        Some(Command::Check(flags)) => check::run(&flags),
         Some(Command::Render(flags)) => render::run(&flags),
         Some(Command::Status(flags)) => status::run(&flags),
         Some(Command::Version) => version::run(),
@@ -83,7 +88,11 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 /// The error and its causes, each said once: many an error's text holds its cause already.
 fn words(error: &anyhow::Error) -> String {
-    error.chain().map(ToString::to_string).fold(String::new(), |text, cause| match text.as_str() {
+    said_once(error.chain())
+}
+
+fn said_once<'a>(chain: impl Iterator<Item = &'a (dyn Error + 'static)>) -> String {
+    chain.map(ToString::to_string).fold(String::new(), |text, cause| match text.as_str() {
         "" => cause,
         said if said.contains(&cause) => text,
         said => format!("{said}: {cause}"),

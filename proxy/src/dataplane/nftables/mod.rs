@@ -11,6 +11,7 @@
 //! | `remembered`, `recall` | what these maps remember: what to change (pure), and reading them |
 //! | `message`, `netlink` | transactions as netlink messages, the socket, refusals |
 //! | `observe`, `monitor` | reading the truth back, noticing foreign changes |
+//! | `probe` | trying the ruleset where nobody is affected |
 //! | `commit` | one batch: parts, refusals, retries |
 
 mod affinity;
@@ -25,6 +26,7 @@ mod message;
 mod monitor;
 mod netlink;
 mod observe;
+mod probe;
 mod recall;
 mod remembered;
 mod rules;
@@ -48,6 +50,7 @@ use self::message::{Transaction, table};
 use self::monitor::Monitor;
 use self::netlink::Netlink;
 use self::observe::{Found, TableState};
+pub use self::probe::{ProbeError, try_ruleset};
 use self::rules::{Detection, Policy};
 use self::schema::Set;
 use self::shared::SharedCounts;

@@ -1,0 +1,149 @@
+//! `kube-lane check`: what this kernel, its mounts and our rights allow, and what that means for each proxy mode.
+//!
+//! Tries things instead of comparing versions, and leaves nothing behind.
+
+use std::error::Error;
+use std::fmt::{self, Display, Formatter};
+use std::io::{self, Write};
+use std::iter;
+use std::process::ExitCode;
+
+use clap::{Args, ValueEnum};
+use serde_json::{Value, json};
+
+use super::Output;
+use crate::config::Roots;
+use crate::dataplane::nftables::try_ruleset;
+use crate::dataplane::{conntrack, socket};
+
+#[derive(Args, Debug)]
+pub(super) struct CheckFlags {
+    /// The mode that has to work for the check to succeed
+    #[arg(long, value_enum, default_value_t = Mode::Nftables)]
+    proxy_mode: Mode,
+    #[command(flatten)]
+    roots: Roots,
+    /// Form of the table
+    #[arg(short, long, value_enum, default_value_t = Output::Text)]
+    output: Output,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Mode {
+    Nftables,
+    Ebpf,
+}
+
+/// One thing that was tried.
+struct Row {
+    name: &'static str,
+    /// The mode does not work without it.
+    required: bool,
+    needed_for: &'static str,
+    /// What was found, or why it was not.
+    found: Result<String, String>,
+    /// What it means where it is missing.
+    means: &'static str,
+}
+
+/// What was tried for one mode.
+struct Table {
+    mode: &'static str,
+    rows: Vec<Row>,
+}
+
+pub(super) fn run(flags: &CheckFlags) -> anyhow::Result<ExitCode> {
+    let nftables = Table { mode: "nftables", rows: nftables() };
+    let ebpf = Table { mode: "ebpf", rows: ebpf(&flags.roots) };
+    let works = nftables.works() && (flags.proxy_mode == Mode::Nftables || ebpf.works());
+    let mut out = io::stdout().lock();
+    match flags.output {
+        Output::Text => write!(out, "{nftables}{ebpf}")?,
+        Output::Json => {
+            let tables = json!({ "works": works, "nftables": nftables.to_json(), "ebpf": ebpf.to_json() });
+            serde_json::to_writer_pretty(&mut out, &tables)?;
+            writeln!(out)?;
+        }
+    }
+    Ok(if works { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn nftables() -> Vec<Row> {
+    let ruleset = try_ruleset().map(|()| "taken whole, in a network namespace of its own".to_owned());
+    let tracking = conntrack::load().map(|()| "can be read".to_owned());
+    vec![
+        Row {
+            name: "the ruleset",
+            required: true,
+            needed_for: "everything",
+            found: ruleset.map_err(|error| words(&error)),
+            means: "kube-lane does not work here: it needs root or CAP_NET_ADMIN, and a kernel with nf_tables, \
+                    nft_fib, nft_numgen, nft_nat, nft_masq and nft_reject for IPv4 and IPv6",
+        },
+        Row {
+            name: "connection tracking over netlink",
+            required: false,
+            needed_for: "to forget UDP flows to endpoints that are gone",
+            found: tracking.map_err(|error| words(&error)),
+            means: "UDP clients that never pause stay with an endpoint that is gone; \
+                    it takes CAP_NET_ADMIN and a kernel with nf_conntrack_netlink",
+        },
+    ]
+}
+
+fn ebpf(_roots: &Roots) -> Vec<Row> {
+    let found = socket::available().map(|object| format!("{} KiB", object.len() >> 10));
+    vec![Row {
+        name: "eBPF programs",
+        required: true,
+        needed_for: "they are part of the agent",
+        found: found.map_err(|error| words(&error)),
+        means: "no socket layer: nftables answers everything",
+    }]
+}
+
+/// An error and what led to it, each said once.
+fn words(error: &(dyn Error + 'static)) -> String {
+    let chain = iter::successors(Some(error), |error: &&(dyn Error + 'static)| (*error).source());
+    super::said_once(chain)
+}
+
+impl Table {
+    fn works(&self) -> bool {
+        self.rows.iter().all(|row| !row.required || row.found.is_ok())
+    }
+
+    fn to_json(&self) -> Value {
+        let row = |row: &Row| {
+            let (Ok(words) | Err(words)) = &row.found;
+            json!({
+                "name": row.name,
+                "neededFor": row.needed_for,
+                "required": row.required,
+                "works": row.found.is_ok(),
+                "found": words,
+                "without": row.means,
+            })
+        };
+        json!({ "works": self.works(), "checks": self.rows.iter().map(row).collect::<Vec<_>>() })
+    }
+}
+
+impl Display for Table {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let works = if self.works() { "works" } else { "does not work here" };
+        writeln!(f, "--proxy-mode {}: {works}", self.mode)?;
+        let width = self.rows.iter().map(|row| row.name.len()).max().unwrap_or_default();
+        for Row { name, needed_for, found, means, .. } in &self.rows {
+            match found {
+                Ok(words) => writeln!(f, "  yes  {name:width$}  {words}")?,
+                Err(words) => {
+                    writeln!(f, "  NO   {name:width$}  {words}")?;
+                    writeln!(f, "       {:width$}  for: {needed_for}", "")?;
+                    writeln!(f, "       {:width$}  without it: {means}", "")?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
