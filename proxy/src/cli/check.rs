@@ -2,16 +2,14 @@
 //!
 //! Tries things instead of comparing versions, and leaves nothing behind.
 
-use std::error::Error;
 use std::fmt::{self, Display, Formatter};
 use std::io::{self, Write};
-use std::iter;
 use std::process::ExitCode;
 
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
-use super::Output;
+use super::{Output, words};
 use crate::config::Roots;
 use crate::dataplane::nftables::try_ruleset;
 use crate::dataplane::{conntrack, socket};
@@ -76,7 +74,7 @@ fn nftables() -> Vec<Row> {
             name: "the ruleset",
             required: true,
             needed_for: "everything",
-            found: ruleset.map_err(|error| words(&error)),
+            found: ruleset.map_err(|error| words(&error.into())),
             means: "kube-lane does not work here: it needs root or CAP_NET_ADMIN, and a kernel with nf_tables, \
                     nft_fib, nft_numgen, nft_nat, nft_masq and nft_reject for IPv4 and IPv6",
         },
@@ -84,28 +82,23 @@ fn nftables() -> Vec<Row> {
             name: "connection tracking over netlink",
             required: false,
             needed_for: "to forget UDP flows to endpoints that are gone",
-            found: tracking.map_err(|error| words(&error)),
+            found: tracking.map_err(|error| words(&error.into())),
             means: "UDP clients that never pause stay with an endpoint that is gone; \
                     it takes CAP_NET_ADMIN and a kernel with nf_conntrack_netlink",
         },
     ]
 }
 
-fn ebpf(_roots: &Roots) -> Vec<Row> {
-    let found = socket::available().map(|object| format!("{} KiB", object.len() >> 10));
-    vec![Row {
-        name: "eBPF programs",
-        required: true,
-        needed_for: "they are part of the agent",
-        found: found.map_err(|error| words(&error)),
-        means: "no socket layer: nftables answers everything",
-    }]
-}
-
-/// An error and what led to it, each said once.
-fn words(error: &(dyn Error + 'static)) -> String {
-    let chain = iter::successors(Some(error), |error: &&(dyn Error + 'static)| (*error).source());
-    super::said_once(chain)
+fn ebpf(roots: &Roots) -> Vec<Row> {
+    let features = socket::probe(roots.cgroup_root().as_deref(), &roots.bpf_root());
+    let row = |socket::Feature { name, required, needed_for, found, means }| Row {
+        name,
+        required,
+        needed_for,
+        found,
+        means,
+    };
+    features.into_iter().map(row).collect()
 }
 
 impl Table {

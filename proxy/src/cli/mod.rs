@@ -1,14 +1,12 @@
 //! The command line: one file per subcommand. No subcommand means `run`, so that kube-lane starts as kube-proxy does.
 
-use std::error::Error;
 use std::ffi::OsString;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
-use crate::config::flags::{Action, LogFlags, RunFlags};
-use crate::observability::telemetry;
+use crate::config::flags::{Action, RunFlags};
 
 mod check;
 mod cleanup;
@@ -46,7 +44,7 @@ enum Command {
     #[command(args_override_self = true, after_help = FLAGS_NOTE)]
     Run(Box<RunFlags>),
     /// Remove everything of kube-lane from the kernel
-    Cleanup(LogFlags),
+    Cleanup(cleanup::CleanupFlags),
     /// Try what this machine allows, and say what that means for each proxy mode
     Check(check::CheckFlags),
     /// Print what a folder of manifests leads to, without touching the kernel
@@ -70,7 +68,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let result = match cli.command {
         None => run_or_act(&cli.run),
         Some(Command::Run(flags)) => run_or_act(&flags),
-        Some(Command::Cleanup(log)) => with_logs(&log, cleanup::run),
+        Some(Command::Cleanup(flags)) => cleanup::run(&flags),
         Some(Command::Check(flags)) => check::run(&flags),
         Some(Command::Render(flags)) => render::run(&flags),
         Some(Command::Status(flags)) => status::run(&flags),
@@ -88,11 +86,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 /// The error and its causes, each said once: many an error's text holds its cause already.
 fn words(error: &anyhow::Error) -> String {
-    said_once(error.chain())
-}
-
-fn said_once<'a>(chain: impl Iterator<Item = &'a (dyn Error + 'static)>) -> String {
-    chain.map(ToString::to_string).fold(String::new(), |text, cause| match text.as_str() {
+    error.chain().map(ToString::to_string).fold(String::new(), |text, cause| match text.as_str() {
         "" => cause,
         said if said.contains(&cause) => text,
         said => format!("{said}: {cause}"),
@@ -102,19 +96,11 @@ fn said_once<'a>(chain: impl Iterator<Item = &'a (dyn Error + 'static)>) -> Stri
 fn run_or_act(flags: &RunFlags) -> anyhow::Result<ExitCode> {
     match flags.action() {
         Action::Version => version::run(),
-        Action::Cleanup => with_logs(flags.log(), cleanup::run),
+        Action::Cleanup => cleanup::remove(flags.log(), flags.roots()),
         Action::WriteConfig(path) => run::write_config(flags, &path),
         Action::InitOnly => run::init_only(flags),
         Action::Run => run::run(flags),
     }
-}
-
-fn with_logs(
-    flags: &LogFlags,
-    command: impl FnOnce() -> anyhow::Result<ExitCode>,
-) -> anyhow::Result<ExitCode> {
-    telemetry::init(&flags.logging())?;
-    command()
 }
 
 /// kube-proxy takes `--cluster_cidr` for `--cluster-cidr`.

@@ -14,7 +14,7 @@ use super::duration::GoDuration;
 use super::error::ConfigError;
 use super::file::{KubeProxyConfiguration, LoggingSection, leaves, prune};
 use super::resolve::{Environment, Overrides, Resolved, resolve};
-use super::socket_lb::SocketLbFlags;
+use super::socket_lb::{Roots, SocketLbFlags};
 use super::{LogFormat, Logging, NetworkFlags, parse};
 use crate::address::parse_ip;
 
@@ -236,6 +236,11 @@ impl RunFlags {
     /// How `--cleanup` and other actions without a configuration log.
     pub fn log(&self) -> &LogFlags {
         &self.log
+    }
+
+    /// Where `--cleanup` looks for the socket layer.
+    pub fn roots(&self) -> &Roots {
+        self.socket_lb.roots()
     }
 
     /// Reads the configuration file, if one is named, and resolves it together with the flags.

@@ -124,6 +124,10 @@ impl AnswerFlags {
 }
 
 impl SocketLbFlags {
+    pub(super) fn roots(&self) -> &Roots {
+        &self.roots
+    }
+
     /// Puts the flags into the form of a file.
     pub(super) fn fill(&self, file: &mut KubeProxyConfiguration) {
         let own = &mut file.kube_lane;
