@@ -3,17 +3,24 @@
 //! Owns the eBPF object, its maps and its links. Never decides policy, and is never needed: what it leaves alone
 //! meets nftables, which is complete without it.
 
+pub mod addresses;
+mod adopt;
 mod affinity;
 pub mod answers;
 #[cfg(test)]
 mod answers_tests;
 mod cgroup;
 mod error;
+mod ids;
+mod image;
 mod install;
 mod layer;
 mod loader;
+pub mod lower;
 mod maps;
+mod members;
 mod pins;
+mod port;
 mod probe;
 mod sys;
 pub mod write;
