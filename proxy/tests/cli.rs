@@ -150,6 +150,21 @@ fn render_prints_the_plan_as_text_and_as_json() {
         assert!(plan.lines().any(|printed| printed.trim() == line), "{line:?} is not in\n{plan}");
     }
 
+    let output = run(&["render", &folder.path(""), "--proxy-mode=ebpf"]);
+    let plan = text(&output.stdout);
+    for line in [
+        "ClusterIP 10.96.0.10:80 [socket for pods; nftables for host processes (no detectLocalMode tells them apart)]",
+        "NodePort *:30080 [nftables (socketLB.external is off)]",
+    ] {
+        assert!(plan.lines().any(|printed| printed.trim() == line), "{line:?} is not in\n{plan}");
+    }
+    let flags = ["--proxy-mode=ebpf", "--cluster-cidr=10.0.0.0/8", "--socket-lb-external", "-o=json"];
+    let output = run(&[&["render", &folder.path("")][..], &flags].concat());
+    let plan: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    for frontend in plan["services"][0]["ports"][0]["frontends"].as_array().unwrap() {
+        assert_eq!([&frontend["layer"], &frontend["answeredBy"]], ["socket", "socket"]);
+    }
+
     let output = run(&["render", &folder.path(""), "-o", "json"]);
     let plan: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(plan["services"][0]["service"], "default/web");

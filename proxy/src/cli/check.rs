@@ -6,11 +6,11 @@ use std::fmt::{self, Display, Formatter};
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use serde_json::{Value, json};
 
 use super::{Output, words};
-use crate::config::Roots;
+use crate::config::{Mode, Roots};
 use crate::dataplane::nftables::try_ruleset;
 use crate::dataplane::{conntrack, socket};
 
@@ -24,12 +24,6 @@ pub(super) struct CheckFlags {
     /// Form of the table
     #[arg(short, long, value_enum, default_value_t = Output::Text)]
     output: Output,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Mode {
-    Nftables,
-    Ebpf,
 }
 
 /// One thing that was tried.

@@ -5,16 +5,23 @@
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::bail;
 use clap::Args;
 use serde::Serialize;
+use serde_json::Value;
 
 use super::{Output, settings};
-use crate::config::{Environment, NetworkFlags};
+use crate::config::flags::go_bool;
+use crate::config::{AnswerFlags, Environment, Mode, Network, NetworkFlags};
+use crate::dataplane::socket::lower::Lowering;
+use crate::dataplane::socket::write::Found;
+use crate::dataplane::{Batch, Inspection};
 use crate::model::input::{Change, Event, Origin};
 use crate::model::plan::{NodePlan, Plan};
 use crate::model::planner::Planner;
+use crate::model::render::Annotated;
 use crate::source::manifest;
 
 #[derive(Args, Debug)]
@@ -27,6 +34,14 @@ pub(super) struct RenderFlags {
     node_name: Option<String>,
     #[command(flatten)]
     network: NetworkFlags,
+    /// With ebpf, say which layer answers each address, and why
+    #[arg(long, value_enum, default_value_t = Mode::Nftables)]
+    proxy_mode: Mode,
+    #[command(flatten)]
+    answer: AnswerFlags,
+    /// Masquerade every connection to a cluster IP
+    #[arg(long, value_parser = go_bool(), num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    masquerade_all: Option<bool>,
     /// Form of the plan
     #[arg(short, long, value_enum, default_value_t = Output::Text)]
     output: Output,
@@ -36,7 +51,7 @@ pub(super) struct RenderFlags {
 #[derive(Serialize)]
 struct Rendered<'a> {
     node: Option<&'a NodePlan>,
-    services: Vec<&'a Plan>,
+    services: Vec<Value>,
     problems: Vec<String>,
 }
 
@@ -57,11 +72,12 @@ pub(super) fn run(flags: &RenderFlags) -> anyhow::Result<ExitCode> {
     events.into_iter().for_each(|event| planner.apply(event));
     planner.replan();
 
+    let inspect = inspect(flags, &network, &planner);
     let mut out = io::stdout().lock();
     match flags.output {
         Output::Text => {
             for plan in planner.plans() {
-                writeln!(out, "{plan}")?;
+                writeln!(out, "{}", Annotated(plan, inspect(plan)))?;
             }
             if let Some(node) = planner.node() {
                 write!(out, "{node}")?;
@@ -70,7 +86,7 @@ pub(super) fn run(flags: &RenderFlags) -> anyhow::Result<ExitCode> {
         Output::Json => {
             let rendered = Rendered {
                 node: planner.node(),
-                services: planner.plans().map(AsRef::as_ref).collect(),
+                services: planner.plans().map(|plan| inspect(plan).annotate(plan)).collect(),
                 problems: problems.iter().map(ToString::to_string).collect(),
             };
             serde_json::to_writer_pretty(&mut out, &rendered)?;
@@ -84,4 +100,23 @@ pub(super) fn run(flags: &RenderFlags) -> anyhow::Result<ExitCode> {
         writeln!(io::stderr(), "{problem}")?;
     }
     Ok(if problems.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// What the layers would say of a Service.
+fn inspect(flags: &RenderFlags, network: &Network, planner: &Planner) -> impl Fn(&Plan) -> Inspection {
+    let lowering = (flags.proxy_mode == Mode::Ebpf).then(|| {
+        let settings = flags.answer.resolve();
+        let masquerade_all = flags.masquerade_all.unwrap_or_default();
+        let policy = settings::policy(&settings, &network.detector, masquerade_all);
+        let sizes = settings::room(&settings).services;
+        let mut lowering = Lowering::adopt(policy, Found::default(), sizes, &mut drop);
+        let services = planner.plans().map(|plan| (plan.service.clone(), Some(Arc::clone(plan)))).collect();
+        lowering.apply(&Batch { node: planner.node().cloned(), services, sweep: true }, &mut drop);
+        lowering
+    });
+    move |plan| {
+        let ports = lowering.as_ref().and_then(|lowering| lowering.service(&plan.service));
+        let answers = ports.into_iter().flatten().map(|port| port.answers.into());
+        Inspection { answers: answers.collect(), counts: Vec::new() }
+    }
 }

@@ -1,7 +1,10 @@
 //! What the parts of the agent are told of the configuration.
 
-use crate::config::{Detector, Network};
+use crate::config::{Detector, Network, SocketLb};
 use crate::dataplane::nftables;
+use crate::dataplane::socket::Room;
+use crate::dataplane::socket::answers::{Clients, Policy};
+use crate::dataplane::socket::write::Sizes;
 use crate::model::input::Origin;
 use crate::model::planner::{self, NodePortAddresses, PodCidrs};
 
@@ -34,3 +37,38 @@ pub(super) fn detector(detector: &Detector) -> nftables::Detector {
         Detector::InterfaceNamePrefix(prefix) => nftables::Detector::InterfacePrefix(prefix.clone()),
     }
 }
+
+/// Who is answered at the socket.
+pub(super) fn policy(settings: &SocketLb, detector: &Detector, masquerade_all: bool) -> Policy {
+    Policy {
+        external: settings.external,
+        udp: settings.udp,
+        loopback_nodeports: settings.loopback_nodeports,
+        host_namespace_only: settings.host_namespace_only,
+        leave_alone: !settings.leave_alone.is_empty(),
+        detector: match detector {
+            Detector::None => Clients::None,
+            Detector::ClusterCidr(_) | Detector::NodeCidr => Clients::PodCidrs,
+            Detector::BridgeInterface(_) | Detector::InterfaceNamePrefix(_) => Clients::Interface,
+        },
+        masquerade_all,
+    }
+}
+
+/// How much the maps have room for.
+pub(super) fn room(settings: &SocketLb) -> Room {
+    let SocketLb { max_frontends, max_service_ports, max_endpoints, .. } = *settings;
+    Room {
+        services: Sizes {
+            frontends: max_frontends,
+            ports: max_service_ports,
+            // A range has room for a power of two.
+            slots: 2 * max_endpoints,
+            backends: max_endpoints,
+        },
+        clients: CLIENTS,
+    }
+}
+
+/// Clients of ports with session affinity that are remembered: as many as a port has room for in nftables.
+const CLIENTS: u32 = 1 << 16;

@@ -409,7 +409,7 @@ pub(super) fn not_empty(list: Vec<String>) -> Vec<String> {
 }
 
 /// Go's `strconv.ParseBool`.
-pub(super) fn go_bool() -> impl TypedValueParser<Value = bool> {
+pub(crate) fn go_bool() -> impl TypedValueParser<Value = bool> {
     clap::builder::StringValueParser::new().try_map(|text| match text.as_str() {
         "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
         "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),

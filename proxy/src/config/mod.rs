@@ -64,7 +64,7 @@ pub struct Config {
 }
 
 /// Which dataplanes run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Mode {
     /// nftables alone.
     Nftables,
