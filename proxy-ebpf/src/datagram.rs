@@ -20,6 +20,10 @@ pub(crate) fn send<F: Family>(context: &SockAddrContext) -> i32 {
 
 #[inline(always)]
 fn try_send<F: Family>(context: &SockAddrContext) -> Option<i32> {
+    // Such a socket names a destination where the kernel does it for one that is connected to a v4-mapped address.
+    if rewrite::is_connected(context) {
+        return None;
+    }
     let key = rewrite::key::<F>(context, UDP);
     let asked = select::asked(context, &key, F::sender)?;
     // SAFETY: the socket is the context's; the kernel gives null or a pointer to its storage, which nothing else uses

@@ -3,7 +3,7 @@
 //! Owns the two families' fields. The verifier lets each hook read its own family's alone, by loads as wide as the
 //! field, hence a type for each family and nothing but volatile accesses.
 
-use aya_ebpf::bindings::bpf_sock;
+use aya_ebpf::bindings::{BPF_TCP_ESTABLISHED, bpf_sock};
 use aya_ebpf::programs::SockAddrContext;
 use kube_lane_common::{Address, FrontendKey, Port, Reverse};
 
@@ -132,6 +132,12 @@ pub(crate) fn protocol(context: &SockAddrContext) -> u32 {
 #[inline(always)]
 pub(crate) fn has_device(context: &SockAddrContext) -> bool {
     load_socket!(context, bound_dev_if) != 0
+}
+
+/// Whether the UDP socket is connected. The kernel then passes on datagrams of its peer alone.
+#[inline(always)]
+pub(crate) fn is_connected(context: &SockAddrContext) -> bool {
+    load_socket!(context, state) == BPF_TCP_ESTABLISHED
 }
 
 /// The port in the context, beside [`Family::address`].

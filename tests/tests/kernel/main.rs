@@ -6,8 +6,6 @@ mod affinity;
 #[cfg(test)]
 mod conntrack;
 #[cfg(test)]
-mod ebpf;
-#[cfg(test)]
 mod health;
 #[cfg(test)]
 mod history;
@@ -21,5 +19,7 @@ mod plans;
 mod policies;
 #[cfg(test)]
 mod services;
+#[cfg(test)]
+mod socket_programs;
 #[cfg(test)]
 mod world;
