@@ -53,6 +53,8 @@ pub(crate) enum Expr {
     SourceType { reg: Reg },
     /// Loads the transport protocol (`meta l4proto`).
     Protocol { reg: Reg },
+    /// Loads the transport protocol of the connection (`ct protocol`).
+    TrackedProtocol { reg: Reg },
     /// Loads the destination address that the connection was opened to (`ct original ip daddr`).
     OriginalAddress { v6: bool, reg: Reg },
     /// Loads the destination port that the connection was opened to (`ct original proto-dst`).
@@ -111,8 +113,6 @@ pub(crate) const STATE_NEW: u32 = 1 << 3;
 pub(crate) const STATUS_DNAT: u32 = 1 << 5;
 /// `IPS_CONFIRMED`: the connection's first packet has left this host's hooks, or reached a socket.
 pub(crate) const STATUS_CONFIRMED: u32 = 1 << 3;
-/// Ties a rule to the anonymous set sent just before it in the same batch.
-pub(crate) const ANONYMOUS_SET_ID: u32 = 0x6b6c;
 /// The name of every anonymous set: the kernel puts a number in.
 pub(crate) const ANONYMOUS_SET: &CStr = c"__set%d";
 
@@ -129,6 +129,14 @@ const DIRECTION_ORIGINAL: u8 = 0;
 const RANDOM_FULLY: u32 = 1 << 4;
 /// `NFT_LOOKUP_F_INV`.
 const LOOKUP_INVERT: u32 = 1;
+
+/// An expression as a part of a rule in a batch.
+pub(crate) struct InRule<'a> {
+    /// What it says.
+    pub(crate) expression: &'a Expr,
+    /// The number of the anonymous set that the rule brings with it.
+    pub(crate) anonymous_set: u32,
+}
 
 /// An expression under construction. The rule that it is added to frees it.
 struct Builder(NonNull<sys::nftnl_expr>);
@@ -181,9 +189,15 @@ pub(crate) fn c_name(name: &str) -> CString {
     CString::new(name).unwrap_or_default()
 }
 
-impl Expression for Expr {
+impl Expression for InRule<'_> {
     fn to_expr(&self, _rule: &Rule<'_>) -> NonNull<sys::nftnl_expr> {
-        let builder = match self {
+        self.expression.build(self.anonymous_set).0
+    }
+}
+
+impl Expr {
+    fn build(&self, anonymous_set: u32) -> Builder {
+        match self {
             Self::Network { offset, len, reg } => {
                 payload(libc::NFT_PAYLOAD_NETWORK_HEADER, *offset, *len, *reg)
             }
@@ -194,6 +208,7 @@ impl Expression for Expr {
                 .u32(sys::NFTNL_EXPR_FIB_FLAGS, FIB_SOURCE)
                 .u32(sys::NFTNL_EXPR_FIB_DREG, reg.raw()),
             Self::Protocol { reg } => meta(libc::NFT_META_L4PROTO, *reg),
+            Self::TrackedProtocol { reg } => connection(libc::NFT_CT_PROTOCOL, *reg),
             Self::OriginalAddress { v6, reg } => {
                 let key = if *v6 { libc::NFT_CT_DST_IP6 } else { libc::NFT_CT_DST_IP };
                 connection(key, *reg).u8(sys::NFTNL_EXPR_CT_DIR, DIRECTION_ORIGINAL)
@@ -206,11 +221,16 @@ impl Expression for Expr {
                 .u32(sys::NFTNL_EXPR_NG_MODULUS, *modulus)
                 .u32(sys::NFTNL_EXPR_NG_OFFSET, *offset)
                 .u32(sys::NFTNL_EXPR_NG_DREG, reg.raw()),
-            Self::Lookup { set, key, data, invert } => lookup(set, *key, *data, *invert),
+            Self::Lookup { set, key, data, invert } => match set {
+                LookupIn::Table(set) => lookup(&c_name(set.name()), *key, *data, *invert),
+                LookupIn::Named(name) => lookup(&c_name(name), *key, *data, *invert),
+                LookupIn::Protocols => lookup(ANONYMOUS_SET, *key, *data, *invert)
+                    .u32(sys::NFTNL_EXPR_LOOKUP_SET_ID, anonymous_set),
+            },
             Self::Immediate { bytes, reg } => Builder::new(c"immediate")
                 .u32(sys::NFTNL_EXPR_IMM_DREG, reg.raw())
                 .bytes(sys::NFTNL_EXPR_IMM_DATA, bytes),
-            Self::VerdictMap { map, key } => lookup(&LookupIn::Table(*map), *key, None, false)
+            Self::VerdictMap { map, key } => lookup(&c_name(map.name()), *key, None, false)
                 .u32(sys::NFTNL_EXPR_LOOKUP_DREG, libc::NFT_REG_VERDICT as u32),
             Self::Update { map, key, data, timeout } => Builder::new(c"dynset")
                 .u32(sys::NFTNL_EXPR_DYNSET_OP, libc::NFT_DYNSET_OP_UPDATE as u32)
@@ -249,8 +269,7 @@ impl Expression for Expr {
                     .u8(sys::NFTNL_EXPR_REJECT_CODE, if *v6 { 4 } else { 3 })
             }
             Self::Verdict(verdict) => immediate(verdict),
-        };
-        builder.0
+        }
     }
 }
 
@@ -270,15 +289,10 @@ fn connection(key: i32, reg: Reg) -> Builder {
     Builder::new(c"ct").u32(sys::NFTNL_EXPR_CT_KEY, key as u32).u32(sys::NFTNL_EXPR_CT_DREG, reg.raw())
 }
 
-fn lookup(set: &LookupIn, key: Reg, data: Option<Reg>, invert: bool) -> Builder {
-    let mut lookup = Builder::new(c"lookup").u32(sys::NFTNL_EXPR_LOOKUP_SREG, key.raw());
-    lookup = match set {
-        LookupIn::Table(set) => lookup.text(sys::NFTNL_EXPR_LOOKUP_SET, &c_name(set.name())),
-        LookupIn::Named(name) => lookup.text(sys::NFTNL_EXPR_LOOKUP_SET, &c_name(name)),
-        LookupIn::Protocols => lookup
-            .text(sys::NFTNL_EXPR_LOOKUP_SET, ANONYMOUS_SET)
-            .u32(sys::NFTNL_EXPR_LOOKUP_SET_ID, ANONYMOUS_SET_ID),
-    };
+fn lookup(set: &CStr, key: Reg, data: Option<Reg>, invert: bool) -> Builder {
+    let mut lookup = Builder::new(c"lookup")
+        .u32(sys::NFTNL_EXPR_LOOKUP_SREG, key.raw())
+        .text(sys::NFTNL_EXPR_LOOKUP_SET, set);
     if let Some(data) = data {
         lookup = lookup.u32(sys::NFTNL_EXPR_LOOKUP_DREG, data.raw());
     }

@@ -10,7 +10,7 @@ use nftnl::nftnl_sys::{self as sys, libc};
 use nftnl::{MsgType, NlMsg, ProtoFamily, Rule, Table, nft_nlmsg_maxsize};
 
 use super::element::{Data, Element, Key, Place};
-use super::expr::{ANONYMOUS_SET, ANONYMOUS_SET_ID, Expr, LookupIn, c_name};
+use super::expr::{ANONYMOUS_SET, Expr, InRule, LookupIn, c_name};
 use super::rules::Chain;
 use super::schema::{Field, Set, TABLE, len_of, protocols_userdata, type_of};
 use crate::model::input::{Family, Protocol};
@@ -18,6 +18,10 @@ use crate::model::input::{Family, Protocol};
 /// Elements in one message: an element is at most some 250 bytes, and the attribute that holds them all says its
 /// length in 16 bits.
 pub(crate) const ELEMENTS_PER_MESSAGE: usize = 200;
+
+/// Where the numbers of anonymous sets begin; those of named sets are below. Each ties a set to the rule that is sent
+/// after it. No set of a batch may have another's: where two do, which one a rule gets depends on the kernel.
+const ANONYMOUS_SETS: u32 = 0x1_0000;
 
 /// Type, length, value of a comment (`NFTNL_UDATA_SET_ELEM_COMMENT`).
 const COMMENT_UDATA: u8 = 0;
@@ -140,23 +144,24 @@ impl<Owner: Copy> Transaction<Owner> {
         self.object(&Rule::new(chain), MsgType::Del, owner);
         for expressions in &spec.rules {
             let needs_protocols = |e: &Expr| matches!(e, Expr::Lookup { set: LookupIn::Protocols, .. });
+            let anonymous_set = ANONYMOUS_SETS + self.messages() as u32;
             if expressions.iter().any(needs_protocols) {
-                self.protocols(family, owner);
+                self.protocols(anonymous_set, family, owner);
             }
             let mut rule = Rule::new(chain);
             for expression in expressions {
-                rule.add_expr(expression);
+                rule.add_expr(&InRule { expression, anonymous_set });
             }
             self.object(&rule, MsgType::Add, owner);
         }
     }
 
     /// The anonymous set `{ tcp, udp, sctp }` for the rule that comes next.
-    fn protocols(&mut self, family: Family, owner: Owner) {
+    fn protocols(&mut self, id: u32, family: Family, owner: Owner) {
         let members = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
         let raw = RawSet::named(ANONYMOUS_SET, family);
         raw.u32(sys::NFTNL_SET_FLAGS, (libc::NFT_SET_ANONYMOUS | libc::NFT_SET_CONSTANT) as u32);
-        raw.u32(sys::NFTNL_SET_ID, ANONYMOUS_SET_ID);
+        raw.u32(sys::NFTNL_SET_ID, id);
         raw.u32(sys::NFTNL_SET_KEY_TYPE, type_of(&[Field::Protocol], family));
         raw.u32(sys::NFTNL_SET_KEY_LEN, 1);
         raw.u32(sys::NFTNL_SET_DESC_SIZE, members.len() as u32);

@@ -110,12 +110,19 @@ impl Keys {
 
     /// `ip daddr . meta l4proto . th dport`; the next component goes to the returned register.
     fn vip(&self) -> (Vec<Expr>, Reg) {
+        self.vip_with(|reg| Expr::Protocol { reg })
+    }
+
+    /// The same with `ct protocol`, for a set with ranges: there nft swaps the bytes of `meta l4proto`, which has one,
+    /// and recent kernels refuse that (6.12.117).
+    fn tracked_vip(&self) -> (Vec<Expr>, Reg) {
+        self.vip_with(|reg| Expr::TrackedProtocol { reg })
+    }
+
+    fn vip_with(&self, protocol: impl FnOnce(Reg) -> Expr) -> (Vec<Expr>, Reg) {
         let at = self.len();
-        let key = vec![
-            self.destination(Reg(0)),
-            Expr::Protocol { reg: Reg(at) },
-            Expr::DestinationPort { reg: Reg(at + 4) },
-        ];
+        let key =
+            vec![self.destination(Reg(0)), protocol(Reg(at)), Expr::DestinationPort { reg: Reg(at + 4) }];
         (key, Reg(at + 8))
     }
 
@@ -296,8 +303,8 @@ fn translation(chains: &mut Vec<Chain>, keys: &Keys) {
 
 /// `loadBalancerSourceRanges`: who is in none of them is dropped, before the DNAT.
 fn firewall(chains: &mut Vec<Chain>, keys: &Keys) {
-    let (vip, client) = keys.vip();
-    let ranged = [vip.clone(), vec![is_in(Set::Ranged)]].concat();
+    let (vip, client) = keys.tracked_vip();
+    let ranged = [keys.vip().0, vec![is_in(Set::Ranged)]].concat();
     let outside = Expr::Lookup { set: LookupIn::Table(Set::Ranges), key: Reg(0), data: None, invert: true };
     let drop = vec![keys.source(client), outside, Expr::Verdict(Verdict::Drop)];
     chains.push(regular("firewall", vec![[ranged, vip, drop].concat()]));
