@@ -34,6 +34,8 @@ enum Lane {
     Cluster,
     /// The scenarios, over kube-lane and kube-proxy.
     Oracle,
+    /// Scenarios on other kernels, in virtual machines.
+    Vm,
 }
 
 impl Lane {
@@ -42,6 +44,7 @@ impl Lane {
             Lane::Unit => &[Need::Build],
             Lane::Kernel => &[Need::Build, Need::Kernel],
             Lane::Cluster | Lane::Oracle => &[Need::Build, Need::Kernel, Need::ControlPlane],
+            Lane::Vm => &[Need::Build, Need::Vm],
         }
     }
 
@@ -57,6 +60,7 @@ impl Lane {
             }
             Lane::Cluster => &[&["--package", "kube-lane-tests", "--test", "cluster"]],
             Lane::Oracle => &[&["--package", "kube-lane-tests", "--test", "oracle"]],
+            Lane::Vm => &[&["--package", "kube-lane-tests", "--test", "vm"]],
         }
     }
 }
@@ -68,6 +72,7 @@ impl fmt::Display for Lane {
             Lane::Kernel => "kernel",
             Lane::Cluster => "cluster",
             Lane::Oracle => "oracle",
+            Lane::Vm => "vm",
         })
     }
 }
@@ -133,7 +138,8 @@ pub(crate) fn run(args: &Args) -> ExitCode {
 }
 
 fn run_lane(lane: Lane, filter: Option<&str>) -> Result<Tally> {
-    ensure!(lane == Lane::Unit || process::is_root(), "it makes network namespaces, which takes root");
+    let unprivileged = matches!(lane, Lane::Unit | Lane::Vm);
+    ensure!(unprivileged || process::is_root(), "it makes network namespaces, which takes root");
     setup::ensure(lane.needs())?;
     let mut tally = Tally::default();
     // The lanes run the agent as users have it: with its eBPF programs in it.

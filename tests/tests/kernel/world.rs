@@ -11,7 +11,7 @@ use kube_lane_tests::objects::{Endpoint, Folder, Port, node, service, slices};
 use serde_json::{Value, json};
 
 /// The most that an agent may take to program everything.
-pub(super) const SYNC: Duration = Duration::from_secs(20);
+pub(super) const SYNC: Duration = Duration::from_secs(60);
 /// After so long without an answer a packet was dropped.
 pub(super) const QUIET: Duration = Duration::from_millis(300);
 

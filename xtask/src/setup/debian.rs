@@ -27,12 +27,15 @@ pub(crate) enum Probe {
     Program(&'static str),
     /// A library that pkg-config knows by this name.
     Library(&'static str),
+    /// A file at this path.
+    File(&'static str),
 }
 
 impl Package {
     fn is_installed(&self) -> bool {
         match self.probe {
             Probe::Program(name) => process::find_program(name).is_some(),
+            Probe::File(path) => Path::new(path).is_file(),
             Probe::Library(name) => {
                 process::output(Command::new("pkg-config").args(["--exists", name])).is_ok()
             }

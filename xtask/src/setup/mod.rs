@@ -8,6 +8,7 @@ mod controlplane;
 mod debian;
 pub(crate) mod ebpf;
 pub(crate) mod go;
+mod vm;
 
 use anyhow::{Context, Result, ensure};
 pub(crate) use cargo_tools::{DENY, MACHETE};
@@ -34,12 +35,14 @@ pub(crate) enum Need {
     Kernel,
     /// etcd, kube-apiserver, kube-proxy and kubectl in `target/controlplane/bin`.
     ControlPlane,
+    /// To boot kernels in virtual machines.
+    Vm,
     /// What `cargo xtask lint` calls.
     Lint,
 }
 
 impl Need {
-    const ALL: [Need; 5] = [Need::Build, Need::Ebpf, Need::Kernel, Need::ControlPlane, Need::Lint];
+    const ALL: [Need; 6] = [Need::Build, Need::Ebpf, Need::Kernel, Need::ControlPlane, Need::Vm, Need::Lint];
 
     fn packages(self) -> &'static [Package] {
         const fn program(package: &'static str, name: &'static str) -> Package {
@@ -71,6 +74,16 @@ impl Need {
             }
             // kube-proxy calls nft or iptables, whichever mode it runs in.
             Need::ControlPlane => &const { [program("nftables", "nft"), program("iptables", "iptables")] },
+            Need::Vm => {
+                &const {
+                    [
+                        program("qemu-system-x86", "qemu-system-x86_64"),
+                        program("kmod", "modprobe"),
+                        program("nftables", "nft"),
+                        Package { name: "debian-archive-keyring", probe: Probe::File(vm::KEYRING) },
+                    ]
+                }
+            }
             Need::Lint => &const { [program("git", "git"), program("shellcheck", "shellcheck")] },
         }
     }
@@ -80,6 +93,7 @@ impl Need {
             Need::Build | Need::Kernel => vec![],
             Need::Ebpf => vec![Box::new(ebpf::Compiler), Box::new(ebpf::Linker)],
             Need::ControlPlane => vec![Box::new(go::Toolchain), Box::new(controlplane::Programs)],
+            Need::Vm => vm::KERNELS.map(|kernel| Box::new(kernel) as Box<dyn Step>).into(),
             Need::Lint => vec![
                 Box::new(go::Toolchain),
                 Box::new(cargo_tools::RustComponents),

@@ -1,0 +1,268 @@
+//! The scenarios: what has to work on every kernel, each in a lab of its own. A scenario that fails panics.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use kube_lane_lab::{Dial, Echo, Flow, Host, Outcome, Pod, Proto, topology};
+use kube_lane_tests::agent;
+use kube_lane_tests::objects::Port;
+use serde_json::json;
+
+use crate::world::{World, answered, at, endpoints, serving, vips, web_ports};
+
+/// A scenario and its name.
+type Scenario = (&'static str, fn());
+
+/// In the order in which they run.
+pub(crate) const ALL: &[Scenario] = &[
+    ("services_answer_from_a_pod", services_answer_from_a_pod),
+    ("a_service_without_endpoints_refuses", a_service_without_endpoints_refuses),
+    ("a_change_of_endpoints_is_followed", a_change_of_endpoints_is_followed),
+    ("a_udp_flow_follows_its_service", a_udp_flow_follows_its_service),
+    ("affinity_keeps_a_client_at_its_pod", affinity_keeps_a_client_at_its_pod),
+    ("policies_and_source_ranges_hold", policies_and_source_ranges_hold),
+    ("nft_takes_its_listing_back", nft_takes_its_listing_back),
+    ("a_restart_changes_nothing", a_restart_changes_nothing),
+    ("cleanup_leaves_nothing", cleanup_leaves_nothing),
+];
+
+/// How long anything may take that has to happen: many times what it does under emulation.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a client waits for an answer.
+const ANSWER: Duration = Duration::from_secs(3);
+
+/// Asks until the outcome is as wanted.
+#[track_caller]
+fn until(world: &World, who: &str, mut ask: impl FnMut() -> Outcome, wanted: impl Fn(&Outcome) -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let outcome = ask();
+        if wanted(&outcome) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{who}: {outcome}\n{}", world.agents[0].log());
+    }
+}
+
+/// Dials until the outcome is as wanted.
+#[track_caller]
+fn dial_until(world: &World, client: &Host, proto: Proto, to: SocketAddr, wanted: impl Fn(&Outcome) -> bool) {
+    let ask = || client.dial_with(Dial::new(proto, to).timeout(ANSWER)).unwrap();
+    until(world, &format!("{} to {to} by {proto}", client.name()), ask, wanted);
+}
+
+fn by(name: &str) -> impl Fn(&Outcome) -> bool {
+    move |outcome| outcome.by() == Some(name)
+}
+
+fn refused(outcome: &Outcome) -> bool {
+    *outcome == Outcome::Refused
+}
+
+/// Where Service 10 answers clients of each kind.
+fn places() -> [SocketAddr; 4] {
+    let [vip4, vip6] = vips(10);
+    let [node4, node6] = topology::node_addresses(0);
+    [at(vip4, 80), at(vip6, 80), at(node4, 30080), at(node6, 30080)]
+}
+
+fn services_answer_from_a_pod() {
+    let world = World::new(&[]);
+    let (pod, _echoes) = serving(&world.lab, 1, "far");
+    let client = world.lab.node(0).add_pod("client").unwrap();
+    world.put("web", &web_ports(), 10, &endpoints(&[&pod]));
+    for host in [&*client, world.lab.node(0), world.lab.outside()] {
+        for to in places() {
+            for proto in [Proto::Tcp, Proto::Udp] {
+                dial_until(&world, host, proto, to, by(pod.name()));
+            }
+        }
+    }
+}
+
+fn a_service_without_endpoints_refuses() {
+    let world = World::new(&[]);
+    let client = world.lab.node(0).add_pod("client").unwrap();
+    world.put("web", &web_ports(), 10, &[]);
+    for host in [&*client, world.lab.node(0), world.lab.outside()] {
+        for to in places() {
+            for proto in [Proto::Tcp, Proto::Udp] {
+                dial_until(&world, host, proto, to, refused);
+            }
+        }
+    }
+}
+
+fn a_change_of_endpoints_is_followed() {
+    let world = World::new(&[]);
+    let [(one, _e1), (two, _e2)] = ["one", "two"].map(|name| serving(&world.lab, 1, name));
+    let client = world.lab.node(0).add_pod("client").unwrap();
+    for pod in [&one, &two, &one] {
+        world.put("web", &web_ports(), 10, &endpoints(&[pod]));
+        for to in places() {
+            dial_until(&world, &client, Proto::Tcp, to, by(pod.name()));
+        }
+    }
+    world.put("web", &web_ports(), 10, &endpoints(&[&one, &two]));
+    for pod in [&one, &two] {
+        dial_until(&world, &client, Proto::Tcp, places()[0], by(pod.name()));
+    }
+    world.folder.remove("web").unwrap();
+    for to in places() {
+        dial_until(&world, &client, Proto::Tcp, to, |outcome| !answered(outcome));
+    }
+}
+
+fn a_udp_flow_follows_its_service() {
+    let world = World::new(&[]);
+    let [(one, _e1), (two, _e2)] = ["one", "two"].map(|name| serving(&world.lab, 1, name));
+    let client = world.lab.node(0).add_pod("client").unwrap();
+    world.put("web", &web_ports(), 10, &endpoints(&[&one]));
+    let mut flows: Vec<(SocketAddr, Flow)> = Vec::new();
+    for to in places() {
+        dial_until(&world, &client, Proto::Udp, to, by(one.name()));
+        flows.push((to, client.flow(Dial::new(Proto::Udp, to).timeout(ANSWER)).unwrap()));
+    }
+    for pod in [&one, &two, &one] {
+        world.put("web", &web_ports(), 10, &endpoints(&[pod]));
+        for (to, flow) in &mut flows {
+            until(&world, &to.to_string(), || flow.ask(), by(pod.name()));
+        }
+    }
+}
+
+fn affinity_keeps_a_client_at_its_pod() {
+    let world = World::new(&[]);
+    let pods = ["a", "b", "c", "d"].map(|name| serving(&world.lab, 1, name));
+    let all = pods.each_ref().map(|(pod, _)| pod);
+    let client = world.lab.node(0).add_pod("client").unwrap();
+    let put = |backends: &[_]| {
+        let spec = json!({"sessionAffinity": "ClientIP"});
+        world.put_spec("web", &web_ports(), 10, &endpoints(backends), spec);
+    };
+    put(&all);
+    for to in places() {
+        dial_until(&world, &client, Proto::Tcp, to, answered);
+    }
+    let first = client.dial(Proto::Tcp, places()[0]).unwrap();
+    let first = first.by().unwrap();
+    let stays = |pod: &str| {
+        // Of IPv4: the client's other address is another client.
+        for to in [places()[0], places()[2]] {
+            let tally = client.dial_many(Proto::Tcp, to, 10).unwrap();
+            assert_eq!(tally.answered.get(pod), Some(&10), "{to}: {tally:?}\n{}", world.agents[0].log());
+        }
+    };
+    stays(first);
+    let others: Vec<_> = all.into_iter().filter(|pod| pod.name() != first).collect();
+    put(&others);
+    dial_until(&world, &client, Proto::Tcp, places()[0], |outcome| {
+        outcome.by().is_some_and(|pod| pod != first)
+    });
+    let second = client.dial(Proto::Tcp, places()[0]).unwrap();
+    stays(second.by().unwrap());
+}
+
+fn policies_and_source_ranges_hold() {
+    let world = World::new(&[]);
+    let [near, far] = [(0, "near"), (1, "far")].map(|(node, name)| serving(&world.lab, node, name));
+    let [near, far] = [&near.0, &far.0];
+    let [vip, _] = topology::vip_cidrs().map(|cidr| cidr.iter().nth(7).unwrap());
+    let outside = world.lab.outside();
+    let balancer = |policy: &str, ranges: &[&str]| {
+        json!({
+            "type": "LoadBalancer", "externalTrafficPolicy": policy, "loadBalancerSourceRanges": ranges,
+            "status": {"loadBalancer": {"ingress": [{"ip": vip}]}},
+        })
+    };
+    let put = |spec| world.put_spec("web", &web_ports(), 10, &endpoints(&[near, far]), spec);
+
+    put(balancer("Local", &[]));
+    dial_until(&world, outside, Proto::Tcp, at(vip, 80), by(near.name()));
+    let tally = outside.dial_many(Proto::Tcp, at(vip, 80), 10).unwrap();
+    assert_eq!(tally.answered.get(near.name()), Some(&10), "{tally:?}");
+    let seen = outside.dial(Proto::Tcp, at(vip, 80)).unwrap().seen();
+    assert_eq!(seen.map(|seen| seen.ip()), Some(outside.v4()));
+
+    put(balancer("Cluster", &[]));
+    dial_until(&world, outside, Proto::Tcp, at(vip, 80), by(far.name()));
+    put(balancer("Cluster", &["198.51.100.0/24"]));
+    dial_until(&world, outside, Proto::Tcp, at(vip, 80), |outcome| *outcome == Outcome::TimedOut);
+    put(balancer("Cluster", &["192.168.0.0/16"]));
+    dial_until(&world, outside, Proto::Tcp, at(vip, 80), answered);
+}
+
+/// Runs nft on the first node with this standard input.
+fn nft(world: &World, arguments: &'static [&str], input: Option<String>) -> String {
+    let file = world.folder.path().join(".ruleset");
+    let run = {
+        let mut command = Command::new("nft");
+        command.args(arguments);
+        if let Some(input) = input {
+            fs::write(&file, input).unwrap();
+            command.arg("-f").arg(file);
+        }
+        move || command.output()
+    };
+    let output = world.lab.node(0).run(run).unwrap().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && stderr.is_empty(), "nft {arguments:?}: {stderr}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn ruleset(world: &World) -> String {
+    nft(world, &["-s", "list", "ruleset"], None)
+}
+
+/// Services of several kinds, in force: the pod behind them and an address where it answers.
+fn fill(world: &World) -> ((Pod, [Echo; 2]), SocketAddr) {
+    let (pod, echoes) = serving(&world.lab, 1, "far");
+    world.put("refused", &[Port::new("TCP", 81, 8080)], 11, &[]);
+    let spec = json!({"sessionAffinity": "ClientIP", "externalTrafficPolicy": "Local"});
+    let ports = web_ports().into_iter().map(|port| port.node_port(30081)).collect::<Vec<_>>();
+    world.put_spec("sticky", &ports, 12, &endpoints(&[&pod]), spec);
+    world.put("web", &web_ports(), 10, &endpoints(&[&pod]));
+    let to = at(vips(10)[0], 80);
+    dial_until(world, world.lab.node(0), Proto::Tcp, at(vips(11)[0], 81), refused);
+    dial_until(world, world.lab.node(0), Proto::Tcp, at(vips(12)[0], 80), answered);
+    dial_until(world, world.lab.node(0), Proto::Tcp, to, answered);
+    ((pod, echoes), to)
+}
+
+fn nft_takes_its_listing_back() {
+    let world = World::new(&[]);
+    let _serving = fill(&world);
+    let listed = ruleset(&world);
+    for name in ["default/web", "default/sticky"] {
+        assert!(listed.contains(name), "no {name} in\n{listed}");
+    }
+    nft(&world, &["-c"], Some(format!("flush ruleset\n{listed}")));
+}
+
+fn a_restart_changes_nothing() {
+    let mut world = World::new(&[]);
+    let (_serving, to) = fill(&world);
+    let before = ruleset(&world);
+    drop(world.agents.remove(0));
+    let tally = world.lab.node(0).dial_many(Proto::Tcp, to, 10).unwrap();
+    assert_eq!(tally.failures(), 0, "{tally:?}");
+    let mut agent = world.start_agent(0, &[]);
+    agent.wait_synced(PATIENCE).unwrap();
+    for metric in ["kubelane_nftables_elements_added_total", "kubelane_nftables_elements_removed_total"] {
+        assert_eq!(agent.metric(metric).unwrap(), 0.0, "{metric}\n{}", agent.log());
+    }
+    assert_eq!(ruleset(&world), before);
+}
+
+fn cleanup_leaves_nothing() {
+    let mut world = World::new(&[]);
+    let _serving = fill(&world);
+    drop(world.agents.remove(0));
+    let mut cleanup = Command::new(agent::binary().unwrap());
+    cleanup.arg("cleanup");
+    let output = world.lab.node(0).run(move || cleanup.output()).unwrap().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(ruleset(&world), "");
+}
