@@ -4,6 +4,9 @@
 //! Service it could not program.
 
 pub mod conntrack;
+#[cfg(test)]
+#[path = "../../tests/planner/history.rs"]
+mod history;
 mod inspection;
 mod netlink;
 pub mod nftables;

@@ -12,14 +12,10 @@ use super::observe::Found;
 use super::rules::Chain;
 use super::schema::{LOCAL_SLOTS, Set};
 use super::shared::{Shared, SharedCounts};
+use crate::dataplane::history::{NODE, Random, World};
 use crate::model::input::{Family, Origin, ServiceKey};
 use crate::model::plan::{AddressPort, Plan};
 use crate::model::planner::{NodePortAddresses, Planner, PodCidrs, Settings};
-
-#[path = "../../../tests/planner/history.rs"]
-mod history;
-
-use history::{NODE, Random, World};
 
 const CASES: u64 = 2_000;
 const STEPS: u64 = 60;

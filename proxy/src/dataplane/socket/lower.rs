@@ -166,6 +166,11 @@ impl Lowering {
         }))
     }
 
+    /// There is no room for a Service: nftables answers all of it.
+    pub fn is_full(&self, key: &ServiceKey) -> bool {
+        self.handles.get(key).is_some_and(|handle| self.waiting.contains(handle))
+    }
+
     /// All that was ever applied, for a fresh start.
     pub fn everything(&self) -> Batch {
         let services = self.services.iter().flatten();
@@ -346,19 +351,16 @@ impl Lowering {
             };
             let frontends: Vec<_> = port.frontends.iter().zip(&answers).filter_map(leads).collect();
             let used = [0, 1].map(|set| frontends.iter().any(|(_, leads)| *leads == set));
-            let old = before.into_iter().flat_map(|(plan, port)| port.members(plan));
-            let difference = Difference::between(old, members(port, used));
-            Next {
-                plan: port,
-                old: pair,
-                id,
-                clash,
-                answers,
-                frontends,
-                used,
-                difference,
-                moves_to: [None; 2],
-            }
+            // A frontend that leaves a set which others stay with must not meet what becomes of that: then everything is
+            // written anew, beside what there is.
+            let leaves = frontends.iter().any(|(frontend, to)| {
+                self.leads(&key(port, frontend.at), id).is_some_and(|from| from != *to && used[from])
+            });
+            let (old, id) = if leaves { (None, 0) } else { (pair, id) };
+            let there = before.filter(|_| old.is_some()).into_iter();
+            let difference =
+                Difference::between(there.flat_map(|(plan, port)| port.members(plan)), members(port, used));
+            Next { plan: port, old, id, clash, answers, frontends, used, difference, moves_to: [None; 2] }
         };
         plan.ports.iter().zip(pairs).map(next).collect()
     }
@@ -382,11 +384,14 @@ impl Lowering {
     /// The set that a frontend leads to. While there is no endpoint at all, it leads where it did, so that endpoints come
     /// and go by one store.
     fn set(&self, frontend: &Frontend, set: EndpointSet, key: &FrontendKey, id: u32) -> usize {
-        let now = self.image.frontends.get(key).map(|word| word.set());
-        match now {
-            Some(now) if frontend.verdict == Verdict::Reject && Set::port_of(now) == id => (now & 1) as usize,
-            _ => set as usize,
-        }
+        let now = self.leads(key, id).filter(|_| frontend.verdict == Verdict::Reject);
+        now.unwrap_or(set as usize)
+    }
+
+    /// Which set of a port a frontend leads to.
+    fn leads(&self, key: &FrontendKey, port: u32) -> Option<usize> {
+        let set = self.image.frontends.get(key)?.set();
+        (Set::port_of(set) == port).then_some((set & 1) as usize)
     }
 
     /// Takes the ids and ranges that are needed: all of them or none.

@@ -11,6 +11,8 @@ pub mod answers;
 mod answers_tests;
 mod cgroup;
 mod error;
+#[cfg(test)]
+mod history_tests;
 mod ids;
 mod image;
 mod install;
@@ -19,6 +21,8 @@ mod loader;
 pub mod lower;
 mod maps;
 mod members;
+#[cfg(test)]
+mod memory_tests;
 mod pins;
 mod port;
 mod probe;
