@@ -8,3 +8,4 @@ pub mod kube_proxy;
 pub mod objects;
 pub mod oracle;
 pub mod process;
+mod relay;

@@ -29,11 +29,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     bench.args(["run", "--quiet", "--package", "kube-lane-tests", "--bin", "bench"]);
     // All else only reads results, or says how to use it.
     let asks = args.arguments.iter().any(|argument| argument == "--help" || argument == "-h");
-    if asks || args.arguments.first().is_none_or(|task| task != "sync") {
+    let measures = |task: &OsString| task == "sync" || task == "connect";
+    if asks || !args.arguments.first().is_some_and(measures) {
         setup::ensure(&[Need::Build])?;
         return process::run(bench.arg("--").args(&args.arguments));
     }
-    ensure!(process::is_root(), "bench sync makes network namespaces, which takes root");
+    ensure!(process::is_root(), "benchmarks make network namespaces, which takes root");
     setup::ensure(&[Need::Build, Need::Kernel, Need::ControlPlane])?;
     sweep();
     let temporary = process::target(&format!("{TEMPORARY}{}", std::process::id()));

@@ -45,7 +45,10 @@ pub(crate) fn is_refused_at_once(socket: &Socket, to: SocketAddr) -> io::Result<
 
 /// Whom the kernel has connected the socket with this address to. `getpeername()` is no evidence: eBPF programs have a
 /// say in what it answers. For the calling thread's network namespace.
-pub(crate) fn peer_in_kernel(local: SocketAddr) -> io::Result<SocketAddr> {
+///
+/// # Errors
+/// When there is no such socket.
+pub fn peer_in_kernel(local: SocketAddr) -> io::Result<SocketAddr> {
     let table = if local.is_ipv4() { "tcp" } else { "tcp6" };
     let table = fs::read_to_string(format!("/proc/thread-self/net/{table}"))?;
     let peer = table.lines().skip(1).find_map(|line| {

@@ -36,6 +36,7 @@ mod sniff;
 pub mod topology;
 
 pub use client::{Dial, Flow, Met, Outcome, Proto, Tally};
+pub use connect::peer_in_kernel;
 pub use echo::Echo;
 pub use error::{Error, Result};
 pub use host::Host;

@@ -4,7 +4,7 @@
 #![expect(clippy::print_stdout, reason = "a command-line tool speaks on its standard output")]
 
 mod api;
-
+mod connect;
 mod probe;
 mod proxy;
 mod report;
@@ -30,7 +30,10 @@ struct Args {
 enum Task {
     /// Measure start, endpoint changes and memory from a real API server; kube-lane and kube-proxy in turn.
     Sync(sync::Args),
-    /// Write README's table again, from the newest results.
+    /// Measure connect() and kept connections: dialled directly, through the agent in both modes, and kube-proxy in
+    /// two.
+    Connect(connect::Args),
+    /// Write README's tables again, from the newest results.
     Table,
 }
 
@@ -41,9 +44,11 @@ enum Task {
 pub fn run() -> Result<()> {
     match Args::parse().task {
         Task::Sync(args) => sync::run(&args),
+        Task::Connect(args) => connect::run(&args),
         Task::Table => {
             let newest = Results::newest(&results_dir())?;
-            report::write_readme(&root().join("README.md"), &newest)
+            report::write_readme(&root().join("README.md"), &newest)?;
+            connect::write_table(&results_dir())
         }
     }
 }

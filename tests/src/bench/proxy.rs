@@ -90,11 +90,7 @@ impl Running {
         let [pods, _] = topology::cluster_cidrs().map(|cidr| cidr.to_string());
         let mode = match proxy {
             Proxy::KubeLane => {
-                let kubeconfig = kubeconfig.to_str().context("a path that is no text")?;
-                let arguments = ["--kubeconfig", kubeconfig, "--hostname-override", host.name()];
-                let arguments =
-                    [&arguments[..], &["--proxy-mode", "nftables", "--cluster-cidr", &pods]].concat();
-                return Ok(Self::KubeLane(Agent::start(host, &arguments, &dir.join("kube-lane.log"))?));
+                return Self::start_kube_lane(&["--proxy-mode", "nftables"], host, kubeconfig, dir);
             }
             Proxy::Nftables => Mode::Nftables,
             Proxy::Iptables => Mode::Iptables,
@@ -107,6 +103,20 @@ impl Running {
             cluster_cidr: Some(pods),
             config: Value::Null,
         })?))
+    }
+
+    /// The same with kube-lane, and these arguments besides the usual ones.
+    pub(super) fn start_kube_lane(
+        arguments: &[&str],
+        host: &Host,
+        kubeconfig: &Path,
+        dir: &Path,
+    ) -> Result<Self> {
+        let [pods, _] = topology::cluster_cidrs().map(|cidr| cidr.to_string());
+        let kubeconfig = kubeconfig.to_str().context("a path that is no text")?;
+        let usual = ["--kubeconfig", kubeconfig, "--hostname-override", host.name(), "--cluster-cidr", &pods];
+        let arguments = [&usual, arguments].concat();
+        Ok(Self::KubeLane(Agent::start(host, &arguments, &dir.join("kube-lane.log"))?))
     }
 
     /// Fails when it has ended.

@@ -9,10 +9,11 @@ use std::path::Path;
 use anyhow::{Context, Result};
 
 use super::proxy::Proxy;
-use super::results::{Measurement, Results};
+use super::results::{Machine, Measurement, Results, Versions};
 
 /// Between these README shows the newest results.
 const BEGIN: &str = "<!-- bench:sync -->";
+/// Where any block of results ends.
 const END: &str = "<!-- /bench -->";
 
 /// A row of the table.
@@ -64,16 +65,21 @@ pub(super) fn markdown(results: &Results) -> String {
 
 /// Puts the tables between README's markers.
 pub(super) fn write_readme(readme: &Path, results: &Results) -> Result<()> {
+    write_block(readme, BEGIN, &markdown(results))
+}
+
+/// Puts a text between a marker of README and the end of its block.
+pub(super) fn write_block(readme: &Path, begin: &str, block: &str) -> Result<()> {
     let text = fs::read_to_string(readme).with_context(|| format!("cannot read {}", readme.display()))?;
-    let text = replace_block(&text, &markdown(results))
-        .with_context(|| format!("{} has no {BEGIN} … {END}", readme.display()))?;
+    let text = replace_block(&text, begin, block)
+        .with_context(|| format!("{} has no {begin} … {END}", readme.display()))?;
     fs::write(readme, text).with_context(|| format!("cannot write {}", readme.display()))
 }
 
-fn replace_block(text: &str, block: &str) -> Option<String> {
-    let (before, rest) = text.split_once(BEGIN)?;
+fn replace_block(text: &str, begin: &str, block: &str) -> Option<String> {
+    let (before, rest) = text.split_once(begin)?;
     let (_, after) = rest.split_once(END)?;
-    Some(format!("{before}{BEGIN}\n{block}{END}{after}"))
+    Some(format!("{before}{begin}\n{block}{END}{after}"))
 }
 
 /// How many rules a listing of `nft list ruleset` has: lines of chains that are neither hook nor bracket.
@@ -156,20 +162,24 @@ fn commits(results: &Results) -> String {
     table
 }
 
-fn origin(results: &Results) -> String {
-    let machine = &results.machine;
+/// Where figures come from.
+pub(super) fn surroundings(day: &str, commit: &str, machine: &Machine, versions: &Versions) -> String {
     format!(
-        "Measured on {} at commit {}: {} × {}, {} of memory, Linux {}; {}, {}. \
-         A start that took longer than {} s was given up. An endpoint change lasts from the PATCH sent until only \
-         the new pod answers; kube-proxy's wait between two syncs (1 s by default) was over before each.\n",
-        results.day(),
-        results.commit,
+        "Measured on {day} at commit {commit}: {} × {}, {} of memory, Linux {}; {}, {}.",
         machine.cpus,
         machine.cpu,
         mebibytes(machine.memory_bytes as f64),
         machine.kernel,
-        results.versions.kube_lane,
-        results.versions.kube_proxy.replacen("Kubernetes", "kube-proxy", 1),
+        versions.kube_lane,
+        versions.kube_proxy.replacen("Kubernetes", "kube-proxy", 1),
+    )
+}
+
+fn origin(results: &Results) -> String {
+    format!(
+        "{} A start that took longer than {} s was given up. An endpoint change lasts from the PATCH sent until only \
+         the new pod answers; kube-proxy's wait between two syncs (1 s by default) was over before each.\n",
+        surroundings(&results.day(), &results.commit, &results.machine, &results.versions),
         results.limit_seconds,
     )
 }
@@ -187,7 +197,7 @@ fn ratio(ours: Option<Result<f64, ()>>, theirs: Result<f64, ()>, limit: u64) -> 
 }
 
 /// Of milliseconds.
-fn duration(milliseconds: f64) -> String {
+pub(super) fn duration(milliseconds: f64) -> String {
     match milliseconds {
         ms if ms < 1.0 => format!("{:.0} µs", ms * 1000.0),
         ms if ms < 10.0 => format!("{ms:.1} ms"),
@@ -202,11 +212,11 @@ fn processor_time(seconds: f64) -> String {
     if seconds < 0.01 { "< 10 ms".to_owned() } else { duration(seconds * 1000.0) }
 }
 
-fn mebibytes(bytes: f64) -> String {
+pub(super) fn mebibytes(bytes: f64) -> String {
     format!("{:.0} MiB", bytes / f64::from(1 << 20))
 }
 
-fn thousands(number: usize) -> String {
+pub(super) fn thousands(number: usize) -> String {
     let digits = number.to_string();
     let mut text = String::new();
     for (at, digit) in digits.chars().enumerate() {
@@ -221,7 +231,7 @@ fn thousands(number: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::results::{Changes, Machine, Rules, Spread, Versions};
+    use crate::bench::results::{Changes, Rules, Spread};
 
     fn measurement(proxy: Proxy, start: Option<f64>, change: Option<f64>) -> Measurement {
         let spread = change.map(|ms| Spread { p50: ms, p99: 2.0 * ms, max: 3.0 * ms });
@@ -296,10 +306,10 @@ mod tests {
     #[test]
     fn readme_changes_between_its_markers_alone() {
         let text = format!("# A\n{BEGIN}\nold\n{END}\nB\n");
-        let new = replace_block(&text, "new\n").unwrap();
+        let new = replace_block(&text, BEGIN, "new\n").unwrap();
         assert_eq!(new, format!("# A\n{BEGIN}\nnew\n{END}\nB\n"));
-        assert_eq!(replace_block(&new, "new\n").unwrap(), new);
-        assert!(replace_block("# A\n", "new\n").is_none());
+        assert_eq!(replace_block(&new, BEGIN, "new\n").unwrap(), new);
+        assert!(replace_block("# A\n", BEGIN, "new\n").is_none());
     }
 
     #[test]

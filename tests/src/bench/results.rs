@@ -149,23 +149,11 @@ impl Measurement {
 impl Results {
     /// Of which only the surroundings are known.
     pub(super) fn new(limit_seconds: u64, endpoints_per_service: usize) -> Result<Self> {
-        let cpus = procfs::CpuInfo::current()?;
-        let [kube_lane, kube_proxy] = proxy::versions()?;
         Ok(Self {
             date: Timestamp::now().to_string(),
             commit: commit(),
-            machine: Machine {
-                kernel: fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned(),
-                cpu: cpus.model_name(0).unwrap_or("unknown").to_owned(),
-                cpus: cpus.num_cores(),
-                memory_bytes: procfs::Meminfo::current()?.mem_total,
-                nftables_listeners: nftables_listeners(),
-            },
-            versions: Versions {
-                kube_lane,
-                kube_proxy,
-                nft: output("nft", &["--version"])?.trim().to_owned(),
-            },
+            machine: Machine::this()?,
+            versions: Versions::here()?,
             limit_seconds,
             endpoints_per_service,
             measurements: vec![],
@@ -180,23 +168,12 @@ impl Results {
 
     /// Writes them to `sync-<day>.json` in `dir`, in place of an earlier run of that day.
     pub(super) fn save(&self, dir: &Path) -> Result<PathBuf> {
-        fs::create_dir_all(dir)?;
-        let file = dir.join(format!("sync-{}.json", self.day()));
-        let text = serde_json::to_string_pretty(self)? + "\n";
-        fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()))?;
-        Ok(file)
+        save(self, "sync", &self.day(), dir)
     }
 
     /// The newest in `dir`.
     pub(super) fn newest(dir: &Path) -> Result<Self> {
-        let entries = fs::read_dir(dir).with_context(|| format!("no results in {}", dir.display()))?;
-        let files = entries.flatten().map(|entry| entry.path()).filter(|file| {
-            let name = file.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            name.starts_with("sync-") && name.ends_with(".json")
-        });
-        let newest = files.max().with_context(|| format!("no results in {}", dir.display()))?;
-        let text = fs::read_to_string(&newest)?;
-        serde_json::from_str(&text).with_context(|| format!("{} is not what it was", newest.display()))
+        newest("sync", dir)
     }
 
     /// A proxy's measurement at a number of Services.
@@ -211,6 +188,49 @@ impl Results {
         sizes.dedup();
         sizes
     }
+}
+
+impl Machine {
+    /// The one that this runs on.
+    pub(super) fn this() -> Result<Self> {
+        let cpus = procfs::CpuInfo::current()?;
+        Ok(Self {
+            kernel: fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned(),
+            cpu: cpus.model_name(0).unwrap_or("unknown").to_owned(),
+            cpus: cpus.num_cores(),
+            memory_bytes: procfs::Meminfo::current()?.mem_total,
+            nftables_listeners: nftables_listeners(),
+        })
+    }
+}
+
+impl Versions {
+    /// Those of what is measured.
+    pub(super) fn here() -> Result<Self> {
+        let [kube_lane, kube_proxy] = proxy::versions()?;
+        Ok(Self { kube_lane, kube_proxy, nft: output("nft", &["--version"])?.trim().to_owned() })
+    }
+}
+
+/// Writes results to `<name>-<day>.json` in `dir`, in place of an earlier run of that day.
+pub(super) fn save(results: &impl Serialize, name: &str, day: &str, dir: &Path) -> Result<PathBuf> {
+    fs::create_dir_all(dir)?;
+    let file = dir.join(format!("{name}-{day}.json"));
+    let text = serde_json::to_string_pretty(results)? + "\n";
+    fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()))?;
+    Ok(file)
+}
+
+/// The newest results of a name in `dir`.
+pub(super) fn newest<T: serde::de::DeserializeOwned>(name: &str, dir: &Path) -> Result<T> {
+    let entries = fs::read_dir(dir).with_context(|| format!("no results in {}", dir.display()))?;
+    let files = entries.flatten().map(|entry| entry.path()).filter(|file| {
+        let file = file.file_name().and_then(|file| file.to_str()).unwrap_or_default();
+        file.strip_prefix(name).is_some_and(|rest| rest.starts_with('-')) && file.ends_with(".json")
+    });
+    let newest = files.max().with_context(|| format!("no results of {name} in {}", dir.display()))?;
+    let text = fs::read_to_string(&newest)?;
+    serde_json::from_str(&text).with_context(|| format!("{} is not what it was", newest.display()))
 }
 
 /// The processes that are subscribed to nftables, in whatever network namespace.
@@ -243,7 +263,8 @@ fn nftables_listeners() -> Vec<i32> {
     processes.iter().filter(|process| listens(process)).map(Process::pid).collect()
 }
 
-fn commit() -> String {
+/// What is checked out.
+pub(super) fn commit() -> String {
     let Some(top) = root().to_str() else { return "unknown".to_owned() };
     let git = |arguments: &[&str]| output("git", &[&["-C", top], arguments].concat());
     let Ok(commit) = git(&["rev-parse", "--short=12", "HEAD"]) else { return "unknown".to_owned() };

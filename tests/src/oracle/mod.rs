@@ -8,7 +8,6 @@ mod flows;
 mod format;
 mod names;
 mod objects;
-mod relay;
 mod report;
 mod stage;
 

@@ -19,11 +19,11 @@ use tokio::runtime::{self, Runtime};
 use super::format::Proxy;
 use super::names::Hosts;
 use super::objects::Objects;
-use super::relay::Relay;
 use crate::agent::Agent;
 use crate::controlplane::{ControlPlane, Options};
 use crate::kube_proxy::{self, KubeProxy, Mode, merge};
 use crate::objects::{Endpoint, Folder, Port, node, service, slices};
+use crate::relay::Relay;
 
 /// The ports that every pod and node serves.
 const TARGETS: [u16; 2] = [8080, 8081];

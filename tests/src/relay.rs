@@ -13,11 +13,11 @@ use tokio::task::JoinHandle;
 
 /// A relay; it ends when dropped.
 #[derive(Debug)]
-pub(super) struct Relay(JoinHandle<()>);
+pub(crate) struct Relay(JoinHandle<()>);
 
 impl Relay {
     /// Listens at `address` on the host, and connects to the same address from where `runtime`'s threads are.
-    pub(super) fn start(host: &Host, address: SocketAddr, runtime: &Handle) -> Result<Self> {
+    pub(crate) fn start(host: &Host, address: SocketAddr, runtime: &Handle) -> Result<Self> {
         let listener = host.run(move || {
             let listener = TcpListener::bind(address)?;
             listener.set_nonblocking(true)?;
