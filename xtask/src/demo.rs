@@ -14,6 +14,9 @@ pub(crate) struct Args {
     /// Take the Services from a real etcd and kube-apiserver (built on first use), not from a manifest folder.
     #[arg(long)]
     api: bool,
+    /// Answer at the sockets what can be answered there (eBPF), and show what was.
+    #[arg(long)]
+    ebpf: bool,
     /// Leave everything running until Ctrl-C, to look around.
     #[arg(long)]
     keep: bool,
@@ -30,12 +33,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         setup::ensure(&[Need::ControlPlane])?;
     }
     // As it is shipped, so that the milliseconds are those of a user.
-    let agent = build::agent_for_nftables()?;
+    let agent = if args.ebpf { build::agent(true)? } else { build::agent_for_nftables()? };
     process::run(process::cargo().args(["build", "--package", "kube-lane-tests", "--bin", "demo"]))?;
 
     let mut demo = Command::new(build::target_dir().join("debug/demo"));
     demo.env("KUBE_LANE_BIN", agent);
-    demo.args(args.api.then_some("--api")).args(args.keep.then_some("--keep"));
+    let flags = [(args.api, "--api"), (args.ebpf, "--ebpf"), (args.keep, "--keep")];
+    demo.args(flags.into_iter().filter_map(|(given, flag)| given.then_some(flag)));
     // The demo takes this process's place: Ctrl-C is its alone to answer.
     Err(demo.exec()).context("cannot start the demo")
 }

@@ -39,6 +39,8 @@ pub(crate) struct Board {
 #[derive(Clone, Debug, Default)]
 struct Cell {
     latest: VecDeque<char>,
+    /// The latest of them that were looked at were led there at the socket.
+    at_socket: bool,
     seen: BTreeSet<String>,
 }
 
@@ -82,6 +84,7 @@ impl Board {
             cell.latest.pop_front();
         }
         cell.latest.push_back(sample.outcome.by().map_or(FAILURE, letter));
+        cell.at_socket = sample.at_socket.unwrap_or(cell.at_socket);
         self.connections += 1;
 
         let Target { kind, proto, at } = self.targets[sample.target];
@@ -114,6 +117,11 @@ impl Board {
         })
     }
 
+    /// Whether anybody was led to a pod at the socket.
+    pub(crate) fn has_sockets(&self) -> bool {
+        self.cells.iter().flatten().any(|cell| cell.at_socket)
+    }
+
     /// From when on no client met the leaving pod any more, once that is sure.
     pub(crate) fn departed(&self) -> Option<Instant> {
         let is_sure = self.departures.iter().all(|departure| departure.without >= SURE);
@@ -127,7 +135,12 @@ impl Board {
         for client in &self.clients {
             heads += &format!("{:<width$}", format!("from {client}"), width = WINDOW + 2);
         }
-        let title = format!("  {:<38}  {heads}", "the last 16 who answered at");
+        let what = if self.has_sockets() {
+            "last 16 at (A, B, C: at the socket)"
+        } else {
+            "the last 16 who answered at"
+        };
+        let title = format!("  {what:<38}  {heads}");
         let mut lines = vec![String::new(), screen.paint(Ink::Dim, title.trim_end())];
         for (index, Target { kind, proto, at }) in self.targets.iter().enumerate() {
             let mut line = format!("  {kind:<9}  {:<22}  {proto}  ", at.to_string());
@@ -155,7 +168,8 @@ fn cell(cell: &Cell, screen: &Screen) -> String {
             FAILURE => Ink::Red,
             _ => Ink::Magenta,
         };
-        text += &screen.paint(ink, bar.iter().collect::<String>());
+        let bar: String = bar.iter().collect();
+        text += &screen.paint(ink, if cell.at_socket { bar.to_uppercase() } else { bar });
     }
     text + &" ".repeat(WINDOW - letters.len())
 }

@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use kube_lane_lab::{Dial, Host, Outcome, Proto};
+use kube_lane_lab::{Dial, Host, Met, Outcome, Proto};
 
 /// Between two dials, while nobody measures.
 const PAUSE: Duration = Duration::from_millis(2);
@@ -36,6 +36,8 @@ pub(crate) struct Sample {
     pub(crate) target: usize,
     pub(crate) ended: Instant,
     pub(crate) outcome: Outcome,
+    /// Whether the socket itself was led there; looked at only of TCP, while nobody measures.
+    pub(crate) at_socket: Option<bool>,
 }
 
 /// The running clients.
@@ -108,12 +110,19 @@ impl Dialling {
                 if proto == Proto::Udp {
                     dial = dial.from(ports.next(at));
                 }
-                let outcome = dial.ask();
-                let sample = Sample { client: self.client, target, ended: Instant::now(), outcome };
+                let is_hurried = self.is_hurried.load(Ordering::Relaxed);
+                let (outcome, at_socket) = if proto == Proto::Tcp && !is_hurried {
+                    let Met { outcome, at_socket } = dial.meet();
+                    (outcome, Some(at_socket))
+                } else {
+                    (dial.ask(), None)
+                };
+                let sample =
+                    Sample { client: self.client, target, ended: Instant::now(), outcome, at_socket };
                 if self.samples.send(sample).is_err() {
                     return;
                 }
-                if !self.is_hurried.load(Ordering::Relaxed) {
+                if !is_hurried {
                     std::thread::sleep(PAUSE);
                 }
             }

@@ -143,9 +143,9 @@ impl Stage {
     }
 
     /// Starts an agent on each node and waits until all that the store has is programmed.
-    pub(crate) fn start_agents(&mut self) -> Result<()> {
+    pub(crate) fn start_agents(&mut self, ebpf: bool) -> Result<()> {
         for node in self.store.lab().nodes() {
-            self.agents.push(self.store.start_agent(node)?);
+            self.agents.push(self.store.start_agent(node, ebpf)?);
         }
         self.agents.iter_mut().try_for_each(|agent| agent.wait_synced(AGENT_LIMIT))
     }

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 use kube_lane_lab::{Host, Lab, topology};
-use kube_lane_tests::agent::Agent;
+use kube_lane_tests::agent::{self, Agent};
 use kube_lane_tests::cluster::Cluster;
 use kube_lane_tests::objects::Folder;
 use serde_json::Value;
@@ -49,16 +49,22 @@ impl Store {
     }
 
     /// Starts an agent on a node.
-    pub(crate) fn start_agent(&self, node: &Host) -> Result<Agent> {
+    pub(crate) fn start_agent(&self, node: &Host, ebpf: bool) -> Result<Agent> {
+        let places = agent::places(node);
+        let mut arguments = vec![];
+        if ebpf {
+            arguments.extend(["--proxy-mode", "ebpf"]);
+            arguments.extend(places.iter().map(String::as_str));
+        }
         match self {
             Self::Folder { folder, logs, .. } => {
                 let cidrs = topology::cluster_cidrs().map(|cidr| cidr.to_string()).join(",");
                 let folder = folder.arg();
-                let arguments =
-                    ["--manifests", &folder, "--hostname-override", node.name(), "--cluster-cidr", &cidrs];
+                arguments.extend(["--manifests", &folder, "--hostname-override", node.name()]);
+                arguments.extend(["--cluster-cidr", &cidrs]);
                 Agent::start(node, &arguments, &log(logs.path(), node))
             }
-            Self::Api(cluster) => cluster.start_agent(node, &[]),
+            Self::Api(cluster) => cluster.start_agent(node, &arguments),
         }
     }
 
