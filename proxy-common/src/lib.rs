@@ -60,10 +60,6 @@ pub mod maps {
     pub const UDP_PEERS: &str = "UDP_PEERS";
     /// Array of one, [`Settings`](crate::Settings).
     pub const SETTINGS: &str = "SETTINGS";
-    /// Hash, [`FrontendKey`](crate::FrontendKey) → `u64`: TCP connects to each address that the agent put there.
-    pub const CONNECTS: &str = "CONNECTS";
-    /// Array of one map, which no program reads: replacing it waits until no program runs that began before.
-    pub const GRACE: &str = "GRACE";
 }
 
 /// What the programs of the eBPF object are called.

@@ -3,21 +3,26 @@
 //! Owns the order of what the other files do, and the retry of what did not reach the maps. Never decides what is
 //! answered (`answers`) or how the maps say it (`lower`).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::path::{Path, PathBuf};
 
 use kube_lane_common::{Answered, Settings};
 use tracing::warn;
 
-use super::SocketError;
 use super::affinity::Memories;
-use super::answers::{Clients, Policy};
+use super::answers::{Answer, Clients, Limit, Policy, Why};
 use super::cgroup::{self, Cgroup};
+use super::grace::Grace;
+use super::ids::Retired;
+use super::lower::{Lowering, PortView};
 use super::maps::{Maps, Room};
 use super::pins::Pins;
 use super::sys::GracePeriod;
 use super::write::{Found, Write};
-use super::{available, install, sys};
+use super::{SocketError, available, install, sys};
+use crate::dataplane::Batch;
+use crate::dataplane::inspection::{Counts, Inspection};
+use crate::model::input::ServiceKey;
 use crate::model::plan::NodePlan;
 
 /// How the layer is set up.
@@ -27,7 +32,7 @@ pub struct Options {
     pub cgroup_root: Option<PathBuf>,
     /// Where maps and links are pinned: a folder on a BPF file system, made where it is not there.
     pub bpf_root: PathBuf,
-    /// Cgroups whose sockets are left alone, and those below them. They may come and go.
+    /// Cgroups whose sockets are left alone, and those below them: paths relative to that cgroup. They may come and go.
     pub left_alone: Vec<PathBuf>,
     /// Who is answered where. [`Policy::leave_alone`] follows from `left_alone`.
     pub policy: Policy,
@@ -38,13 +43,26 @@ pub struct Options {
 /// The socket layer of this node. Dropping it changes nothing in the kernel.
 #[derive(Debug)]
 pub struct Socket {
+    lowering: Lowering,
     maps: Maps,
-    policy: Policy,
+    /// Changes that did not reach the maps when they should have, in their order.
+    late: VecDeque<Write>,
+    /// What they give up.
+    retired: Vec<Retired>,
+    period: GracePeriod,
+    grace: Grace<Retired>,
+    left_alone: LeftAlone,
     /// The cookie of the host's network namespace.
     host: u64,
-    left_alone: LeftAlone,
-    grace: GracePeriod,
-    memories: Memories,
+}
+
+/// What a commit came to.
+#[derive(Debug, Default)]
+pub struct Applied {
+    /// Services that nftables answers alone from now on, since there is no room for them, and of what.
+    pub full: Vec<(ServiceKey, Limit)>,
+    /// How many words and elements were written.
+    pub writes: usize,
 }
 
 impl Socket {
@@ -56,7 +74,7 @@ impl Socket {
     /// nothing of an earlier run: it would lead to what is no more.
     pub fn open(options: Options) -> Result<Self, SocketError> {
         let pins = Pins::new(&options.bpf_root);
-        Self::take_over(options, &pins).inspect_err(|_| {
+        Self::take_over(&options, &pins).inspect_err(|_| {
             if let Err(error) = pins.detach() {
                 warn!(
                     error = &error as &dyn std::error::Error,
@@ -66,35 +84,94 @@ impl Socket {
         })
     }
 
-    fn take_over(options: Options, pins: &Pins) -> Result<Self, SocketError> {
+    fn take_over(options: &Options, pins: &Pins) -> Result<Self, SocketError> {
         let object = available()?;
         let cgroup = Cgroup::find(options.cgroup_root.as_deref())?;
         let host = sys::network_namespace_cookie().map_err(SocketError::Cookie)?;
         let policy = Policy { leave_alone: !options.left_alone.is_empty(), ..options.policy };
         sys::allow_locked_memory();
         let mut prepared = install::prepare(object, pins, options.room, policy.udp)?;
-        let grace = GracePeriod::new().map_err(SocketError::Grace)?;
-        let mut left_alone = LeftAlone::new(options.left_alone);
-        left_alone.follow(&mut prepared.maps)?;
-        restrict(&prepared.maps, &grace, &policy, host)?;
+        let maps = &mut prepared.maps;
+        let period = GracePeriod::new().map_err(SocketError::Grace)?;
+        let mut left_alone = LeftAlone::new(&cgroup, &options.left_alone);
+        left_alone.follow(maps)?;
+        restrict(maps, &period, &policy, host)?;
+
+        let found = maps.read()?;
+        let mut result = Ok(());
+        let sizes = maps.room().services;
+        let lowering = Lowering::adopt(policy, found, sizes, &mut |write| {
+            if result.is_ok() {
+                result = maps.write(write);
+            }
+        });
+        result?;
         let (maps, folder) = prepared.attach(&cgroup)?;
-        Ok(Self { maps, policy, host, left_alone, grace, memories: Memories::open(&folder)? })
+        // Programs may still hold what the earlier run had given up.
+        period.wait().map_err(SocketError::Grace)?;
+        let memories = Memories::open(&folder)?;
+        let grace = GracePeriod::new().and_then(|period| Grace::start(period, memories));
+        let grace = grace.map_err(SocketError::Grace)?;
+        Ok(Self {
+            lowering,
+            maps,
+            late: VecDeque::new(),
+            retired: Vec::new(),
+            period,
+            grace,
+            left_alone,
+            host,
+        })
     }
 
-    /// Carries changes out, in their order.
+    /// Carries a commit out, but for the Services that nftables refused: there both layers keep what they had. An empty
+    /// batch carries out what is late, and what there is room for by now.
     ///
     /// # Errors
-    /// Where one cannot be; those before it are in force.
-    pub fn write(&mut self, writes: &[Write]) -> Result<(), SocketError> {
-        writes.iter().try_for_each(|write| self.maps.write(*write))
+    /// Where the maps cannot be written. What did not reach them does so at the next call, in its order; until then
+    /// they are as they were between two of the writes, which is sound.
+    pub fn apply(
+        &mut self,
+        batch: &Batch,
+        refused: impl Fn(&ServiceKey) -> bool,
+    ) -> Result<Applied, SocketError> {
+        let services = batch.services.iter().filter(|(service, _)| !refused(service)).cloned();
+        let batch = Batch { node: batch.node.clone(), services: services.collect(), sweep: batch.sweep };
+        let returned = self.grace.returned();
+        self.reclaim(returned);
+        let mut applied = Applied::default();
+        self.lower(&batch, &mut applied);
+        self.settle()?;
+        if !applied.full.is_empty() {
+            // What was given up just now may be the room that they need.
+            let returned = self.grace.wait();
+            self.reclaim(returned);
+            self.lower(&Batch::default(), &mut applied);
+            self.settle()?;
+            applied.full.retain(|(service, _)| self.is_full(service));
+        }
+        Ok(applied)
     }
 
-    /// Reads back what the maps hold.
-    ///
-    /// # Errors
-    /// Where a map cannot be read.
-    pub fn read(&self) -> Result<Found, SocketError> {
-        self.maps.read()
+    /// There is something for [`Socket::apply`] to do without a change: room for Services that had none.
+    pub fn wants_retry(&mut self) -> bool {
+        let returned = self.grace.returned();
+        self.reclaim(returned);
+        self.lowering.wants_retry()
+    }
+
+    /// Who answers a Service's frontends, and what was counted; nothing of one that is not known.
+    pub fn inspect(&self, service: &ServiceKey) -> Inspection {
+        let ports: Vec<_> = self.lowering.service(service).into_iter().flatten().collect();
+        let counts = |port: &PortView<'_>| Counts {
+            connections: port.backends().map(|(at, id)| (at, self.maps.connections(id))).collect(),
+            // What has no id has id 0, of which nothing is counted.
+            refused: self.maps.refused(port.id),
+        };
+        Inspection {
+            answers: ports.iter().map(|port| port.answers.into()).collect(),
+            counts: ports.iter().map(counts).collect(),
+        }
     }
 
     /// How much the maps have room for.
@@ -102,31 +179,48 @@ impl Socket {
         self.maps.room()
     }
 
-    /// New connections that were sent to a backend, by its id.
-    pub fn connections(&self, backend: u32) -> u64 {
-        self.maps.connections(backend)
-    }
-
-    /// Connections that were refused, by the id of the port.
-    pub fn refused(&self, port: u32) -> u64 {
-        self.maps.refused(port)
-    }
-
-    /// Removes what clients of ports with session affinity no longer come back for.
+    /// Reads back what the maps hold, for tests.
     ///
     /// # Errors
-    /// Where the map cannot be read or written.
-    pub fn sweep(&self) -> Result<(), SocketError> {
-        self.memories.sweep()
+    /// Where a map cannot be read.
+    pub fn found(&self) -> Result<Found, SocketError> {
+        self.maps.read()
     }
 
-    /// Follows the node: who is answered, and the cgroups that are left alone.
-    ///
-    /// # Errors
-    /// Where a map cannot be written.
-    pub fn set_node(&mut self, node: &NodePlan) -> Result<(), SocketError> {
+    fn is_full(&self, service: &ServiceKey) -> bool {
+        let mut ports = self.lowering.service(service).into_iter().flatten();
+        ports.any(|port| port.answers.iter().any(|answer| matches!(answer, Answer::Nftables(Why::Full(_)))))
+    }
+
+    fn reclaim(&mut self, returned: Vec<Retired>) {
+        returned.into_iter().for_each(|retired| self.lowering.reclaim(retired));
+    }
+
+    /// Writes what a batch changes, or keeps it for later.
+    fn lower(&mut self, batch: &Batch, applied: &mut Applied) {
+        let (maps, late) = (&mut self.maps, &mut self.late);
+        let lowered = self.lowering.apply(batch, &mut |write| {
+            applied.writes += 1;
+            if !late.is_empty() || maps.write(write).is_err() {
+                late.push_back(write);
+            }
+        });
+        applied.full.extend(lowered.full);
+        self.retired.push(lowered.retired);
+    }
+
+    /// Writes what is late, and brings the rest up to date that is not the lowering's.
+    fn settle(&mut self) -> Result<(), SocketError> {
+        while let Some(write) = self.late.front() {
+            self.maps.write(*write)?;
+            self.late.pop_front();
+        }
+        // Only now no map names it any more.
+        for retired in self.retired.drain(..).filter(|retired| !retired.is_empty()) {
+            self.grace.retire(retired);
+        }
         self.left_alone.follow(&mut self.maps)?;
-        store_settings(&self.maps, &self.grace, self.policy.settings(node, self.host))
+        store_settings(&self.maps, &self.period, self.lowering.settings(self.host))
     }
 }
 
@@ -163,8 +257,8 @@ struct LeftAlone {
 }
 
 impl LeftAlone {
-    fn new(paths: Vec<PathBuf>) -> Self {
-        Self { paths, ids: None }
+    fn new(cgroup: &Cgroup, paths: &[PathBuf]) -> Self {
+        Self { paths: paths.iter().map(|path| cgroup.path().join(path)).collect(), ids: None }
     }
 
     /// Brings the map up to date.

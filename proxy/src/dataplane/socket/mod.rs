@@ -11,13 +11,13 @@ pub mod answers;
 mod answers_tests;
 mod cgroup;
 mod error;
+mod grace;
 #[cfg(test)]
 mod history_tests;
 mod ids;
 mod image;
 mod install;
 mod layer;
-mod loader;
 pub mod lower;
 mod maps;
 mod members;
@@ -30,8 +30,7 @@ mod sys;
 pub mod write;
 
 pub use self::error::SocketError;
-pub use self::layer::{Options, Socket, cleanup};
-pub use self::loader::SocketPrograms;
+pub use self::layer::{Applied, Options, Socket, cleanup};
 pub use self::maps::Room;
 pub use self::probe::{Feature, probe};
 
