@@ -27,7 +27,7 @@ const AMPLE: Sizes = Sizes { frontends: 200, ports: 100, slots: 1_000, backends:
 #[test]
 fn whoever_reads_at_any_moment_is_led_right() {
     for seed in 1..=CASES {
-        let caught = std::panic::catch_unwind(|| case(seed));
+        let caught = std::panic::catch_unwind(|| case(seed, Grace::Period));
         if let Err(cause) = caught {
             println!("seed {seed}");
             std::panic::resume_unwind(cause);
@@ -35,7 +35,21 @@ fn whoever_reads_at_any_moment_is_led_right() {
     }
 }
 
-fn case(seed: u64) {
+#[test]
+fn without_a_grace_period_somebody_is_led_wrong() {
+    assert!((1..=CASES).any(|seed| std::panic::catch_unwind(|| case(seed, Grace::None)).is_err()));
+}
+
+/// When what is retired is given back.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Grace {
+    /// Once nobody reads who began before.
+    Period,
+    /// At once.
+    None,
+}
+
+fn case(seed: u64, grace: Grace) {
     let mut random = Random::new(seed);
     let policy = Policy {
         external: !random.one_in(3),
@@ -59,7 +73,7 @@ fn case(seed: u64) {
         pod_cidrs: PodCidrs::Node,
         nodeport_addresses: NodePortAddresses::Primary,
     });
-    let mut world = World::new(policy, sizes);
+    let mut world = World::new(policy, sizes, grace);
     for _ in 0..STEPS {
         planner.apply(random.event());
         if random.one_in(3) {
@@ -103,6 +117,7 @@ fn twist(plan: &Plan) -> Arc<Plan> {
 
 struct World {
     policy: Policy,
+    grace: Grace,
     maps: Memory,
     lowering: Lowering,
     plans: BTreeMap<ServiceKey, Arc<Plan>>,
@@ -120,17 +135,20 @@ struct Living {
     reader: Reader,
     key: FrontendKey,
     born: u64,
+    /// It reads a word once in so many writes.
+    pace: u64,
     /// Where connections have led since it began.
     right: BTreeSet<std::net::SocketAddr>,
     refusals: bool,
 }
 
 impl World {
-    fn new(policy: Policy, sizes: Sizes) -> Self {
+    fn new(policy: Policy, sizes: Sizes, grace: Grace) -> Self {
         let maps = Memory::new(sizes);
         let lowering = Lowering::adopt(policy, maps.found(), sizes, &mut |write| panic!("{write:?}"));
         Self {
             policy,
+            grace,
             maps,
             lowering,
             plans: BTreeMap::new(),
@@ -159,12 +177,12 @@ impl World {
         self.carry_out(&writes, random);
         self.retired.push((self.now, lowered.retired));
         self.check(batch.sweep);
-        self.readers.retain(|_| !random.one_in(2));
+        self.readers.retain(|_| !random.one_in(4));
         // Readers of a commit may have seen what it retired.
         let oldest = self.readers.iter().map(|living| living.born).min().unwrap_or(u64::MAX);
-        let (over, waiting) = std::mem::take(&mut self.retired).into_iter().partition(|(at, _)| *at < oldest);
+        let is_over = |(at, _): &(u64, Retired)| self.grace == Grace::None || *at < oldest;
+        let (over, waiting): (Vec<_>, _) = std::mem::take(&mut self.retired).into_iter().partition(is_over);
         self.retired = waiting;
-        let over: Vec<(u64, Retired)> = over;
         over.into_iter().for_each(|(_, retired)| self.lowering.reclaim(retired));
     }
 
@@ -217,6 +235,7 @@ impl World {
                 reader: Reader::Dials(*key),
                 key: *key,
                 born: self.now,
+                pace: random.pick(&[1, 2, 50]),
                 right: BTreeSet::new(),
                 refusals: false,
             };
@@ -225,7 +244,7 @@ impl World {
             self.readers.push(living);
         }
         for living in &mut self.readers {
-            if random.one_in(2) {
+            if !random.one_in(living.pace) {
                 continue;
             }
             let client = format!("{:?}", living.key);

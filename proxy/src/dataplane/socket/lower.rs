@@ -155,7 +155,7 @@ impl Lowering {
     }
 
     /// The ports of a Service; `None`: there is no such Service.
-    pub fn service(&self, key: &ServiceKey) -> Option<impl Iterator<Item = PortView<'_>>> {
+    pub fn service<'a>(&'a self, key: &ServiceKey) -> Option<impl Iterator<Item = PortView<'a>> + use<'a>> {
         let service = self.services.get(*self.handles.get(key)? as usize)?.as_ref()?;
         Some(service.plan.ports.iter().zip(&service.ports).map(|(plan, port)| PortView {
             plan,
@@ -438,7 +438,6 @@ impl Lowering {
 
     /// The frontends of a Service that are to go from the maps.
     fn stale(&self, old: Option<&Service>, nexts: &[Next<'_>]) -> Vec<FrontendKey> {
-        let stay: HashSet<_> = nexts.iter().flat_map(Next::keys).collect();
         let ours = |id: u32| {
             self.found.contains_key(&id) || old.is_some_and(|old| old.ports.iter().any(|port| port.id == id))
         };
@@ -449,7 +448,12 @@ impl Lowering {
             let word = self.image.frontends.get(key);
             word.is_some_and(|word| ours(Set::port_of(word.set())))
         };
-        keys.filter(|key| !stay.contains(key) && there(key)).unique().collect()
+        let mut stale: Vec<_> = keys.filter(there).unique().collect();
+        if !stale.is_empty() {
+            let stay: HashSet<_> = nexts.iter().flat_map(Next::keys).collect();
+            stale.retain(|key| !stay.contains(key));
+        }
+        stale
     }
 
     /// Writes what becomes of a Service: first of all, what is no longer answered is not led here any more.

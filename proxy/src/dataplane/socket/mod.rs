@@ -19,6 +19,8 @@ mod image;
 mod install;
 mod layer;
 pub mod lower;
+#[cfg(test)]
+mod lower_tests;
 mod maps;
 mod members;
 #[cfg(test)]
