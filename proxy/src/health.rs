@@ -318,7 +318,7 @@ mod tests {
     #[tokio::test]
     async fn health_follows_the_state() {
         let (state, receiver) = watch::channel(HealthState::default());
-        let mut registry = metrics::registry();
+        let mut registry = metrics::registry("nftables");
         let requests = Requests::register(&mut registry);
         let address = listen(health_routes(receiver, requests)).await;
 
@@ -352,7 +352,7 @@ mod tests {
 
     #[tokio::test]
     async fn metrics_and_mode() {
-        let mut registry = metrics::registry();
+        let mut registry = metrics::registry("nftables");
         let requests = Requests::register(&mut registry);
         requests.livez.get_or_create(&Code { code: 200 }).inc();
         let address = listen(metrics_routes(Mode::Nftables, Arc::new(registry))).await;

@@ -137,10 +137,10 @@ impl Display for Agent<'_> {
         let synced = if health.synced { "all programmed" } else { "not all listed or programmed yet" };
         writeln!(f, "  {} Services, {synced}", report.count)?;
         if let Some(time) = health.last_updated {
-            writeln!(f, "  last commit {time}")?;
+            writeln!(f, "  last commit {time:.0}")?;
         }
         if let Some(time) = health.pending_since {
-            writeln!(f, "  a change waits since {time}")?;
+            writeln!(f, "  a change waits since {time:.0}")?;
         }
         report.troubles.iter().try_for_each(|trouble| writeln!(f, "  {trouble}"))?;
         for (service, words) in &report.refused {

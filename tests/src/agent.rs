@@ -127,6 +127,17 @@ impl Agent {
         Ok((code, body.to_owned()))
     }
 
+    /// What `kube-lane status` prints of it with these arguments: whether it succeeds, and standard output.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn status(&self, arguments: &[&str]) -> Result<(bool, String)> {
+        let mut command = Command::new(binary()?);
+        command.arg("status").args(arguments);
+        let output = self.host.run(move || command.output())??;
+        Ok((output.status.success(), String::from_utf8(output.stdout)?))
+    }
+
     /// The process: signals, end, memory.
     pub fn process(&mut self) -> &mut Process {
         &mut self.process

@@ -10,15 +10,16 @@ use anyhow::Context;
 use prometheus_client::registry::Registry;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
-use super::{instance, settings, sysctls};
+use super::{instance, settings, sysctls, words};
 use crate::config::flags::RunFlags;
 use crate::config::{Api, Config, Environment, Mode};
 use crate::controller::Controller;
 use crate::dataplane::conntrack::Conntrack;
 use crate::dataplane::nftables::{self, Nftables};
-use crate::dataplane::{Follower, socket};
+use crate::dataplane::socket::{self, Socket};
+use crate::dataplane::{Follower, Layers};
 use crate::health::{HealthState, Servers, ServiceHealth};
 use crate::model::input::{Event, Origin};
 use crate::model::planner::Planner;
@@ -40,14 +41,14 @@ pub(super) fn run(flags: &RunFlags) -> anyhow::Result<ExitCode> {
     memory::share_arena();
     let config = configure(flags)?;
     let listener = instance::claim()?;
-    let (config, why) = available(config);
+    let (config, front) = open_front(config);
     // One thread for the controller and one for the rest is all there is to do.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .context("runtime")?;
-    let result = runtime.block_on(serve(config, why, listener));
+    let result = runtime.block_on(serve(config, front, listener));
     // A commit that is under way must not be waited for: the next start repairs what it left.
     runtime.shutdown_background();
     result.map(|()| ExitCode::SUCCESS)
@@ -81,21 +82,37 @@ fn configure(flags: &RunFlags) -> anyhow::Result<Config> {
     Ok(resolved.config)
 }
 
-/// The configuration with the mode that can be had, and why that is not the one that was asked for.
-fn available(mut config: Config) -> (Config, Option<String>) {
+/// The socket layer, or why there is none although it was asked for.
+type Front = Result<Option<Socket>, String>;
+
+/// Opens the socket layer where it is asked for; the configuration then has the mode that could be had.
+fn open_front(mut config: Config) -> (Config, Front) {
     if config.mode == Mode::Nftables {
-        return (config, None);
+        // What an earlier run left would lead where nobody follows changes.
+        if let Err(error) = socket::withdraw(&config.socket_lb.bpf_root) {
+            let error = words(&error.into());
+            error!(
+                error,
+                "the socket layer of an earlier run cannot be removed; `kube-lane cleanup` tries again"
+            );
+        }
+        return (config, Ok(None));
     }
-    let why = match socket::available() {
-        Ok(_) => "the socket programs of this version answer nothing yet".to_owned(),
-        Err(error) => error.to_string(),
-    };
-    warn!("mode ebpf: {why}; nftables alone serves");
-    config.mode = Mode::Nftables;
-    (config, Some(why))
+    let options = settings::socket(&config.socket_lb, &config.network.detector, config.masquerade_all);
+    match Socket::open(options) {
+        Ok(socket) => (config, Ok(Some(socket))),
+        Err(error) => {
+            let why = words(&error.into());
+            warn!(
+                "mode ebpf cannot be had: {why}; nftables alone serves (`kube-lane check --proxy-mode ebpf` tells more)"
+            );
+            config.mode = Mode::Nftables;
+            (config, Err(why))
+        }
+    }
 }
 
-async fn serve(config: Config, why: Option<String>, listener: Option<UnixListener>) -> anyhow::Result<()> {
+async fn serve(config: Config, front: Front, listener: Option<UnixListener>) -> anyhow::Result<()> {
     let mut terminated = signal(SignalKind::terminate()).context("SIGTERM")?;
     let mut interrupted = signal(SignalKind::interrupt()).context("SIGINT")?;
     info!(
@@ -107,12 +124,13 @@ async fn serve(config: Config, why: Option<String>, listener: Option<UnixListene
 
     sysctls::apply(&config.conntrack);
     let (health, health_state) = watch::channel(HealthState::default());
-    let mut registry = metrics::registry();
+    let mut registry = metrics::registry(config.mode.as_str());
     let servers = Servers::new(&config, &mut registry);
     let events = start_events(&config).await?;
     let (queries, asked) = mpsc::channel(1);
+    let (socket, why) = front.map_or_else(|why| (None, Some(why)), |socket| (socket, None));
     let facts = Facts { node: config.node_name.clone(), mode: config.mode, why };
-    let agent = agent(config, health, asked, events.clone(), &mut registry);
+    let agent = agent(config, socket, health, asked, events.clone(), &mut registry);
     // Tasks of their own: a commit blocks this one.
     if let Some(listener) = listener {
         let answering = status::serve(listener, facts, health_state.clone(), queries);
@@ -136,6 +154,7 @@ async fn serve(config: Config, why: Option<String>, listener: Option<UnixListene
 /// The agent proper: sources, model, dataplane, and the controller that joins them.
 fn agent(
     config: Config,
+    socket: Option<Socket>,
     health: watch::Sender<HealthState>,
     queries: mpsc::Receiver<Query>,
     kubernetes: Events,
@@ -153,8 +172,9 @@ fn agent(
             detector: settings::detector(&config.network.detector),
             masquerade_all: config.masquerade_all,
         };
-        let dataplane = Nftables::open(settings)?;
-        let foreign = ready::readable(dataplane.descriptor()?)?;
+        let nftables = Nftables::open(settings)?;
+        let foreign = ready::readable(nftables.descriptor()?)?;
+        let dataplane = Layers::new(nftables, socket, !config.socket_lb.leave_alone.is_empty());
         let conntrack = Conntrack::spawn(config.conntrack.clean_sctp, move |looked| flows.looked(&looked))?;
         let on_nodeport_addresses = config.network.nodeport_addresses.is_some();
         let service_health = ServiceHealth::spawn(on_nodeport_addresses, health.subscribe(), kubernetes);
@@ -172,7 +192,8 @@ async fn start_sources(config: &Config, events: mpsc::Sender<Vec<Event>>) -> any
     let mut origins = Vec::new();
     if let Some(dir) = &config.manifests {
         origins.push(Origin::Static);
-        manifest::spawn(dir.clone(), Some(config.node_name.clone()), events.clone());
+        let node = Some(config.node_name.clone());
+        manifest::spawn(dir.clone(), node, config.api.is_none(), events.clone());
     }
     if let Some(api) = &config.api {
         origins.push(Origin::Api);

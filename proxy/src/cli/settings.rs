@@ -2,9 +2,9 @@
 
 use crate::config::{Detector, Network, SocketLb};
 use crate::dataplane::nftables;
-use crate::dataplane::socket::Room;
 use crate::dataplane::socket::answers::{Clients, Policy};
 use crate::dataplane::socket::write::Sizes;
+use crate::dataplane::socket::{self, Room};
 use crate::model::input::Origin;
 use crate::model::planner::{self, NodePortAddresses, PodCidrs};
 
@@ -35,6 +35,17 @@ pub(super) fn detector(detector: &Detector) -> nftables::Detector {
         Detector::ClusterCidr(_) | Detector::NodeCidr => nftables::Detector::PodCidrs,
         Detector::BridgeInterface(name) => nftables::Detector::Interface(name.clone()),
         Detector::InterfaceNamePrefix(prefix) => nftables::Detector::InterfacePrefix(prefix.clone()),
+    }
+}
+
+/// How the socket layer is set up.
+pub(super) fn socket(settings: &SocketLb, detector: &Detector, masquerade_all: bool) -> socket::Options {
+    socket::Options {
+        cgroup_root: settings.cgroup_root.clone(),
+        bpf_root: settings.bpf_root.clone(),
+        left_alone: settings.leave_alone.clone(),
+        policy: policy(settings, detector, masquerade_all),
+        room: room(settings),
     }
 }
 

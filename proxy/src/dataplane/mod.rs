@@ -8,6 +8,7 @@ pub mod conntrack;
 #[path = "../../tests/planner/history.rs"]
 mod history;
 mod inspection;
+mod layers;
 mod netlink;
 pub mod nftables;
 pub mod socket;
@@ -16,6 +17,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 pub use self::inspection::{Counts, Inspection};
+pub use self::layers::Layers;
 use crate::model::input::{Family, Protocol, ServiceKey};
 use crate::model::plan::{FrontendAddress, NodePlan, Plan};
 

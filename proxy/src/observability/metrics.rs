@@ -9,6 +9,7 @@ use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetri
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::model::input::Family;
@@ -40,9 +41,14 @@ impl From<Family> for IpFamily {
     }
 }
 
-/// A registry that already holds the process's own families.
-pub fn registry() -> Registry {
+/// A registry that already holds the process's own families; `mode`: which dataplanes run.
+pub fn registry(mode: &'static str) -> Registry {
     let mut registry = Registry::default();
+    registry.sub_registry_with_prefix(KUBE_LANE).register(
+        "agent",
+        "The version, and which dataplanes run",
+        Info::new([("version", env!("CARGO_PKG_VERSION")), ("mode", mode)]),
+    );
     registry.register_collector(Box::new(Process));
     registry
 }
@@ -104,7 +110,7 @@ mod tests {
     #[test]
     fn the_process_reports_itself_under_the_usual_names() {
         let mut text = String::new();
-        prometheus_client::encoding::text::encode(&mut text, &registry()).unwrap();
+        prometheus_client::encoding::text::encode(&mut text, &registry("nftables")).unwrap();
         for name in [
             "process_cpu_seconds_total ",
             "process_resident_memory_bytes ",

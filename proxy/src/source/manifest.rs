@@ -55,14 +55,20 @@ fn read(folder: &mut Folder) -> (Vec<Event>, Vec<Problem>) {
 
 /// Follows a folder until the receiver is dropped. Must be called within a tokio runtime.
 ///
-/// `node` is the own node's name: the Node of that name is read, others are not.
-pub fn spawn(dir: PathBuf, node: Option<String>, events: mpsc::Sender<Vec<Event>>) -> JoinHandle<()> {
+/// `node` is the own node's name: the Node of that name is read, others are not. `alone`: there is no other source, so
+/// that slices which lead nowhere at the start are worth a word.
+pub fn spawn(
+    dir: PathBuf,
+    node: Option<String>,
+    alone: bool,
+    events: mpsc::Sender<Vec<Event>>,
+) -> JoinHandle<()> {
     tokio::spawn(async move {
         // A relative path has another meaning after a chdir, and no parent to watch.
         let dir = std::path::absolute(&dir).unwrap_or(dir);
         tokio::select! {
             () = events.closed() => {}
-            () = follow(dir, node, &events) => {}
+            () = follow(dir, node, alone, &events) => {}
         }
     })
 }
@@ -72,7 +78,7 @@ fn synced() -> Event {
 }
 
 /// Returns when the receiver is gone.
-async fn follow(dir: PathBuf, node: Option<String>, events: &mpsc::Sender<Vec<Event>>) {
+async fn follow(dir: PathBuf, node: Option<String>, alone: bool, events: &mpsc::Sender<Vec<Event>>) {
     let mut folder = Some(Folder::new(dir.clone(), node));
     let mut is_first = true;
     let mut is_watched = true;
@@ -91,6 +97,8 @@ async fn follow(dir: PathBuf, node: Option<String>, events: &mpsc::Sender<Vec<Ev
         let Some(mut found) = scan(&mut folder, Scope::Folder).await else { return };
         if std::mem::take(&mut is_first) {
             found.push(synced());
+            let unmatched = folder.as_ref().filter(|_| alone).map(Folder::unmatched);
+            unmatched.into_iter().flatten().for_each(|problem| warn!("{problem}"));
         }
         if !found.is_empty() && events.send(found).await.is_err() {
             return;

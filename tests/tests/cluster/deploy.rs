@@ -24,8 +24,9 @@ use crate::wait::{LIMIT, answered, logged, until};
 const NAMESPACE: &str = "kube-system";
 const NAME: &str = "kube-lane";
 
-/// A container as a runtime makes it: `$1` is seen at `$2` and `$3` at `$4`, the root is read-only, the capabilities
-/// are those of `$5` alone; the rest is the command, environment first.
+/// A container as a runtime makes it: `$1` is seen at `$2`, `$3` says whether it is read-only (`ro`) there, and so on for
+/// each volume; the root is read-only, the capabilities are those of the next argument alone; the rest is the command,
+/// environment first.
 const CONTAINER: &str = r#"
 set -eu
 mount -t tmpfs none /run
@@ -33,8 +34,8 @@ mount -t tmpfs none /var/lib
 while [ "${1#/}" != "$1" ]; do
     mkdir -p "$2"
     mount --bind "$1" "$2"
-    mount -o remount,bind,ro "$2"
-    shift 2
+    mount -o "remount,bind,$3" "$2"
+    shift 3
 done
 mount -o remount,ro /var/lib
 mount -o remount,ro /run
@@ -49,12 +50,22 @@ fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy")
 }
 
-/// Applies `deploy/`, strictly: a field that the API does not know is an error.
-fn apply(cluster: &Cluster) -> String {
+/// The folders of manifests that a user applies.
+#[derive(Clone, Copy, PartialEq)]
+enum Overlay {
+    Nftables,
+    Ebpf,
+}
+
+/// Applies `deploy/` or one of its overlays, strictly: a field that the API does not know is an error.
+fn apply(cluster: &Cluster, overlay: Overlay) -> String {
     // The server makes it a moment after its start.
     let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}});
     until(|| cluster.get(&namespace).map(drop).map_err(|error| error.to_string()));
-    let folder = folder();
+    let folder = match overlay {
+        Overlay::Nftables => folder(),
+        Overlay::Ebpf => folder().join("ebpf"),
+    };
     let folder = folder.to_str().unwrap();
     cluster.kubectl(&["apply", "--server-side", "--validate=strict", "-k", folder]).unwrap()
 }
@@ -98,12 +109,29 @@ fn run_container(cluster: &Cluster, node: &Host, volumes: &TempDir) -> Agent {
     write("account", "ca.crt", &fs::read(authority).unwrap());
     write("account", "namespace", NAMESPACE.as_bytes());
 
-    // The node's sysctls need no second place here: nothing makes those at their own place read-only.
-    let [mount, sysctls] = container.volume_mounts.unwrap().try_into().unwrap();
-    assert_eq!(sysctls.mount_path, "/host/proc/sys/net");
-    let text = |path: PathBuf| path.to_str().unwrap().to_owned();
-    let mut words = vec![text(path("config")), mount.mount_path];
-    words.extend([text(path("account")), "/var/run/secrets/kubernetes.io/serviceaccount".into()]);
+    let text = |path: &Path| path.to_str().unwrap().to_owned();
+    let mut words = Vec::new();
+    for mount in container.volume_mounts.unwrap() {
+        let volume = match (mount.name.as_str(), mount.mount_path.as_str()) {
+            ("config", _) => path("config"),
+            // What a node's root would be.
+            ("cgroup", _) => node.cgroup().to_owned(),
+            ("bpf", "/sys/fs/bpf") => {
+                fs::create_dir_all(node.bpf_root()).unwrap();
+                node.bpf_root().to_owned()
+            }
+            // The node's sysctls need no second place here: nothing makes those at their own place read-only.
+            ("sysctls", "/host/proc/sys/net") => continue,
+            other => panic!("a mount that this test does not know: {other:?}"),
+        };
+        let mode = if mount.read_only == Some(true) { "ro" } else { "rw" };
+        words.extend([text(&volume), mount.mount_path, mode.to_owned()]);
+    }
+    words.extend([
+        text(&path("account")),
+        "/var/run/secrets/kubernetes.io/serviceaccount".into(),
+        "ro".into(),
+    ]);
 
     let capabilities = container.security_context.unwrap().capabilities.unwrap();
     assert_eq!(capabilities.drop.unwrap(), ["ALL"]);
@@ -118,7 +146,7 @@ fn run_container(cluster: &Cluster, node: &Host, volumes: &TempDir) -> Agent {
             words.push(format!("{name}={value}"));
         }
     }
-    words.push(text(agent::binary().unwrap()));
+    words.push(text(&agent::binary().unwrap()));
     words
         .extend(container.args.unwrap().iter().map(|argument| argument.replace("$(NODE_NAME)", node.name())));
 
@@ -136,8 +164,19 @@ fn status(agent: &mut Agent, field: &str) -> String {
 
 #[test]
 fn the_daemon_set_serves_as_it_is_written() {
+    // NET_ADMIN is capability 12.
+    serves_as_it_is_written(Overlay::Nftables, 1 << 12);
+}
+
+#[test]
+fn the_daemon_set_of_mode_ebpf_serves_as_it_is_written() {
+    // And PERFMON and BPF are 38 and 39.
+    serves_as_it_is_written(Overlay::Ebpf, 1 << 12 | 1 << 38 | 1 << 39);
+}
+
+fn serves_as_it_is_written(overlay: Overlay, capabilities: u64) {
     let cluster = Cluster::start(Lab::builder().build().unwrap()).unwrap();
-    let applied = apply(&cluster);
+    let applied = apply(&cluster, overlay);
     for object in [
         "serviceaccount/kube-lane",
         "clusterrole.rbac.authorization.k8s.io/kube-lane",
@@ -147,7 +186,7 @@ fn the_daemon_set_serves_as_it_is_written() {
     ] {
         assert!(applied.contains(object), "no {object} in\n{applied}");
     }
-    assert_eq!(apply(&cluster).lines().count(), applied.lines().count());
+    assert_eq!(apply(&cluster, overlay).lines().count(), applied.lines().count());
 
     // A DaemonSet's template is checked in full only when a pod is made of it.
     let template = daemon_set(&cluster).spec.unwrap().template;
@@ -188,15 +227,18 @@ fn the_daemon_set_serves_as_it_is_written() {
     answered(&dialler, Proto::Tcp, "10.96.1.1:80".parse().unwrap(), Some("server"));
     answered(cluster.lab().outside(), Proto::Tcp, (node0.v4(), 30080).into(), Some("server"));
 
-    // It was as confined as the test says: NET_ADMIN is capability 12.
-    for (field, value) in [
-        ("CapEff", "0000000000001000"),
-        ("CapPrm", "0000000000001000"),
-        ("CapBnd", "0000000000001000"),
-        ("NoNewPrivs", "1"),
-    ] {
+    // It was as confined as the test says.
+    let confined = format!("{capabilities:016x}");
+    for (field, value) in
+        [("CapEff", &*confined), ("CapPrm", &confined), ("CapBnd", &confined), ("NoNewPrivs", "1")]
+    {
         assert_eq!(status(&mut agent, field), value, "{field}");
     }
+    let mode = if overlay == Overlay::Ebpf { "ebpf" } else { "nftables" };
+    assert_eq!(agent.get(10249, "/proxyMode").unwrap().1, mode);
+    let (_, told) = agent.status(&["default/echo"]).unwrap();
+    let by = format!("ClusterIP 10.96.1.1:80{}", if overlay == Overlay::Ebpf { " [socket" } else { "" });
+    assert!(told.contains(&by), "{told}");
     let log = agent.log();
     let complaints: Vec<_> =
         log.lines().filter(|line| line.contains(" WARN ") || line.contains(" ERROR ")).collect();
@@ -231,7 +273,7 @@ async fn permissions(kubeconfig: PathBuf) -> Result<BTreeSet<String>> {
 #[test]
 fn the_account_may_watch_what_it_needs_and_nothing_else() {
     let cluster = Cluster::start(Lab::builder().build().unwrap()).unwrap();
-    apply(&cluster);
+    apply(&cluster, Overlay::Nftables);
     let nobody = json!({
         "apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "nobody", "namespace": NAMESPACE},
     });
@@ -284,7 +326,7 @@ fn the_account_may_watch_what_it_needs_and_nothing_else() {
 #[test]
 fn a_missing_permission_is_named_and_waited_for() {
     let cluster = Cluster::start(Lab::builder().build().unwrap()).unwrap();
-    apply(&cluster);
+    apply(&cluster, Overlay::Nftables);
     cluster.kubectl(&["delete", "clusterrolebinding", NAME]).unwrap();
     let kubeconfig = cluster.kubeconfig_for_service_account(NAMESPACE, NAME).unwrap();
     let arguments = ["--kubeconfig", kubeconfig.to_str().unwrap()];
@@ -297,7 +339,7 @@ fn a_missing_permission_is_named_and_waited_for() {
     }
     assert_eq!(agent.healthz().unwrap().0, 503);
 
-    apply(&cluster);
+    apply(&cluster, Overlay::Nftables);
     agent.wait_synced(LIMIT).unwrap();
     logged(&agent, &["the API server is watched again"]);
 }

@@ -22,4 +22,6 @@ mod services;
 #[cfg(test)]
 mod socket_programs;
 #[cfg(test)]
+mod status;
+#[cfg(test)]
 mod world;

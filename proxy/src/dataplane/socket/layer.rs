@@ -6,7 +6,7 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::path::{Path, PathBuf};
 
-use kube_lane_common::{Answered, Settings};
+use kube_lane_common::{Answered, Settings, maps as names};
 use tracing::warn;
 
 use super::affinity::Memories;
@@ -15,8 +15,8 @@ use super::cgroup::{self, Cgroup};
 use super::grace::Grace;
 use super::ids::Retired;
 use super::lower::{Lowering, PortView};
-use super::maps::{Maps, Room};
-use super::pins::Pins;
+use super::maps::{Maps, Room, open_array};
+use super::pins::{Pins, Version};
 use super::sys::GracePeriod;
 use super::write::{Found, Write};
 use super::{SocketError, available, install, sys};
@@ -273,6 +273,23 @@ impl LeftAlone {
         self.ids = Some(wanted);
         Ok(())
     }
+}
+
+/// As [`cleanup`], for an agent that does without the layer: what the agent of another network namespace left stays, since
+/// that may still follow changes.
+///
+/// # Errors
+/// Where something cannot be removed.
+pub fn withdraw(bpf_root: &Path) -> Result<(), SocketError> {
+    let host = sys::network_namespace_cookie().map_err(SocketError::Cookie)?;
+    let is_others = |version: &Version| {
+        let settings = open_array::<Settings>(&version.maps(), names::SETTINGS).ok();
+        settings
+            .and_then(|settings| settings.get(0))
+            .is_some_and(|settings| ![0, host].contains(&settings.host))
+    };
+    let versions = Pins::new(bpf_root).versions()?;
+    versions.iter().filter(|version| !is_others(version)).try_for_each(Version::remove)
 }
 
 /// Detaches and removes all of ours below `bpf_root`, of every layout. Well where there is nothing.

@@ -32,7 +32,7 @@ mod sys;
 pub mod write;
 
 pub use self::error::SocketError;
-pub use self::layer::{Applied, Options, Socket, cleanup};
+pub use self::layer::{Applied, Options, Socket, cleanup, withdraw};
 pub use self::maps::Room;
 pub use self::probe::{Feature, probe};
 

@@ -283,7 +283,7 @@ struct Followed {
 impl Followed {
     fn new(dir: &Path) -> Self {
         let (sender, batches) = mpsc::channel(16);
-        Self { batches, task: spawn(dir.to_owned(), None, sender) }
+        Self { batches, task: spawn(dir.to_owned(), None, true, sender) }
     }
 
     async fn next(&mut self) -> Vec<String> {

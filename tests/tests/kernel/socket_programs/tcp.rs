@@ -168,41 +168,6 @@ fn who_cannot_be_remembered_is_left_alone() {
 }
 
 #[test]
-fn a_memory_counts_in_the_set_that_has_the_backend() {
-    let mut stage = Stage::new();
-    let cluster = lead_to_both(&mut stage, 10);
-    // The Local set has b alone.
-    let [local, _] = service(2);
-    stage.programs.set(Set::local_of(1), &[2]);
-    stage.programs.array(maps::MEMBERS).set(2, Member::new(1, true, true), 0).unwrap();
-    let key = FrontendKey::tcp(local);
-    let frontend = Frontend::new(Set::local_of(1), 0, key.fingerprint());
-    stage.programs.hash(maps::FRONTENDS).insert(key, frontend, 0).unwrap();
-
-    stage.programs.remember(&stage.client, 1, Remembered::new(1, seconds()));
-    assert_eq!(ask(&stage.client, cluster).0, "a");
-    assert_eq!(ask(&stage.client, local).0, "b");
-    // The frontends of a port share its memory.
-    assert_eq!(ask(&stage.client, cluster).0, "b");
-}
-
-#[test]
-fn a_socket_that_has_no_room_for_what_it_dialled_is_left_alone() {
-    let mut stage = Stage::new();
-    let [to, _] = lead_to_a(&mut stage);
-    let optmem = "/proc/sys/net/core/optmem_max";
-    let was = stage.client.run(move || {
-        let was = fs::read_to_string(optmem).unwrap();
-        fs::write(optmem, "0").unwrap();
-        was
-    });
-    assert_eq!(stage.meets(&stage.client, to), Outcome::TimedOut);
-    assert_eq!(stage.programs.connections([1]), [0]);
-    stage.client.run(move || fs::write(optmem, was.unwrap()).unwrap()).unwrap();
-    assert_eq!(stage.meets(&stage.client, to).by(), Some("a"));
-}
-
-#[test]
 fn sockets_bound_to_an_address_are_answered_where_it_changes_nothing() {
     let mut stage = Stage::new();
     stage.answer(PODS | HOST);

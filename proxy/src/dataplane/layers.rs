@@ -1,0 +1,148 @@
+//! nftables, which is a complete proxy, and the socket layer in front of it where there is one.
+//!
+//! Owns the order of the two, and what trouble in front means: it is told and tried again, and never keeps anything from
+//! nftables. The socket layer leads nobody where nftables would not.
+
+use std::collections::BTreeMap;
+use std::error::Error;
+use std::time::{Duration, Instant};
+
+use tracing::{error, info, warn};
+
+use super::nftables::{Nftables, NftablesError};
+use super::socket::Socket;
+use super::socket::answers::{Answer, Limit, Why};
+use super::{Batch, Dataplane, Inspection, Outcome};
+use crate::model::input::ServiceKey;
+use crate::model::plan::Plan;
+
+/// How long after a failure the socket layer is tried again, and the most that grows to.
+const RETRY: Duration = Duration::from_millis(200);
+const RETRY_MAX: Duration = Duration::from_secs(30);
+/// How often the socket layer looks by itself for what nobody tells: room for Services that had none, cgroups to leave
+/// alone that have come or gone.
+const LOOK: Duration = Duration::from_secs(1);
+/// How many Services without room a commit names in the log.
+const NAMED: usize = 10;
+
+/// Both layers.
+pub struct Layers {
+    nftables: Nftables,
+    front: Option<Front>,
+}
+
+/// The socket layer and how it fares.
+struct Front {
+    socket: Socket,
+    /// What went wrong the last time, and how often in a row.
+    trouble: Option<(String, u32)>,
+    /// Services that there is no room for.
+    full: BTreeMap<ServiceKey, Limit>,
+    /// There are cgroups to be left alone.
+    leaves_alone: bool,
+    /// When it has something to do by itself.
+    due: Option<Instant>,
+}
+
+impl Layers {
+    /// nftables, and the socket layer where there is one; `leaves_alone`: that has cgroups to leave alone.
+    pub fn new(nftables: Nftables, socket: Option<Socket>, leaves_alone: bool) -> Self {
+        let front = |socket| Front { socket, trouble: None, full: BTreeMap::new(), leaves_alone, due: None };
+        Self { nftables, front: socket.map(front) }
+    }
+}
+
+impl Dataplane for Layers {
+    type Error = NftablesError;
+
+    fn apply(&mut self, batch: &Batch) -> Result<Outcome, NftablesError> {
+        let outcome = self.nftables.apply(batch)?;
+        if let Some(front) = &mut self.front {
+            front.apply(batch, &outcome);
+        }
+        Ok(outcome)
+    }
+
+    fn repair(&mut self) -> Result<Option<Outcome>, NftablesError> {
+        self.nftables.repair()
+    }
+
+    fn due(&self) -> Option<Instant> {
+        self.front.as_ref()?.due
+    }
+
+    fn catch_up(&mut self) {
+        if let Some(front) = &mut self.front {
+            front.apply(&Batch::default(), &Outcome::default());
+        }
+    }
+
+    fn inspect(&self, plan: &Plan) -> Inspection {
+        self.front.as_ref().map(|front| front.socket.inspect(&plan.service)).unwrap_or_default()
+    }
+
+    fn troubles(&self) -> Vec<String> {
+        let Some(front) = &self.front else { return Vec::new() };
+        let trouble = front.trouble.iter().map(|(words, _)| format!("the socket layer lags behind: {words}"));
+        let full =
+            front.full.iter().map(|(service, limit)| format!("nftables alone answers {service}: {limit}"));
+        trouble.chain(full).collect()
+    }
+}
+
+impl Front {
+    /// Follows what nftables did.
+    fn apply(&mut self, batch: &Batch, outcome: &Outcome) {
+        let result = self.socket.apply(batch, |service| outcome.refused(service));
+        let now = Instant::now();
+        match result {
+            Ok(applied) => {
+                if self.trouble.take().is_some() {
+                    info!("the socket layer follows again");
+                }
+                self.note_full(applied.full);
+                self.due = (self.leaves_alone || !self.full.is_empty()).then(|| now + LOOK);
+            }
+            Err(error) => {
+                let words = words(&error);
+                let failures = self.trouble.as_ref().map_or(0, |(_, failures)| *failures);
+                if failures == 0 {
+                    error!(error = words, "the socket layer lags behind; trying again");
+                }
+                self.due = Some(now + (RETRY * 2_u32.saturating_pow(failures)).min(RETRY_MAX));
+                self.trouble = Some((words, failures.saturating_add(1)));
+            }
+        }
+    }
+
+    /// Says which Services have lost their room, and that all have it again.
+    fn note_full(&mut self, full: Vec<(ServiceKey, Limit)>) {
+        let was_full = !self.full.is_empty();
+        let is_full = |service: &ServiceKey| {
+            let answers = self.socket.inspect(service).answers;
+            answers.iter().flatten().any(|answer| matches!(answer, Answer::Nftables(Why::Full(_))))
+        };
+        self.full.retain(|service, _| is_full(service));
+        for (service, limit) in full.iter().take(NAMED) {
+            warn!(%service, "no room at the socket ({limit}): nftables alone answers this Service");
+        }
+        if let Some(more) = full.len().checked_sub(NAMED + 1) {
+            warn!("no room at the socket for {} Services more; `kube-lane status` names them", more + 1);
+        }
+        self.full.extend(full);
+        if was_full && self.full.is_empty() {
+            info!("there is room at the socket for every Service again");
+        }
+    }
+}
+
+/// An error and what led to it.
+fn words(error: &dyn Error) -> String {
+    let mut words = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        words = format!("{words}: {error}");
+        cause = error.source();
+    }
+    words
+}
