@@ -161,27 +161,27 @@ pub(crate) fn set<F: Family>(context: &SockAddrContext, address: Address, port: 
 
 /// Leaves with the socket what it dialled and where that leads; `None` where the kernel has no memory for it.
 #[inline(always)]
-pub(crate) fn remember(context: &SockAddrContext, reverse: Reverse) -> Option<()> {
-    // SAFETY: the socket is the context's; the kernel gives null or a pointer to its storage, which lives as long as it.
-    let stored = unsafe { REVERSE.get_or_insert_ptr_mut(context, None).as_mut() }?;
-    *stored = reverse;
-    Some(())
+pub(crate) fn remember(context: &SockAddrContext, mut reverse: Reverse) -> Option<()> {
+    // SAFETY: the socket is the context's.
+    let stored = unsafe { REVERSE.get_or_insert_ptr_mut(context, Some(&mut reverse)) };
+    (!stored.is_null()).then_some(())
 }
 
-/// Voids what an earlier `connect()` left with the socket: what it dials now has its own name.
+/// Drops what an earlier `connect()` left with the socket: where it goes now, its peer is what it dials.
 #[inline(always)]
 pub(crate) fn forget(context: &SockAddrContext) {
-    // SAFETY: as in `remember`.
-    if let Some(stored) = unsafe { REVERSE.get_ptr_mut(context).as_mut() } {
-        // No peer has this port.
-        stored.port = Port::from_host(0);
+    // SAFETY: the socket is the context's.
+    if unsafe { !REVERSE.get_ptr_mut(context).is_null() } {
+        // Fails where it has gone already.
+        // SAFETY: as above.
+        let _ = unsafe { REVERSE.delete(socket(context)) };
     }
 }
 
 /// Has `getpeername()` tell what was dialled, where that is what led to the peer.
 #[inline(always)]
 pub(crate) fn peer_name<F: Family>(context: &SockAddrContext) {
-    // SAFETY: as in `remember`.
+    // SAFETY: the socket is the context's; the kernel gives null or a pointer to its storage, which lives as long as it.
     let Some(reverse) = (unsafe { REVERSE.get_ptr_mut(context).as_ref() }) else { return };
     if reverse.port == port(context) && reverse.address == F::address(context) {
         set::<F>(context, reverse.frontend.address, reverse.frontend.port);
