@@ -57,7 +57,9 @@ impl Dataplane for Layers {
 
     fn apply(&mut self, batch: &Batch) -> Result<Outcome, NftablesError> {
         let outcome = self.nftables.apply(batch)?;
-        if let Some(front) = &mut self.front {
+        // Before the first batch that has something nothing is known of the node, and what an earlier run left goes on.
+        let is_empty = batch.node.is_none() && batch.services.is_empty() && !batch.sweep;
+        if let Some(front) = self.front.as_mut().filter(|_| !is_empty) {
             front.apply(batch, &outcome);
         }
         Ok(outcome)
