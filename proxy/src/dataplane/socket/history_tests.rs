@@ -27,7 +27,7 @@ const AMPLE: Sizes = Sizes { frontends: 200, ports: 100, slots: 1_000, backends:
 #[test]
 fn whoever_reads_at_any_moment_is_led_right() {
     for seed in 1..=CASES {
-        let caught = std::panic::catch_unwind(|| case(seed, Grace::Period));
+        let caught = std::panic::catch_unwind(|| case(seed));
         if let Err(cause) = caught {
             println!("seed {seed}");
             std::panic::resume_unwind(cause);
@@ -35,21 +35,7 @@ fn whoever_reads_at_any_moment_is_led_right() {
     }
 }
 
-#[test]
-fn without_a_grace_period_somebody_is_led_wrong() {
-    assert!((1..=CASES).any(|seed| std::panic::catch_unwind(|| case(seed, Grace::None)).is_err()));
-}
-
-/// When what is retired is given back.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Grace {
-    /// Once nobody reads who began before.
-    Period,
-    /// At once.
-    None,
-}
-
-fn case(seed: u64, grace: Grace) {
+fn case(seed: u64) {
     let mut random = Random::new(seed);
     let policy = Policy {
         external: !random.one_in(3),
@@ -73,24 +59,19 @@ fn case(seed: u64, grace: Grace) {
         pod_cidrs: PodCidrs::Node,
         nodeport_addresses: NodePortAddresses::Primary,
     });
-    let mut world = World::new(policy, sizes, grace);
+    let mut world = World::new(policy, sizes);
     for _ in 0..STEPS {
         planner.apply(random.event());
         if random.one_in(3) {
             let changes = planner.replan();
-            let batch = Batch {
-                node: changes.node,
-                services: changes
-                    .services
-                    .into_iter()
-                    .map(|(key, plan)| (key, plan.map(|p| twist(&p))))
-                    .collect(),
-                sweep: false,
-            };
-            world.commit(&batch, &mut random);
-        }
-        if random.one_in(30) {
-            world.restart(&mut random);
+            let twist = |(key, plan): (_, Option<Arc<Plan>>)| (key, plan.map(|plan| twist(&plan)));
+            let services = changes.services.into_iter().map(twist).collect();
+            let batch = Batch { node: changes.node, services, sweep: false };
+            if random.one_in(10) {
+                world.restart(&batch, &mut random);
+            } else {
+                world.commit(&batch, &mut random);
+            }
         }
     }
     world.restart_cleanly();
@@ -117,7 +98,6 @@ fn twist(plan: &Plan) -> Arc<Plan> {
 
 struct World {
     policy: Policy,
-    grace: Grace,
     maps: Memory,
     lowering: Lowering,
     plans: BTreeMap<ServiceKey, Arc<Plan>>,
@@ -143,12 +123,11 @@ struct Living {
 }
 
 impl World {
-    fn new(policy: Policy, sizes: Sizes, grace: Grace) -> Self {
+    fn new(policy: Policy, sizes: Sizes) -> Self {
         let maps = Memory::new(sizes);
         let lowering = Lowering::adopt(policy, maps.found(), sizes, &mut |write| panic!("{write:?}"));
         Self {
             policy,
-            grace,
             maps,
             lowering,
             plans: BTreeMap::new(),
@@ -180,7 +159,7 @@ impl World {
         self.readers.retain(|_| !random.one_in(4));
         // Readers of a commit may have seen what it retired.
         let oldest = self.readers.iter().map(|living| living.born).min().unwrap_or(u64::MAX);
-        let is_over = |(at, _): &(u64, Retired)| self.grace == Grace::None || *at < oldest;
+        let is_over = |(at, _): &(u64, Retired)| *at < oldest;
         let (over, waiting): (Vec<_>, _) = std::mem::take(&mut self.retired).into_iter().partition(is_over);
         self.retired = waiting;
         over.into_iter().for_each(|(_, retired)| self.lowering.reclaim(retired));
@@ -309,40 +288,42 @@ impl World {
         Batch { node: Some(self.node.clone()), services: services.collect(), sweep }
     }
 
-    /// The agent is killed while it writes the last batch, and another starts, which is told of some Services later.
-    fn restart(&mut self, random: &mut Random) {
-        let mut killed = self.lowering.everything();
-        for (_, plan) in killed.services.iter_mut().filter(|_| random.one_in(2)) {
-            *plan = None;
+    /// The agent is killed while it writes a batch. Another starts, is told of some Services later, and may be killed in
+    /// turn.
+    fn restart(&mut self, batch: &Batch, random: &mut Random) {
+        self.hear(batch);
+        self.write_and_die(batch, random);
+        loop {
+            let mut mended = Vec::new();
+            let (found, sizes) = (self.maps.found(), self.maps.sizes);
+            self.lowering = Lowering::adopt(self.policy, found, sizes, &mut |write| mended.push(write));
+            self.carry_out(&mended, random);
+            // A grace period passes.
+            self.readers.clear();
+            self.retired.clear();
+            let all = self.everything(false);
+            let (mut first, mut rest) = (Batch { node: all.node, ..Batch::default() }, Batch::default());
+            for service in all.services {
+                if random.one_in(2) { &mut first } else { &mut rest }.services.push(service);
+            }
+            if random.one_in(4) {
+                self.write_and_die(&first, random);
+                continue;
+            }
+            for batch in [&first, &rest] {
+                let mut writes = Vec::new();
+                let lowered = self.lowering.apply(batch, &mut |write| writes.push(write));
+                self.carry_out(&writes, random);
+                self.retired.push((self.now, lowered.retired));
+            }
+            return self.commit(&Batch { sweep: true, ..Batch::default() }, random);
         }
-        self.hear(&killed);
-        let mut writes = Vec::new();
-        self.lowering.apply(&killed, &mut |write| writes.push(write));
-        writes.truncate(random.below(writes.len() as u64 + 1) as usize);
-        self.carry_out_unfinished(&writes);
-        self.readers.clear();
-        self.retired.clear();
-
-        let mut mended = Vec::new();
-        let found = self.maps.found();
-        self.lowering = Lowering::adopt(self.policy, found, self.maps.sizes, &mut |write| mended.push(write));
-        self.carry_out(&mended, random);
-        self.readers.clear();
-        let all = self.everything(false);
-        let (mut first, mut rest) = (Batch { node: all.node, ..Batch::default() }, Batch::default());
-        for service in all.services {
-            if random.one_in(2) { &mut first } else { &mut rest }.services.push(service);
-        }
-        for batch in [&first, &rest] {
-            let mut writes = Vec::new();
-            let lowered = self.lowering.apply(batch, &mut |write| writes.push(write));
-            self.carry_out(&writes, random);
-            self.retired.push((self.now, lowered.retired));
-        }
-        self.commit(&Batch { sweep: true, ..Batch::default() }, random);
     }
 
-    fn carry_out_unfinished(&mut self, writes: &[Write]) {
+    fn write_and_die(&mut self, batch: &Batch, random: &mut Random) {
+        let mut writes = Vec::new();
+        self.lowering.apply(batch, &mut |write| writes.push(write));
+        writes.truncate(random.below(writes.len() as u64 + 1) as usize);
         writes.iter().for_each(|write| self.maps.write(*write));
     }
 

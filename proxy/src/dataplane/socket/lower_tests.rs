@@ -9,7 +9,7 @@ use kube_lane_common::{
 use super::addresses::key;
 use super::answers::{Answer, Limit, Policy, Why};
 use super::lower::{Lowered, Lowering};
-use super::memory_tests::{Memory, Outcome};
+use super::memory_tests::{Memory, Outcome, Reader};
 use super::write::{Found, Sizes, Write};
 use crate::dataplane::Batch;
 use crate::model::input::{Family, Protocol, ServiceKey};
@@ -348,4 +348,29 @@ fn frontends_of_nowhere_are_withdrawn_and_those_of_nobody_at_the_sweep() {
     assert_eq!(led_to(&maps, "10.96.0.2:80"), Outcome::Left);
     assert_eq!((swept.retired.ports.len(), swept.retired.backends.len()), (1, 1));
     maps.check_members();
+}
+
+#[test]
+fn who_reads_late_is_led_to_another_service_only_without_a_grace_period() {
+    let (old, new) = (cluster_ip("10.96.0.1:80"), cluster_ip("10.96.0.2:80"));
+    for waits in [true, false] {
+        let mut agent = Agent::new(AMPLE);
+        agent.apply([plan("old", port(&[old], [pod(1)]))]);
+        let mut reader = Reader::Dials(key(&port(&[], []), old.at)).step(&agent.maps, 0, None);
+        agent.apply([gone("old")]);
+        let retired = std::mem::take(&mut agent.last.retired);
+        if !waits {
+            agent.lowering.reclaim(retired);
+        }
+        agent.apply([plan("new", port(&[new], [pod(2)]))]);
+        for _ in 0..3 {
+            reader = reader.step(&agent.maps, 0, None);
+        }
+        assert_eq!(matches!(reader, Reader::Left), waits, "{reader:?}");
+        assert_eq!(
+            matches!(reader, Reader::Led(_, at) if at == pod(2).address.socket()),
+            !waits,
+            "{reader:?}"
+        );
+    }
 }
