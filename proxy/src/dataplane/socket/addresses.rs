@@ -9,17 +9,19 @@ use std::net::IpAddr;
 use itertools::{EitherOrBoth, Itertools as _};
 use kube_lane_common::{Address, FrontendKey, Port};
 
-use super::answers::{Clashes, Why, is_dialled_alike};
+#[cfg(test)]
+use super::answers::Clashes;
+use super::answers::{Why, is_dialled_alike};
 use super::members::members;
 use crate::model::input::{Family, Protocol};
 use crate::model::plan::{AddressPort, FrontendAddress, NodePlan, Plan, PortPlan};
 
 /// What stands for a Service here: the caller's number.
-pub type Handle = u32;
+pub(super) type Handle = u32;
 
 /// The addresses of all Services.
 #[derive(Debug, Default)]
-pub struct Addresses {
+pub(super) struct Addresses {
     frontends: HashMap<FrontendKey, Handle>,
     /// The backends of each port, by its position in the plan.
     backends: BTreeSet<(AddressPort, Handle, u16)>,
@@ -49,7 +51,8 @@ fn nodeport_key(family: Family, number: u16, protocol: Protocol) -> FrontendKey 
 
 impl Addresses {
     /// Those of some plans, on a node.
-    pub fn of<'a>(plans: impl IntoIterator<Item = &'a Plan>, node: &NodePlan) -> Self {
+    #[cfg(test)]
+    pub(super) fn of<'a>(plans: impl IntoIterator<Item = &'a Plan>, node: &NodePlan) -> Self {
         let mut addresses = Self::default();
         addresses.move_node(node);
         for (handle, plan) in (0..).zip(plans) {
@@ -67,7 +70,8 @@ impl Addresses {
     }
 
     /// What a port's addresses meet.
-    pub fn clashes(&self, port: &PortPlan) -> Clashes {
+    #[cfg(test)]
+    pub(super) fn clashes(&self, port: &PortPlan) -> Clashes {
         Clashes {
             backend: self.clash(port.protocol, all_backends(Some(port))),
             vip_on_node: self.vip_on_node(port),

@@ -10,7 +10,7 @@ use kube_lane_common::{Answered, Settings, maps as names};
 use tracing::warn;
 
 use super::affinity::Memories;
-use super::answers::{Answer, Clients, Limit, Policy, Why};
+use super::answers::{Clients, Limit, Policy};
 use super::cgroup::{self, Cgroup};
 use super::grace::Grace;
 use super::ids::Retired;
@@ -148,7 +148,7 @@ impl Socket {
             self.reclaim(returned);
             self.lower(&Batch::default(), &mut applied);
             self.settle()?;
-            applied.full.retain(|(service, _)| self.is_full(service));
+            applied.full.retain(|(service, _)| self.lowering.is_full(service));
         }
         Ok(applied)
     }
@@ -185,11 +185,6 @@ impl Socket {
     /// Where a map cannot be read.
     pub fn found(&self) -> Result<Found, SocketError> {
         self.maps.read()
-    }
-
-    fn is_full(&self, service: &ServiceKey) -> bool {
-        let mut ports = self.lowering.service(service).into_iter().flatten();
-        ports.any(|port| port.answers.iter().any(|answer| matches!(answer, Answer::Nftables(Why::Full(_)))))
     }
 
     fn reclaim(&mut self, returned: Vec<Retired>) {

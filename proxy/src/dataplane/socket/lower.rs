@@ -284,6 +284,9 @@ impl Lowering {
 
     /// What an earlier run left of a Service, as if this were its plan then.
     fn claim(&mut self, plan: &Plan) -> Option<Service> {
+        if self.found.is_empty() {
+            return None;
+        }
         let (mut plans, mut ports) = (Vec::new(), Vec::new());
         for port in &plan.ports {
             let (frontends, found) = (&self.image.frontends, &mut self.found);

@@ -3,7 +3,7 @@
 //! Owns the eBPF object, its maps and its links. Never decides policy, and is never needed: what it leaves alone
 //! meets nftables, which is complete without it.
 
-pub mod addresses;
+mod addresses;
 mod adopt;
 mod affinity;
 pub mod answers;
