@@ -20,6 +20,8 @@ mod policies;
 #[cfg(test)]
 mod services;
 #[cfg(test)]
+mod socket_maps;
+#[cfg(test)]
 mod socket_programs;
 #[cfg(test)]
 mod status;

@@ -12,8 +12,9 @@ use kube_lane_common::programs;
 
 use super::SocketError;
 use super::cgroup::Cgroup;
-use super::maps::{Layout, Maps, Pinned, Room, inspect, layouts};
+use super::maps::{Layout, Maps, Pinned, inspect, layouts};
 use super::pins::{MapFolder, Pins, Version};
+use super::room::Room;
 use super::sys::Link;
 
 /// The constant of the programs: not 0 where `bpf_set_retval` exists.

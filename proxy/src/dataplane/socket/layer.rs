@@ -3,27 +3,29 @@
 //! Owns the order of what the other files do, and the retry of what did not reach the maps. Never decides what is
 //! answered (`answers`) or how the maps say it (`lower`).
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 
-use kube_lane_common::{Answered, Settings, maps as names};
+use kube_lane_common::{Settings, maps as names};
 use tracing::warn;
 
 use super::affinity::Memories;
-use super::answers::{Clients, Limit, Policy};
-use super::cgroup::{self, Cgroup};
+use super::answers::{Limit, Policy};
+use super::cgroup::Cgroup;
 use super::grace::Grace;
 use super::ids::Retired;
+use super::install::{self, Prepared};
+use super::left_alone::LeftAlone;
 use super::lower::{Lowering, PortView};
-use super::maps::{Maps, Room, open_array};
+use super::maps::{Maps, open_array};
 use super::pins::{Pins, Version};
+use super::room::Room;
 use super::sys::GracePeriod;
 use super::write::{Found, Write};
-use super::{SocketError, available, install, sys};
+use super::{SocketError, available, settings, sys};
 use crate::dataplane::Batch;
 use crate::dataplane::inspection::{Counts, Inspection};
 use crate::model::input::ServiceKey;
-use crate::model::plan::NodePlan;
 
 /// How the layer is set up.
 #[derive(Clone, Debug)]
@@ -36,22 +38,36 @@ pub struct Options {
     pub left_alone: Vec<PathBuf>,
     /// Who is answered where. [`Policy::leave_alone`] follows from `left_alone`.
     pub policy: Policy,
-    /// How much the maps have room for, at least.
+    /// How much the maps may have room for. They begin smaller, and grow where they are full.
     pub room: Room,
 }
 
 /// The socket layer of this node. Dropping it changes nothing in the kernel.
 #[derive(Debug)]
 pub struct Socket {
+    place: Place,
+    period: GracePeriod,
+    left_alone: LeftAlone,
     lowering: Lowering,
     maps: Maps,
+    grace: Grace<Retired>,
     /// Changes that did not reach the maps when they should have, in their order.
     late: VecDeque<Write>,
     /// What they give up.
     retired: Vec<Retired>,
-    period: GracePeriod,
-    grace: Grace<Retired>,
-    left_alone: LeftAlone,
+    /// Services that there was no room for, to be told.
+    full: Vec<(ServiceKey, Limit)>,
+    /// Programs and maps may not belong together: they are put in place once more.
+    broken: bool,
+}
+
+/// What stays the same as long as the agent runs.
+#[derive(Debug)]
+struct Place {
+    pins: Pins,
+    cgroup: Cgroup,
+    policy: Policy,
+    most: Room,
     /// The cookie of the host's network namespace.
     host: u64,
 }
@@ -74,53 +90,33 @@ impl Socket {
     /// nothing of an earlier run: it would lead to what is no more.
     pub fn open(options: Options) -> Result<Self, SocketError> {
         let pins = Pins::new(&options.bpf_root);
-        Self::take_over(&options, &pins).inspect_err(|_| {
-            if let Err(error) = pins.detach() {
-                warn!(
-                    error = &error as &dyn std::error::Error,
-                    "eBPF programs of an earlier run stay attached"
-                );
-            }
-        })
+        Self::take_over(options, pins.clone()).inspect_err(|_| detach(&pins))
     }
 
-    fn take_over(options: &Options, pins: &Pins) -> Result<Self, SocketError> {
-        let object = available()?;
+    fn take_over(options: Options, pins: Pins) -> Result<Self, SocketError> {
+        let policy = Policy { leave_alone: !options.left_alone.is_empty(), ..options.policy };
         let cgroup = Cgroup::find(options.cgroup_root.as_deref())?;
         let host = sys::network_namespace_cookie().map_err(SocketError::Cookie)?;
-        let policy = Policy { leave_alone: !options.left_alone.is_empty(), ..options.policy };
-        sys::allow_locked_memory();
-        let mut prepared = install::prepare(object, pins, options.room, policy.udp)?;
-        let maps = &mut prepared.maps;
-        let period = GracePeriod::new().map_err(SocketError::Grace)?;
         let mut left_alone = LeftAlone::new(&cgroup, &options.left_alone);
-        left_alone.follow(maps)?;
-        restrict(maps, &period, &policy, host)?;
+        let place = Place { pins, cgroup, policy, most: options.room, host };
+        let period = GracePeriod::new().map_err(SocketError::Grace)?;
 
-        let found = maps.read()?;
-        let mut result = Ok(());
-        let sizes = maps.room().services;
-        let lowering = Lowering::adopt(policy, found, sizes, &mut |write| {
-            if result.is_ok() {
-                result = maps.write(write);
-            }
-        });
-        result?;
-        let (maps, folder) = prepared.attach(&cgroup)?;
-        // Programs may still hold what the earlier run had given up.
-        period.wait().map_err(SocketError::Grace)?;
-        let memories = Memories::open(&folder)?;
-        let grace = GracePeriod::new().and_then(|period| Grace::start(period, memories));
-        let grace = grace.map_err(SocketError::Grace)?;
+        sys::allow_locked_memory();
+        let mut prepared = place.prepare(Room::START.at_most(options.room))?;
+        left_alone.follow(&mut prepared.maps)?;
+        settings::restrict(&prepared.maps, &period, &policy, host)?;
+        let (lowering, maps, grace) = place.begin(prepared, &period)?;
         Ok(Self {
+            place,
+            period,
+            left_alone,
             lowering,
             maps,
+            grace,
             late: VecDeque::new(),
             retired: Vec::new(),
-            period,
-            grace,
-            left_alone,
-            host,
+            full: Vec::new(),
+            broken: false,
         })
     }
 
@@ -139,18 +135,51 @@ impl Socket {
         let batch = Batch { node: batch.node.clone(), services: services.collect(), sweep: batch.sweep };
         let returned = self.grace.returned();
         self.reclaim(returned);
-        let mut applied = Applied::default();
-        self.lower(&batch, &mut applied);
-        self.settle()?;
-        if !applied.full.is_empty() {
-            // What was given up just now may be the room that they need.
-            let returned = self.grace.wait();
-            self.reclaim(returned);
-            self.lower(&Batch::default(), &mut applied);
-            self.settle()?;
-            applied.full.retain(|(service, _)| self.lowering.is_full(service));
+        let mut writes = self.lower(&batch);
+        if self.broken {
+            self.rebuild(self.maps.room())?;
         }
-        Ok(applied)
+        self.settle()?;
+        if !self.full.is_empty() {
+            writes += self.make_room()?;
+        }
+        let full = std::mem::take(&mut self.full);
+        Ok(Applied { full: full.into_iter().filter(|(key, _)| self.lowering.is_full(key)).collect(), writes })
+    }
+
+    /// For Services that have none.
+    fn make_room(&mut self) -> Result<usize, SocketError> {
+        // What was given up just now may be what they need.
+        let returned = self.grace.wait();
+        self.reclaim(returned);
+        let mut writes = self.lower(&Batch::default());
+        self.settle()?;
+        if self.full.iter().any(|(service, _)| self.lowering.is_full(service)) {
+            let everything = self.lowering.everything();
+            let plans = everything.services.iter().filter_map(|(_, plan)| plan.as_deref());
+            let room = self.maps.room();
+            let larger = room.for_plans(plans).at_most(self.place.most).at_least(room);
+            if larger != room {
+                writes += self.rebuild(larger)?;
+                self.settle()?;
+            }
+        }
+        Ok(writes)
+    }
+
+    /// Puts maps, larger ones where they are too small, and programs in place, under what was applied.
+    fn rebuild(&mut self, room: Room) -> Result<usize, SocketError> {
+        let prepared = self.place.prepare(room)?;
+        let everything = self.lowering.everything();
+        self.broken = true;
+        let begun = self.place.begin(prepared, &self.period).inspect_err(|_| detach(&self.place.pins));
+        (self.lowering, self.maps, self.grace) = begun?;
+        self.broken = false;
+        // The new maps hold what the others held, and this says the rest.
+        self.late.clear();
+        self.retired.clear();
+        self.full.clear();
+        Ok(self.lower(&everything))
     }
 
     /// There is something for [`Socket::apply`] to do without a change: room for Services that had none.
@@ -191,17 +220,19 @@ impl Socket {
         returned.into_iter().for_each(|retired| self.lowering.reclaim(retired));
     }
 
-    /// Writes what a batch changes, or keeps it for later.
-    fn lower(&mut self, batch: &Batch, applied: &mut Applied) {
+    /// Writes what a batch changes, or keeps it for later; returns how many words and elements that are.
+    fn lower(&mut self, batch: &Batch) -> usize {
         let (maps, late) = (&mut self.maps, &mut self.late);
+        let mut writes = 0;
         let lowered = self.lowering.apply(batch, &mut |write| {
-            applied.writes += 1;
+            writes += 1;
             if !late.is_empty() || maps.write(write).is_err() {
                 late.push_back(write);
             }
         });
-        applied.full.extend(lowered.full);
+        self.full.extend(lowered.full);
         self.retired.push(lowered.retired);
+        writes
     }
 
     /// Writes what is late, and brings the rest up to date that is not the lowering's.
@@ -215,58 +246,43 @@ impl Socket {
             self.grace.retire(retired);
         }
         self.left_alone.follow(&mut self.maps)?;
-        store_settings(&self.maps, &self.period, self.lowering.settings(self.host))
+        settings::store(&self.maps, &self.period, self.lowering.settings(self.place.host))
     }
 }
 
-/// Until it is known what this run answers, that is no more than an earlier run answered, and no more than the options
-/// allow at most.
-fn restrict(maps: &Maps, grace: &GracePeriod, policy: &Policy, host: u64) -> Result<(), SocketError> {
-    let found = maps.settings()?;
-    let detector = if policy.detector == Clients::None { Clients::None } else { Clients::Interface };
-    let most = Policy { detector, ..*policy }.settings(&NodePlan::default(), host).answered.0;
-    let sources = [false, true].map(|is_ipv6| Answered::SOURCE << Answered::family(is_ipv6));
-    let answered = Answered(found.answered.0 & (most | sources[0] | sources[1]));
-    store_settings(maps, grace, Settings { answered, host, ..found })
-}
-
-/// Nobody is answered while more than [`Settings::answered`] changes.
-fn store_settings(maps: &Maps, grace: &GracePeriod, new: Settings) -> Result<(), SocketError> {
-    let old = maps.settings()?;
-    if new == old {
-        return Ok(());
-    }
-    if new != (Settings { answered: new.answered, ..old }) {
-        maps.set_settings(Settings { answered: Answered::NOTHING, ..old })?;
-        grace.wait().map_err(SocketError::Grace)?;
-    }
-    maps.set_settings(new)
-}
-
-/// The cgroups that are left alone. A cgroup that is made anew has another id.
-#[derive(Debug)]
-struct LeftAlone {
-    paths: Vec<PathBuf>,
-    /// As the map has them; `None`: not known.
-    ids: Option<BTreeSet<u64>>,
-}
-
-impl LeftAlone {
-    fn new(cgroup: &Cgroup, paths: &[PathBuf]) -> Self {
-        Self { paths: paths.iter().map(|path| cgroup.path().join(path)).collect(), ids: None }
+impl Place {
+    fn prepare(&self, room: Room) -> Result<Prepared, SocketError> {
+        install::prepare(available()?, &self.pins, room, self.policy.udp)
     }
 
-    /// Brings the map up to date.
-    fn follow(&mut self, maps: &mut Maps) -> Result<(), SocketError> {
-        let wanted: BTreeSet<_> = self.paths.iter().filter_map(|path| cgroup::id_of(path)).collect();
-        let had = match self.ids.take() {
-            Some(ids) => ids,
-            None => maps.left_alone()?,
-        };
-        wanted.difference(&had).try_for_each(|id| maps.leave_alone(*id, true))?;
-        had.difference(&wanted).try_for_each(|id| maps.leave_alone(*id, false))?;
-        self.ids = Some(wanted);
-        Ok(())
+    /// Takes over what the maps hold, and attaches the programs.
+    fn begin(
+        &self,
+        mut prepared: Prepared,
+        period: &GracePeriod,
+    ) -> Result<(Lowering, Maps, Grace<Retired>), SocketError> {
+        let maps = &mut prepared.maps;
+        let (found, sizes) = (maps.read()?, maps.room().services);
+        let mut result = Ok(());
+        let lowering = Lowering::adopt(self.policy, found, sizes, &mut |write| {
+            if result.is_ok() {
+                result = maps.write(write);
+            }
+        });
+        result?;
+        let (maps, folder) = prepared.attach(&self.cgroup)?;
+        // Programs may still hold what had been given up before.
+        period.wait().map_err(SocketError::Grace)?;
+        let memories = Memories::open(&folder)?;
+        let grace = GracePeriod::new().and_then(|period| Grace::start(period, memories));
+        Ok((lowering, maps, grace.map_err(SocketError::Grace)?))
+    }
+}
+
+/// Where the layer cannot be had, nothing of it may go on with what nobody keeps up to date.
+fn detach(pins: &Pins) {
+    if let Err(error) = pins.detach() {
+        warn!(error = &error as &dyn std::error::Error, "eBPF programs stay attached");
     }
 }
 

@@ -14,6 +14,7 @@ use kube_lane_common::{
 
 use super::SocketError;
 use super::pins::MapFolder;
+use super::room::Room;
 use super::sys::Words;
 use super::write::{Found, Sizes, Write};
 
@@ -23,21 +24,6 @@ const NO_PREALLOC: u32 = 1;
 pub(super) const MMAPABLE: u32 = 1 << 10;
 /// Where NodePorts answer, and which cgroups are left alone.
 const FEW: u32 = 1024;
-
-/// How much all maps have room for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Room {
-    /// For Services.
-    pub services: Sizes,
-    /// Clients of ports with session affinity: one for each pod and port.
-    pub clients: u32,
-}
-
-impl Room {
-    /// For a trial.
-    pub(super) const SMALL: Self =
-        Self { services: Sizes { frontends: 16, ports: 16, slots: 16, backends: 16 }, clients: 16 };
-}
 
 /// What a map looks like.
 pub(super) struct Layout {

@@ -18,6 +18,7 @@ mod ids;
 mod image;
 mod install;
 mod layer;
+mod left_alone;
 pub mod lower;
 #[cfg(test)]
 mod lower_tests;
@@ -28,13 +29,15 @@ mod memory_tests;
 mod pins;
 mod port;
 mod probe;
+mod room;
+mod settings;
 mod sys;
 pub mod write;
 
 pub use self::error::SocketError;
 pub use self::layer::{Applied, Options, Socket, cleanup, withdraw};
-pub use self::maps::Room;
 pub use self::probe::{Feature, probe};
+pub use self::room::Room;
 
 /// The programs, as `cargo xtask build` embeds them; `None` in an agent that plain `cargo build` made.
 pub static OBJECT: Option<&[u8]> = embedded();

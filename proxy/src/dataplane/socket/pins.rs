@@ -55,6 +55,8 @@ impl Pins {
         for folder in [version.maps().0, version.links()] {
             fs::create_dir_all(&folder).map_err(|source| pin_error(&folder, source))?;
         }
+        let unused = version.new_maps().0;
+        remove_folder(&unused).map_err(|source| pin_error(&unused, source))?;
         Ok(version)
     }
 
@@ -140,12 +142,10 @@ impl Version {
         Link::pinned(&self.link(program)).ok()
     }
 
-    /// Makes an empty folder for maps that are not in use yet.
+    /// Makes the folder for maps that are not in use yet.
     pub(super) fn begin_new_maps(&self) -> Result<MapFolder, SocketError> {
         let folder = self.new_maps();
-        remove_folder(&folder.0)
-            .and_then(|()| fs::create_dir(&folder.0))
-            .map_err(|source| SocketError::Pin { path: folder.0.clone(), source })?;
+        fs::create_dir(&folder.0).map_err(|source| pin_error(&folder.0, source))?;
         Ok(folder)
     }
 

@@ -1,0 +1,442 @@
+//! The socket layer's maps, pins and links: what outlives an agent, and what does not.
+//!
+//! Nothing of nftables is here: what the layer leaves alone is not answered at all.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::net::{SocketAddr, TcpStream};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use aya::maps::{HashMap, Map, MapData};
+use kube_lane::dataplane::Batch;
+use kube_lane::dataplane::socket::answers::{Clients, Limit, Policy};
+use kube_lane::dataplane::socket::write::Sizes;
+use kube_lane::dataplane::socket::{Options, Room, Socket, SocketError, cleanup, probe};
+use kube_lane::model::input::{Family, Protocol, ServiceKey};
+use kube_lane::model::plan::{
+    Backend, Frontend, FrontendAddress, FrontendKind, NodePlan, Plan, PortPlan, Verdict,
+};
+use kube_lane_common::{LAYOUT, maps, programs};
+use kube_lane_lab::{Dial, Echo, Host, Lab, Load, Pod, Proto};
+
+use super::world::{at, vips};
+
+/// Nobody answers after so long.
+const QUIET: Duration = Duration::from_millis(250);
+const SMALL: Room = Room { services: Sizes { frontends: 16, ports: 8, slots: 64, backends: 16 }, clients: 8 };
+
+/// A node whose sockets are answered, a client pod, and two pods that serve.
+struct Stage {
+    client: Pod,
+    a: Pod,
+    b: Pod,
+    _echoes: Vec<Echo>,
+    lab: Lab,
+}
+
+impl Stage {
+    fn new() -> Self {
+        let lab = Lab::builder().build().unwrap();
+        let [client, a, b] = ["client", "a", "b"].map(|name| lab.node(0).add_pod(name).unwrap());
+        let echoes = [&a, &b].map(|pod| pod.serve(Proto::Tcp, 8080).unwrap()).into();
+        Self { client, a, b, _echoes: echoes, lab }
+    }
+
+    fn node(&self) -> &Host {
+        self.lab.node(0)
+    }
+
+    fn root(&self) -> PathBuf {
+        self.node().bpf_root().to_owned()
+    }
+
+    fn options(&self) -> Options {
+        Options {
+            cgroup_root: Some(self.node().cgroup().to_owned()),
+            bpf_root: self.root(),
+            left_alone: Vec::new(),
+            policy: Policy { detector: Clients::Interface, ..Policy::default() },
+            room: SMALL,
+        }
+    }
+
+    fn try_open(&self, options: Options) -> Result<Socket, SocketError> {
+        self.node().run(|| Socket::open(options)).unwrap()
+    }
+
+    fn open(&self) -> Socket {
+        self.try_open(self.options()).unwrap()
+    }
+
+    /// Opens it, and applies a Service with these endpoints, as if the sources had synced.
+    fn serve(&self, pods: &[&Pod]) -> Socket {
+        let mut socket = self.open();
+        let node = Some(NodePlan::default());
+        socket.apply(&Batch { node, services: vec![service(1, pods)], sweep: true }, |_| false).unwrap();
+        socket
+    }
+
+    /// Who answers the client at the Service.
+    fn meets(&self) -> Option<String> {
+        let dial = Dial::new(Proto::Tcp, vip(1)).timeout(QUIET);
+        self.client.dial_with(dial).unwrap().by().map(str::to_owned)
+    }
+
+    /// Clients that dial the Service without a pause.
+    fn load(&self) -> Load {
+        Load::start(&self.client, Dial::new(Proto::Tcp, vip(1)), 2, Duration::ZERO).unwrap()
+    }
+
+    /// What is pinned of this build's layout, below `folder`, and the object that it is.
+    fn pinned(&self, folder: &str) -> Vec<String> {
+        names(&self.root().join(LAYOUT).join(folder))
+    }
+
+    /// The programs on the node's cgroup, as bpftool has them: id of the program, name.
+    fn attached(&self) -> Vec<(String, String)> {
+        attached(self.node().cgroup())
+    }
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).into_iter().flatten();
+    let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+fn attached(cgroup: &Path) -> Vec<(String, String)> {
+    let output = Command::new("bpftool").args(["cgroup", "show"]).arg(cgroup).output().unwrap();
+    let lines = String::from_utf8(output.stdout).unwrap();
+    let words = lines.lines().skip(1).map(|line| line.split_whitespace().collect::<Vec<_>>());
+    words.map(|words| (words[0].to_owned(), words[words.len() - 1].to_owned())).collect()
+}
+
+fn vip(number: u8) -> SocketAddr {
+    at(vips(number)[0], 80)
+}
+
+/// A Service with one cluster IP that these pods serve.
+fn service(number: u8, pods: &[&Pod]) -> (ServiceKey, Option<Arc<Plan>>) {
+    let backends: Vec<_> = pods.iter().map(|pod| at(pod.v4(), 8080)).collect();
+    plan(&format!("svc-{number}"), vip(number), &backends)
+}
+
+/// A Service that nobody dials.
+fn numbered(number: u32, backends: &[SocketAddr]) -> (ServiceKey, Option<Arc<Plan>>) {
+    let [_, high, middle, low] = number.to_be_bytes();
+    plan(&format!("numbered-{number}"), ([100, 64 + high, middle, low], 80).into(), backends)
+}
+
+fn plan(name: &str, vip: SocketAddr, backends: &[SocketAddr]) -> (ServiceKey, Option<Arc<Plan>>) {
+    let mut backends: Vec<_> =
+        backends.iter().map(|address| Backend { address: (*address).into(), local: true }).collect();
+    backends.sort();
+    let verdict = if backends.is_empty() { Verdict::Reject } else { Verdict::Cluster };
+    let at = FrontendAddress::Vip(vip.into());
+    let port = PortPlan {
+        family: Family::V4,
+        protocol: Protocol::Tcp,
+        name: "http".into(),
+        affinity: None,
+        source_ranges: None,
+        backends: backends.into(),
+        local_backends: [].into(),
+        draining: [].into(),
+        frontends: [Frontend { at, kind: FrontendKind::ClusterIp, verdict }].into(),
+    };
+    let key = ServiceKey::new("default", name);
+    let plan = Plan { service: key.clone(), ports: [port].into(), health_check: None, warnings: [].into() };
+    (key, Some(Arc::new(plan)))
+}
+
+#[test]
+fn an_agent_that_starts_again_takes_over_and_no_connect_fails() {
+    let stage = Stage::new();
+    let socket = stage.serve(&[&stage.a]);
+    let programs = stage.attached();
+    assert_eq!(programs.len(), programs::TCP.len());
+    assert_eq!(stage.meets().as_deref(), Some("a"));
+    drop(socket);
+    // With no agent it goes on.
+    assert_eq!(stage.meets().as_deref(), Some("a"));
+
+    let load = stage.load();
+    for _ in 0..20 {
+        drop(stage.serve(&[&stage.a]));
+    }
+    let report = load.stop();
+    assert!(report.tally.answers() > 0 && report.tally.failures() == 0, "{report}");
+    // In the place of those that were, not beside them.
+    let now = stage.attached();
+    assert_eq!(now.len(), programs.len());
+    assert!(now.iter().all(|program| !programs.contains(program)), "{programs:?} {now:?}");
+    // What was counted before still is.
+    let socket = stage.serve(&[&stage.a]);
+    let counts = socket.inspect(&ServiceKey::new("default", "svc-1")).counts;
+    assert_eq!(counts[0].connections.values().sum::<u64>(), report.tally.answers() as u64 + 2);
+}
+
+#[test]
+fn an_agent_that_was_killed_at_any_moment_leaves_what_the_next_one_mends() {
+    let stage = Stage::new();
+    drop(stage.serve(&[&stage.a]));
+    let layout = stage.root().join(LAYOUT);
+    let remove = |path: &str| fs::remove_file(layout.join(path)).unwrap();
+    let halves: [&dyn Fn(); 5] = [
+        // New maps were begun.
+        &|| fs::create_dir(layout.join("maps-new")).unwrap(),
+        // The old ones were about to go.
+        &|| remove("maps/SETS"),
+        // They had gone.
+        &|| fs::rename(layout.join("maps"), layout.join("maps-new")).unwrap(),
+        // Not all programs were attached.
+        &|| remove("links/connect6"),
+        &|| ["links/connect4", "links/getpeername4"].into_iter().for_each(remove),
+    ];
+    for half in halves {
+        half();
+        drop(stage.serve(&[&stage.a]));
+        assert_eq!(stage.meets().as_deref(), Some("a"));
+        assert_eq!(stage.attached().len(), programs::TCP.len());
+        assert_eq!(names(&layout), ["links", "maps"]);
+        assert_eq!(stage.pinned("links").len(), programs::TCP.len());
+    }
+}
+
+#[test]
+fn another_layout_is_succeeded_and_swept() {
+    let stage = Stage::new();
+    drop(stage.serve(&[&stage.a]));
+    let older = stage.root().join("v0");
+    fs::rename(stage.root().join(LAYOUT), &older).unwrap();
+    // What an older agent's maps looked like nobody knows: only what sockets remember is the same.
+    let stream = stage.client.run(|| TcpStream::connect(vip(1)).unwrap()).unwrap();
+    drop(stage.serve(&[&stage.b]));
+    assert_eq!(names(&stage.root()), [LAYOUT]);
+    assert_eq!(stage.attached().len(), programs::TCP.len());
+    assert_eq!(stage.meets().as_deref(), Some("b"));
+    assert_eq!(stream.peer_addr().unwrap(), vip(1));
+}
+
+#[test]
+fn maps_of_another_build_are_replaced() {
+    let stage = Stage::new();
+    drop(stage.serve(&[&stage.a]));
+    let folder = stage.root().join(LAYOUT).join("maps");
+    fs::remove_file(folder.join(maps::BACKENDS)).unwrap();
+    let other = [folder.join(maps::MEMBERS), folder.join(maps::BACKENDS)];
+    let pin = Command::new("bpftool").args(["map", "pin", "pinned"]).args(&other).status().unwrap();
+    assert!(pin.success());
+    drop(stage.open());
+    assert_eq!(stage.meets(), None, "nothing is answered of what nobody understands");
+    drop(stage.serve(&[&stage.b]));
+    assert_eq!(stage.meets().as_deref(), Some("b"));
+}
+
+#[test]
+fn maps_grow_at_a_start_and_keep_what_they_hold() {
+    let stage = Stage::new();
+    drop(stage.serve(&[&stage.a]));
+    let load = stage.load();
+    let larger =
+        Room { services: Sizes { frontends: 4096, ports: 100, slots: 5000, backends: 500 }, clients: 99 };
+    let socket = stage.try_open(Options { room: larger, ..stage.options() }).unwrap();
+    assert_eq!(socket.room(), larger);
+    drop(socket);
+    // Nothing was applied: it is what was there.
+    assert_eq!(stage.meets().as_deref(), Some("a"));
+    let report = load.stop();
+    assert!(report.tally.answers() > 0 && report.tally.failures() == 0, "{report}");
+    // Smaller ones are not made.
+    assert_eq!(stage.open().room(), larger);
+}
+
+#[test]
+fn maps_grow_with_the_services_under_connects() {
+    let stage = Stage::new();
+    let most = Room {
+        services: Sizes { frontends: 1 << 20, ports: 1 << 20, slots: 1 << 20, backends: 1 << 20 },
+        ..SMALL
+    };
+    let mut socket = stage.try_open(Options { room: most, ..stage.options() }).unwrap();
+    let few = socket.room();
+    let first =
+        Batch { node: Some(NodePlan::default()), services: vec![service(1, &[&stage.a])], sweep: true };
+    socket.apply(&first, |_| false).unwrap();
+    let load = stage.load();
+    let many: u32 = few.services.ports + 1000;
+    for from in [0, many / 2] {
+        let services = (from..from + many / 2).map(|number| numbered(number, &[at(stage.b.v4(), 8080)]));
+        let applied =
+            socket.apply(&Batch { services: services.collect(), ..Batch::default() }, |_| false).unwrap();
+        assert!(applied.full.is_empty(), "{:?}", applied.full.first());
+    }
+    let report = load.stop();
+    assert!(report.tally.answers() > 0 && report.tally.failures() == 0, "{report}");
+    assert!(socket.room().services.ports > many, "{:?}", socket.room());
+    assert_eq!(stage.meets().as_deref(), Some("a"));
+    assert_eq!(socket.found().unwrap().frontends.len(), many as usize + 1);
+}
+
+#[test]
+fn what_there_is_no_room_for_is_named_and_answered_once_there_is() {
+    let stage = Stage::new();
+    let mut socket = stage.serve(&[&stage.a]);
+    let backend = at(stage.b.v4(), 8080);
+    let services = (0..SMALL.services.ports).map(|number| numbered(number, &[backend])).collect();
+    let applied = socket.apply(&Batch { services, ..Batch::default() }, |_| false).unwrap();
+    let [(full, limit)] = &applied.full[..] else { panic!("{:?}", applied.full) };
+    assert_eq!(*limit, Limit::Ports);
+    assert_eq!(stage.meets().as_deref(), Some("a"));
+    // Another goes: there is room.
+    let gone = Batch { services: vec![(service(1, &[]).0, None)], ..Batch::default() };
+    socket.apply(&gone, |_| false).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while !socket.wants_retry() && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(1));
+    }
+    socket.apply(&Batch::default(), |_| false).unwrap();
+    assert_eq!(socket.inspect(full).answers[0][0].layer(), "socket");
+}
+
+#[test]
+fn programs_of_others_stay_where_they_are() {
+    let stage = Stage::new();
+    let theirs = Options { bpf_root: stage.root().join("theirs"), ..stage.options() };
+    drop(stage.try_open(theirs.clone()).unwrap());
+    let before: BTreeSet<_> = stage.attached().into_iter().collect();
+    let ours = Options { bpf_root: stage.root().join("ours"), ..stage.options() };
+    drop(stage.try_open(ours.clone()).unwrap());
+    assert_eq!(stage.attached().len(), 2 * before.len());
+    drop(stage.try_open(ours.clone()).unwrap());
+    cleanup(&ours.bpf_root).unwrap();
+    assert_eq!(stage.attached().into_iter().collect::<BTreeSet<_>>(), before);
+    cleanup(&theirs.bpf_root).unwrap();
+    assert_eq!(stage.attached(), []);
+}
+
+#[test]
+fn cleanup_leaves_nothing() {
+    let stage = Stage::new();
+    drop(stage.serve(&[&stage.a]));
+    fs::create_dir_all(stage.root().join("v0/links")).unwrap();
+    fs::create_dir(stage.root().join("another")).unwrap();
+    cleanup(&stage.root()).unwrap();
+    assert_eq!(stage.attached(), []);
+    assert_eq!(names(&stage.root()), ["another"], "what is not ours stays");
+    assert_eq!(stage.meets(), None);
+    fs::remove_dir(stage.root().join("another")).unwrap();
+    cleanup(&stage.root()).unwrap();
+    cleanup(&stage.root()).unwrap();
+    cleanup(Path::new("/nonexistent/kube-lane")).unwrap();
+    // A folder elsewhere that happens to have such a name.
+    let elsewhere = tempfile::tempdir().unwrap();
+    fs::create_dir_all(elsewhere.path().join("v1/maps")).unwrap();
+    fs::write(elsewhere.path().join("v1/maps/SETS"), "theirs").unwrap();
+    cleanup(elsewhere.path()).unwrap();
+    assert!(elsewhere.path().join("v1/maps/SETS").exists());
+}
+
+#[test]
+fn programs_move_to_the_cgroup_that_is_named_and_come_and_go_with_the_options() {
+    let stage = Stage::new();
+    drop(stage.open());
+    let outside = stage.lab.outside().cgroup().to_owned();
+    let moved = Options { cgroup_root: Some(outside.clone()), ..stage.options() };
+    let udp = Policy { udp: true, ..moved.policy };
+    drop(stage.try_open(Options { policy: udp, ..moved.clone() }).unwrap());
+    assert_eq!(stage.attached(), []);
+    assert_eq!(attached(&outside).len(), programs::TCP.len() + programs::UDP.len());
+    drop(stage.try_open(moved).unwrap());
+    assert_eq!(attached(&outside).len(), programs::TCP.len());
+    // Where it cannot be opened, an earlier run's programs do not go on with what nobody keeps up to date.
+    let nowhere = Options { cgroup_root: Some("/proc".into()), ..stage.options() };
+    let error = stage.try_open(nowhere).unwrap_err();
+    assert!(matches!(error, SocketError::NoCgroup2(_)), "{error:?}");
+    assert_eq!(attached(&outside), []);
+}
+
+#[test]
+fn what_is_missing_is_named() {
+    let stage = Stage::new();
+    let folder = tempfile::tempdir().unwrap();
+    let error = stage.try_open(Options { bpf_root: folder.path().join("x"), ..stage.options() }).unwrap_err();
+    assert!(matches!(error, SocketError::NoBpfFileSystem(_)), "{error:?}");
+    let missing = stage.try_open(Options { cgroup_root: Some("/nonexistent".into()), ..stage.options() });
+    assert!(matches!(missing, Err(SocketError::Cgroup { .. })), "{missing:?}");
+}
+
+#[test]
+fn the_kernel_is_asked_what_it_can() {
+    let stage = Stage::new();
+    let (cgroup, root) = (stage.node().cgroup().to_owned(), stage.root());
+    let features = stage.node().run(move || probe(Some(&cgroup), &root)).unwrap();
+    let missing: Vec<_> = features.iter().filter(|feature| feature.found.is_err()).collect();
+    assert!(features.len() > 8 && missing.is_empty(), "{missing:#?}");
+    assert_eq!(stage.attached(), []);
+    assert_eq!(names(&stage.root()), [""; 0]);
+    let features = probe(Some(Path::new("/proc")), Path::new("/proc"));
+    let missing: Vec<_> = features.iter().filter(|feature| feature.found.is_err()).map(|f| f.name).collect();
+    assert_eq!(missing, ["cgroup v2", "BPF file system", "attaching"]);
+}
+
+#[test]
+fn cgroups_that_come_and_go_are_left_alone() {
+    let stage = Stage::new();
+    let mesh = stage.node().cgroup().join("mesh");
+    let options = Options { left_alone: vec!["mesh".into()], ..stage.options() };
+    let mut socket = stage.try_open(options).unwrap();
+    let folder = stage.root().join(LAYOUT).join("maps");
+    let mut follow = || {
+        socket.apply(&Batch::default(), |_| false).unwrap();
+        let left_alone = HashMap::<_, u64, u64>::try_from(Map::HashMap(
+            MapData::from_pin(folder.join(maps::LEFT_ALONE)).unwrap(),
+        ));
+        left_alone.unwrap().keys().collect::<Result<BTreeSet<_>, _>>().unwrap()
+    };
+    let ino = || fs::metadata(&mesh).unwrap().ino();
+    assert_eq!(follow(), [].into());
+    fs::create_dir(&mesh).unwrap();
+    assert_eq!(follow(), [ino()].into());
+    fs::remove_dir(&mesh).unwrap();
+    fs::create_dir(&mesh).unwrap();
+    assert_eq!(follow(), [ino()].into());
+    fs::remove_dir(&mesh).unwrap();
+    assert_eq!(follow(), [].into());
+}
+
+/// Whoever is met is an endpoint, and nobody fails, while two processors dial, the endpoints change all the time, and
+/// what they give up is used again by another Service as soon as that may be.
+#[test]
+fn a_set_that_changes_all_the_time_leads_to_its_endpoints_alone() {
+    let stage = Stage::new();
+    let (a, b) = (&stage.a, &stage.b);
+    let mut socket = stage.serve(&[a]);
+    let mut apply = |services| {
+        let applied = socket.apply(&Batch { services, ..Batch::default() }, |_| false).unwrap();
+        assert!(applied.full.is_empty(), "{:?}", applied.full);
+    };
+    let load = stage.load();
+    let sets: [&[&Pod]; 4] = [&[a, b], &[b], &[a, b], &[a]];
+    // Nobody is there.
+    let others = |n: u8| (1..=n).map(|n| at([192, 0, 2, n].into(), 8080)).collect::<Vec<_>>();
+    let mut changes = 0;
+    while load.report().elapsed < Duration::from_secs(5) {
+        for (set, others) in sets.into_iter().zip([others(3), others(1), others(4), others(0)]) {
+            apply(vec![service(1, set), numbered(2, &others)]);
+            changes += 1;
+        }
+        apply(vec![(numbered(2, &[]).0, None)]);
+        // The ids and ranges of the other Service come back.
+        thread::sleep(Duration::from_millis(20));
+    }
+    let report = load.stop();
+    assert!(changes > 100 && report.tally.answers() > 1000, "{changes} changes, {report}");
+    assert_eq!(report.tally.failures(), 0, "{changes} changes, {report}");
+}
