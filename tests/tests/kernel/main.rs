@@ -6,6 +6,8 @@ mod affinity;
 #[cfg(test)]
 mod conntrack;
 #[cfg(test)]
+mod foreign;
+#[cfg(test)]
 mod health;
 #[cfg(test)]
 mod history;
@@ -19,6 +21,10 @@ mod plans;
 mod policies;
 #[cfg(test)]
 mod services;
+#[cfg(test)]
+mod socket_clients;
+#[cfg(test)]
+mod socket_life;
 #[cfg(test)]
 mod socket_maps;
 #[cfg(test)]

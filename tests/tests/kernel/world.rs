@@ -1,12 +1,13 @@
 //! What tests with real packets share: a lab whose nodes run the agent, and its manifest folder.
 
+use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use ipnetwork::IpNetwork;
-use kube_lane_lab::{Dial, Echo, Filter, Host, Lab, Outcome, Pod, Proto, Sniff, topology};
-use kube_lane_tests::agent::Agent;
+use kube_lane_lab::{Dial, Echo, Filter, Host, Lab, Met, Outcome, Pod, Proto, Sniff, topology};
+use kube_lane_tests::agent::{self, Agent};
 use kube_lane_tests::objects::{Endpoint, Folder, Port, node, service, slices};
 use serde_json::{Value, json};
 
@@ -15,12 +16,26 @@ pub(super) const SYNC: Duration = Duration::from_secs(60);
 /// After so long without an answer a packet was dropped.
 pub(super) const QUIET: Duration = Duration::from_millis(300);
 
+/// How the agents serve.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Mode {
+    /// As by default.
+    Nftables,
+    /// With the socket layer in front of it.
+    Ebpf,
+}
+
+impl Mode {
+    pub(super) const ALL: [Self; 2] = [Self::Nftables, Self::Ebpf];
+}
+
 /// A lab of two nodes that both run the agent.
 pub(super) struct World {
     pub(super) folder: Folder,
     logs: tempfile::TempDir,
     /// How the agents tell pods from other clients.
     detector: Vec<String>,
+    pub(super) mode: Mode,
     pub(super) agents: Vec<Agent>,
     pub(super) lab: Lab,
 }
@@ -32,9 +47,40 @@ impl World {
         Self::with(false, &["--cluster-cidr", &cidrs], arguments)
     }
 
+    /// The same in a mode.
+    pub(super) fn in_mode(mode: Mode) -> Self {
+        Self::configured(mode, |_| json!({}))
+    }
+
+    /// The same with these fields of KubeProxyConfiguration.
+    pub(super) fn configured(mode: Mode, fields: impl FnOnce(&Lab) -> Value) -> Self {
+        let cidrs = topology::cluster_cidrs().map(|cidr| cidr.to_string()).join(",");
+        let lab = Lab::builder().nodes(2).build().unwrap();
+        let mut config = json!({
+            "apiVersion": "kubeproxy.config.k8s.io/v1alpha1", "kind": "KubeProxyConfiguration",
+            "mode": if mode == Mode::Ebpf { "ebpf" } else { "nftables" }, "clusterCIDR": cidrs,
+        });
+        for (field, value) in fields(&lab).as_object().into_iter().flatten() {
+            config[field] = value.clone();
+        }
+        let mut world = Self::prepare(lab, mode, &[]);
+        let file = world.logs.path().join("config.json");
+        fs::write(&file, config.to_string()).unwrap();
+        world.detector.extend(["--config".to_owned(), file.to_str().unwrap().to_owned()]);
+        world.start_agents(&[]);
+        world
+    }
+
     /// Agents that tell pods in this way; `bridge`: pods are attached to a bridge.
     pub(super) fn with(bridge: bool, detector: &[&str], arguments: &[&str]) -> Self {
         let lab = Lab::builder().nodes(2).bridge(bridge).build().unwrap();
+        let mut world = Self::prepare(lab, Mode::Nftables, detector);
+        world.start_agents(arguments);
+        world
+    }
+
+    /// A lab with everything but the agents.
+    fn prepare(lab: Lab, mode: Mode, detector: &[&str]) -> Self {
         lab.outside().route_via(lab.node(0)).unwrap();
         let folder = Folder::new().unwrap();
         let cidrs: Vec<_> =
@@ -45,13 +91,15 @@ impl World {
         folder.put("nodes", &nodes).unwrap();
         let logs = tempfile::tempdir().unwrap();
         let detector = detector.iter().map(|argument| (*argument).to_owned()).collect();
-        let mut world = Self { folder, logs, detector, agents: Vec::new(), lab };
+        Self { folder, logs, detector, mode, agents: Vec::new(), lab }
+    }
+
+    fn start_agents(&mut self, arguments: &[&str]) {
         for index in 0..2 {
-            let agent = world.start_agent(index, arguments);
-            world.agents.push(agent);
+            let agent = self.start_agent(index, arguments);
+            self.agents.push(agent);
         }
-        world.agents.iter_mut().for_each(|agent| agent.wait_synced(SYNC).unwrap());
-        world
+        self.agents.iter_mut().for_each(|agent| agent.wait_synced(SYNC).unwrap());
     }
 
     fn log(&self, index: usize) -> PathBuf {
@@ -63,6 +111,10 @@ impl World {
         let folder = self.folder.arg();
         let mut all = vec!["--manifests", &folder, "--hostname-override", node.name(), "-v", "4"];
         all.extend(self.detector.iter().map(String::as_str));
+        let places = agent::places(node);
+        if self.mode == Mode::Ebpf {
+            all.extend(places.iter().map(String::as_str));
+        }
         all.extend(arguments);
         Agent::start(node, &all, &self.log(index)).unwrap()
     }
@@ -132,6 +184,23 @@ pub(super) fn until(
             return outcome;
         }
     }
+}
+
+/// The same by TCP, until the socket layer answers, or does not; what was met in the end.
+pub(super) fn until_met(client: &Host, to: SocketAddr, wanted: impl Fn(&Met) -> bool) -> Met {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    loop {
+        let dial = Dial::new(Proto::Tcp, to).timeout(QUIET);
+        let met = client.run(move || dial.meet()).unwrap();
+        if wanted(&met) || Instant::now() > deadline {
+            return met;
+        }
+    }
+}
+
+/// Answered by the layer that a mode has first.
+pub(super) fn answered_in(mode: Mode) -> impl Fn(&Met) -> bool {
+    move |met| answered(&met.outcome) && met.at_socket == (mode == Mode::Ebpf)
 }
 
 pub(super) fn answered(outcome: &Outcome) -> bool {

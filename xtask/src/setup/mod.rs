@@ -69,6 +69,10 @@ impl Need {
                         program("iproute2", "ip"),
                         program("nftables", "nft"),
                         program("conntrack", "conntrack"),
+                        // Clients of the tests.
+                        program("openssl", "openssl"),
+                        program("curl", "curl"),
+                        program("bind9-dnsutils", "dig"),
                     ]
                 }
             }
