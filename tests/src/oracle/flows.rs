@@ -10,9 +10,9 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use kube_lane_lab::{Dial, Flow as Connection, Outcome, Proto};
+use kube_lane_lab::{Dial, Flow as Connection, Met, Outcome, Proto};
 
-use super::format::{Family, Flow, Gets, Proxy, Seen, Step};
+use super::format::{Family, Flow, Gets, Layer, Proxy, Scenario, Seen, Step};
 use super::names::Names;
 use super::stage::{Caller, Callers};
 
@@ -38,6 +38,7 @@ pub(super) struct Memory {
 
 /// One flow over one proxy.
 struct Job<'a> {
+    scenario: &'a Scenario,
     rig: &'a Callers,
     family: Family,
     line: u64,
@@ -55,6 +56,8 @@ pub(super) struct Done {
     pub(super) family: Family,
     /// The reason that the scenario gives, where the proxy differs.
     pub(super) why: Option<String>,
+    /// The flow was met at the socket.
+    pub(super) at_socket: bool,
     /// What was wrong.
     pub(super) wrong: Option<String>,
 }
@@ -64,6 +67,7 @@ pub(super) struct Done {
 /// # Errors
 /// When the scenario names what is not there; what flows meet is in the result.
 pub(super) fn run(
+    scenario: &Scenario,
     step: &Step,
     rigs: &[&Callers],
     names: &[Names<'_>],
@@ -71,7 +75,7 @@ pub(super) fn run(
     fresh_only: bool,
 ) -> Result<Vec<Done>> {
     let mut groups: BTreeMap<_, Vec<Job<'_>>> = BTreeMap::new();
-    for (number, job) in jobs(step, rigs, names, fresh_only)?.into_iter().enumerate() {
+    for (number, job) in jobs(scenario, step, rigs, names, fresh_only)?.into_iter().enumerate() {
         // What sticks together goes one after the other: the first decides.
         let key = match &job.flow.sticks {
             Some(label) => (0, Some((job.rig.proxy, job.family, label.clone(), job.from))),
@@ -100,6 +104,7 @@ pub(super) fn run(
 }
 
 fn jobs<'a>(
+    scenario: &'a Scenario,
     step: &'a Step,
     rigs: &[&'a Callers],
     names: &[Names<'_>],
@@ -115,6 +120,7 @@ fn jobs<'a>(
         for names in of_family {
             for rig in rigs {
                 let job = |from, to, address, proto| Job {
+                    scenario,
                     rig,
                     family: names.family,
                     line,
@@ -160,7 +166,41 @@ impl Job<'_> {
             let as_said = if why.is_some() { ", said to differ," } else { "" };
             format!("line {}: {proxy}{as_said} {family}: {what} is to get {gets}, but {met}", self.line)
         });
-        Done { line: self.line, proxy, family, why: why.map(str::to_owned), wrong }
+        let at_socket = self.layer() == Some(Layer::Socket) && wrong.is_none();
+        Done { line: self.line, proxy, family, why: why.map(str::to_owned), at_socket, wrong }
+    }
+
+    /// Which layer has to answer; `None` where there is one only, or none can be told.
+    fn layer(&self) -> Option<Layer> {
+        let told = matches!(self.flow.expected(self.rig.proxy).0, Gets::Answers(_) | Gets::Refused);
+        let plain = self.flow.bytes == 0 && self.flow.hold.is_none() && self.flow.held.is_none();
+        if self.rig.proxy != Proxy::Ebpf || self.proto != Proto::Tcp || !told || !plain {
+            return None;
+        }
+        // The programs see what the node's own processes and pods do; those that have not bound an address.
+        let on_node = self.from.starts_with("pod") || matches!(self.from, "node0" | "node1");
+        let stated = self.flow.layer.or(self.scenario.layer);
+        let refused = *self.flow.expected(self.rig.proxy).0 == Gets::Refused;
+        match stated {
+            _ if !on_node => Some(Layer::Nftables),
+            Some(stated) => Some(stated),
+            None if !self.to.starts_with("$vip") => Some(Layer::Nftables),
+            // Both refuse: the one what has no endpoint, the other ports that nobody has.
+            None => (!refused).then_some(Layer::Socket),
+        }
+    }
+
+    /// Asks, and holds the answer to the layer that it has to come from.
+    fn ask(&self, caller: &Caller, dial: Dial) -> Result<Outcome, String> {
+        let Some(layer) = self.layer() else { return Ok(ask(caller, dial, self.flow.bytes)) };
+        let met = caller.host.run(move || dial.meet()).map_err(|error| error.to_string())?;
+        let Met { outcome, at_socket } = met;
+        let by = if at_socket { Layer::Socket } else { Layer::Nftables };
+        let decided = matches!(outcome, Outcome::Answered { .. } | Outcome::Refused);
+        if decided && by != layer {
+            return Err(format!("{outcome} by {by}, not by {layer}"));
+        }
+        Ok(outcome)
     }
 
     fn try_once(&self, gets: &Gets, seen: &Seen, memory: &Memory) -> Result<(), String> {
@@ -182,7 +222,7 @@ impl Job<'_> {
             _ => {
                 let times = if *gets == Gets::Dropped { 1 } else { 2 };
                 for _ in 0..times {
-                    let outcome = ask(caller, dial.timeout(DROPPED), 0);
+                    let outcome = self.ask(caller, dial.timeout(DROPPED))?;
                     if !is_met(gets, &outcome) {
                         return Err(outcome.to_string());
                     }
@@ -211,7 +251,7 @@ impl Job<'_> {
             None => (4 + 4 * hosts.len(), 24 * hosts.len()),
         };
         for number in 0..most {
-            let outcome = ask(caller, dial, self.flow.bytes);
+            let outcome = self.ask(caller, dial)?;
             let by = self.check(&outcome, caller, hosts, seen)?;
             missing.remove(by.as_str());
             if sticks.is_some() {

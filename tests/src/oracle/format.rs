@@ -20,6 +20,8 @@ use serde_saphyr::Spanned;
 pub enum Proxy {
     /// The agent of this repository.
     KubeLane,
+    /// The same with eBPF: `--proxy-mode ebpf`.
+    Ebpf,
     /// kube-proxy in its mode nftables.
     Nftables,
     /// kube-proxy in its mode iptables.
@@ -28,13 +30,21 @@ pub enum Proxy {
 
 impl Proxy {
     /// In the order in which they are shown.
-    pub const ALL: [Self; 3] = [Self::KubeLane, Self::Nftables, Self::Iptables];
+    pub const ALL: [Self; 4] = [Self::KubeLane, Self::Ebpf, Self::Nftables, Self::Iptables];
+    /// Those of this repository.
+    pub const OURS: [Self; 2] = [Self::KubeLane, Self::Ebpf];
+
+    /// Whether it is of this repository.
+    pub fn is_ours(self) -> bool {
+        Self::OURS.contains(&self)
+    }
 }
 
 impl fmt::Display for Proxy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::KubeLane => "kube-lane",
+            Self::Ebpf => "ebpf",
             Self::Nftables => "nftables",
             Self::Iptables => "iptables",
         })
@@ -66,6 +76,22 @@ impl fmt::Display for Family {
     }
 }
 
+/// Which layer of the agent answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Layer {
+    /// The programs at `connect()`; clients that they cannot see meet nftables nevertheless.
+    Socket,
+    /// The rules.
+    Nftables,
+}
+
+impl fmt::Display for Layer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if *self == Self::Socket { "the socket" } else { "nftables" })
+    }
+}
+
 /// Where a scenario's objects are put.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -94,6 +120,8 @@ pub struct Scenario {
     pub source: Source,
     /// Whether kube-lane has to come to the same end through other orders; not so where an end depends on the past.
     pub orders: bool,
+    /// Which layer answers with eBPF, where a flow does not say.
+    pub layer: Option<Layer>,
     /// What happens; the first step is made of `objects` and `flows`.
     pub steps: Vec<Step>,
 }
@@ -158,6 +186,9 @@ pub struct Flow {
     /// Asks once more on the connection of this label.
     #[serde(default)]
     pub held: Option<String>,
+    /// Which layer answers with eBPF; unless stated, the socket where a pod or a node dials a cluster IP by TCP.
+    #[serde(default)]
+    pub layer: Option<Layer>,
     /// What a proxy does differently, and why.
     #[serde(default)]
     pub differs: BTreeMap<Proxy, Difference>,
@@ -246,6 +277,8 @@ struct File {
     #[serde(default = "yes")]
     orders: bool,
     #[serde(default)]
+    layer: Option<Layer>,
+    #[serde(default)]
     objects: Vec<Value>,
     #[serde(default)]
     flows: Vec<Spanned<Flow>>,
@@ -296,6 +329,7 @@ impl Scenario {
             skips: file.skips,
             source: file.source,
             orders: file.orders,
+            layer: file.layer,
             steps,
         })
     }

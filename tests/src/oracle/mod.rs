@@ -113,14 +113,13 @@ impl<'a> Run<'a> {
         api: &'a mut Api,
         report: &'a mut Report,
     ) -> Result<Self> {
-        let mut proxies: Vec<_> =
+        let proxies: Vec<_> =
             Proxy::ALL.into_iter().filter(|proxy| !scenario.skips.contains_key(proxy)).collect();
         if scenario.source == Source::Manifests {
             ensure!(
-                proxies == [Proxy::KubeLane],
+                proxies.iter().all(|proxy| proxy.is_ours()),
                 "only kube-lane reads manifests: say in `skips` why the others take no part"
             );
-            proxies = vec![Proxy::KubeLane];
         }
         let hosts = stage.hosts.clone();
         Ok(Self { scenario, stage, api, report, proxies, hosts, number, wrong: vec![] })
@@ -154,13 +153,18 @@ impl<'a> Run<'a> {
             states.push((objects.clone(), step));
         }
         // Where the first order is wrong, the others only say it again.
-        if self.scenario.orders && self.proxies.contains(&Proxy::KubeLane) && self.wrong.is_empty() {
+        if self.scenario.orders && !self.ours().is_empty() && self.wrong.is_empty() {
             self.pause_kube_proxy(true)?;
             let result = self.other_orders(&states);
             self.pause_kube_proxy(false)?;
             result?;
         }
         Ok(())
+    }
+
+    /// Those of its proxies that are of this repository.
+    fn ours(&self) -> Vec<Proxy> {
+        self.proxies.iter().copied().filter(|proxy| proxy.is_ours()).collect()
     }
 
     fn pause_kube_proxy(&mut self, pause: bool) -> Result<()> {
@@ -189,7 +193,7 @@ impl<'a> Run<'a> {
             ("created again", &recreated, last),
         ];
         for (name, way, (objects, step)) in orders {
-            let only = [Proxy::KubeLane];
+            let only = self.ours();
             self.bring(&Objects::default(), &only)?;
             for before in way(objects) {
                 self.bring(&before, &only)?;
@@ -211,7 +215,7 @@ impl<'a> Run<'a> {
     fn bring(&mut self, objects: &Objects, proxies: &[Proxy]) -> Result<()> {
         if self.scenario.source == Source::Manifests {
             let objects: Vec<_> = objects.all().cloned().collect();
-            for rig in self.stage.rigs.iter_mut().filter(|rig| rig.proxy == Proxy::KubeLane) {
+            for rig in self.stage.rigs.iter_mut().filter(|rig| proxies.contains(&rig.proxy)) {
                 rig.put_manifests(objects.clone(), &self.hosts)?;
             }
             return Ok(());
@@ -225,13 +229,13 @@ impl<'a> Run<'a> {
     fn dial(&self, step: &Step, proxies: &[Proxy], memory: &Memory, fresh_only: bool) -> Result<Vec<Done>> {
         let rigs = self.stage.rigs.iter().map(|rig| &rig.callers);
         let rigs: Vec<_> = rigs.filter(|rig| proxies.contains(&rig.proxy)).collect();
-        flows::run(step, &rigs, &self.names()?, memory, fresh_only)
+        flows::run(self.scenario, step, &rigs, &self.names()?, memory, fresh_only)
     }
 
     /// Removes what the scenario brought.
     fn clean_up(&mut self) -> Result<()> {
         if self.scenario.source == Source::Manifests {
-            return self.bring(&Objects::default(), &[Proxy::KubeLane]);
+            return self.bring(&Objects::default(), &self.ours());
         }
         self.api.push(self.api.base())
     }

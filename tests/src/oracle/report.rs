@@ -14,6 +14,7 @@ use super::format::{Family, Proxy, Scenario};
 struct Count {
     flows: [usize; 2],
     differing: usize,
+    at_socket: usize,
     wrong: usize,
 }
 
@@ -44,6 +45,7 @@ impl Report {
             let count = row.entry(flow.proxy).or_default();
             count.flows[flow.family.index()] += 1;
             count.differing += usize::from(flow.why.is_some());
+            count.at_socket += usize::from(flow.at_socket);
             count.wrong += usize::from(flow.wrong.is_some());
             if let Some(why) = &flow.why {
                 let why = why.split_whitespace().collect::<Vec<_>>().join(" ");
@@ -67,7 +69,8 @@ impl Report {
         let mut text = String::from(
             "# Conformance\n\nWhat `cargo xtask test --lane oracle` has shown: every scenario of `tests/scenarios/`, \
              flow by flow, over kube-lane and\nover the real kube-proxy. A cell counts the flows over IPv4 + IPv6; \
-             \"n differ\" of them have an outcome of this proxy's own,\nwhich the scenario states with its reason \
+             \"n at the socket\" were answered, or refused, by\n`connect()` itself, and all others were not: both is \
+             checked. \"n differ\" have an outcome of this proxy's own, which the\nscenario states with its reason \
              (below). Flows with any other outcome than stated are \"wrong\".\n\n",
         );
         let totals = self.rows.values().flat_map(BTreeMap::iter).fold(
@@ -78,6 +81,7 @@ impl Report {
                     total.flows[family.index()] += count.flows[family.index()];
                 }
                 total.differing += count.differing;
+                total.at_socket += count.at_socket;
                 total.wrong += count.wrong;
                 totals
             },
@@ -86,7 +90,8 @@ impl Report {
         let _ =
             writeln!(text, "{}, {scenarios} scenarios in {seconds} s, kube-proxy {version}.\n", &date[..10]);
         text.push_str(
-            "| scenario | kube-lane | kube-proxy nftables | kube-proxy iptables |\n|---|---|---|---|\n",
+            "| scenario | kube-lane | kube-lane ebpf | kube-proxy nftables | kube-proxy iptables |\n\
+             |---|---|---|---|---|\n",
         );
         let rows = self.rows.iter().map(|(name, row)| (name.clone(), row));
         for (name, row) in rows.chain([("**all**".to_owned(), &totals)]) {
@@ -96,7 +101,7 @@ impl Report {
         }
         let _ = writeln!(
             text,
-            "\nBesides, {} flows over kube-lane after the same objects had come in other orders: Services first, \
+            "\nBesides, {} flows over kube-lane in both modes after the same objects had come in other orders: Services first, \
              slices first, one by one,\nand deleted and created again.",
             self.orders
         );
@@ -118,7 +123,8 @@ fn list(text: &mut String, title: &str, entries: &BTreeSet<(String, Proxy, Strin
 
 fn cell(count: &Count) -> String {
     let mut text = format!("{} + {}", count.flows[0], count.flows[1]);
-    for (number, what) in [(count.differing, "differ"), (count.wrong, "**wrong**")] {
+    let at_socket = (count.at_socket, "at the socket");
+    for (number, what) in [at_socket, (count.differing, "differ"), (count.wrong, "**wrong**")] {
         if number > 0 {
             let _ = write!(text, ", {number} {what}");
         }

@@ -19,7 +19,7 @@ use tokio::runtime::{self, Runtime};
 use super::format::Proxy;
 use super::names::Hosts;
 use super::objects::Objects;
-use crate::agent::Agent;
+use crate::agent::{self, Agent};
 use crate::controlplane::{ControlPlane, Options};
 use crate::kube_proxy::{self, KubeProxy, Mode, merge};
 use crate::objects::{Endpoint, Folder, Port, node, service, slices};
@@ -209,7 +209,7 @@ impl Rig {
         callers.insert("node0-b".into(), Caller { from, ..caller(lab.node(0)) });
 
         let dir = tempfile::Builder::new().prefix("kube-lane-oracle-").tempdir()?;
-        let manifests = if proxy == Proxy::KubeLane { Some(Folder::new()?) } else { None };
+        let manifests = if proxy.is_ours() { Some(Folder::new()?) } else { None };
         let mut relays = Vec::new();
         let mut running = Vec::new();
         for node in lab.nodes() {
@@ -379,17 +379,24 @@ fn run(
         cluster_cidr: Some(topology::cluster_cidrs().map(|cidr| cidr.to_string()).join(",")),
         config: over,
     };
-    if proxy != Proxy::KubeLane {
+    if !proxy.is_ours() {
         return Ok(Running::KubeProxy(KubeProxy::start(&options)?));
     }
     let any = |port| SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port);
     let mut file = kube_proxy::configuration(&options, any(10256), any(10249));
     // Only for kube-proxy, which waits a second else.
     file["nftables"]["minSyncPeriod"] = "0s".into();
+    if proxy == Proxy::Ebpf {
+        file["mode"] = "ebpf".into();
+    }
     let path = dir.join(format!("{}.json", node.name()));
     fs::write(&path, serde_json::to_vec_pretty(&file)?)?;
     let path = path.to_str().context("a path that is no text")?;
     let manifests = manifests.map(Folder::arg).unwrap_or_default();
-    let arguments = ["--config", path, "--hostname-override", node.name(), "--manifests", &manifests];
+    let mut arguments = vec!["--config", path, "--hostname-override", node.name(), "--manifests", &manifests];
+    let places = agent::places(node);
+    if proxy == Proxy::Ebpf {
+        arguments.extend(places.iter().map(String::as_str));
+    }
     Ok(Running::KubeLane(Agent::start(node, &arguments, &dir.join(format!("{}.log", node.name())))?))
 }
