@@ -132,6 +132,7 @@ impl Lowering {
         }
         self.retry(write, &mut lowered);
         self.settle_node(write);
+        lowered.full.retain(|(key, _)| self.is_full(key));
         lowered.retired = mem::take(&mut self.image.retired);
         lowered
     }
