@@ -31,17 +31,28 @@ pub(crate) struct Transaction<Owner> {
     buffer: Vec<u8>,
     /// Whose each message is, by its number in the transaction.
     owners: Vec<Owner>,
-    /// Where libnftnl writes one message: room for the largest, aligned for `nlmsghdr`.
-    scratch: Box<[u64]>,
+    scratch: Scratch,
     first_seq: u32,
+}
+
+/// Where libnftnl writes one message: room for the largest, aligned for `nlmsghdr`. Allocated when it is first written
+/// to; handed on from one transaction to the next, since it is far larger than what most of them write.
+#[derive(Debug, Default)]
+pub(crate) struct Scratch(Box<[u64]>);
+
+impl Scratch {
+    fn start<T>(&mut self) -> *mut T {
+        if self.0.is_empty() {
+            self.0 = vec![0; (nft_nlmsg_maxsize() as usize).div_ceil(size_of::<u64>())].into();
+        }
+        self.0.as_mut_ptr().cast()
+    }
 }
 
 impl<Owner: Copy> Transaction<Owner> {
     /// An empty transaction; its messages are numbered from `first_seq`.
-    pub(crate) fn new(first_seq: u32) -> Self {
-        let words = (nft_nlmsg_maxsize() as usize).div_ceil(size_of::<u64>());
-        let mut transaction =
-            Self { buffer: Vec::new(), owners: Vec::new(), scratch: vec![0; words].into(), first_seq };
+    pub(crate) fn new(first_seq: u32, scratch: Scratch) -> Self {
+        let mut transaction = Self { buffer: Vec::new(), owners: Vec::new(), scratch, first_seq };
         transaction.frame(sys::nftnl_batch_begin);
         transaction
     }
@@ -69,6 +80,11 @@ impl<Owner: Copy> Transaction<Owner> {
         (&self.buffer, self.next_seq().wrapping_add(1))
     }
 
+    /// Hands the buffer of single messages over to the next transaction.
+    pub(crate) fn release(&mut self) -> Scratch {
+        std::mem::take(&mut self.scratch)
+    }
+
     fn next_seq(&self) -> u32 {
         self.first_seq.wrapping_add(1).wrapping_add(self.owners.len() as u32)
     }
@@ -76,7 +92,7 @@ impl<Owner: Copy> Transaction<Owner> {
     fn frame(&mut self, build: unsafe extern "C" fn(*mut libc::c_char, u32) -> *mut libc::nlmsghdr) {
         let seq = if self.buffer.is_empty() { self.first_seq } else { self.next_seq() };
         // SAFETY: the scratch buffer has room for the largest message and is aligned for its header.
-        unsafe { build(self.scratch.as_mut_ptr().cast(), seq) };
+        unsafe { build(self.scratch.start(), seq) };
         self.take_scratch();
     }
 
@@ -85,9 +101,9 @@ impl<Owner: Copy> Transaction<Owner> {
         // SAFETY: a message of `nlmsg_len` bytes, which libnftnl has just written, starts the scratch buffer; `u64`s
         // may be read as bytes.
         let message = unsafe {
-            let start = self.scratch.as_ptr();
+            let start = self.scratch.0.as_ptr();
             let len = (*start.cast::<libc::nlmsghdr>()).nlmsg_len as usize;
-            std::slice::from_raw_parts(start.cast::<u8>(), len.min(self.scratch.len() * size_of::<u64>()))
+            std::slice::from_raw_parts(start.cast::<u8>(), len.min(self.scratch.0.len() * size_of::<u64>()))
         };
         self.buffer.extend_from_slice(message);
         self.buffer.resize(self.buffer.len().next_multiple_of(4), 0);
@@ -97,11 +113,11 @@ impl<Owner: Copy> Transaction<Owner> {
     pub(crate) fn object(&mut self, object: &impl NlMsg, change: MsgType, owner: Owner) {
         let seq = self.next_seq();
         // SAFETY: `write` asks for `nft_nlmsg_maxsize` bytes, which the scratch buffer has.
-        unsafe { object.write(self.scratch.as_mut_ptr().cast(), seq, change) };
+        unsafe { object.write(self.scratch.start(), seq, change) };
         // SAFETY: `write` has put a header there. The acknowledgement that `nftnl` asks for would be one reply a
         // message; refusals come without being asked for.
         unsafe {
-            let header = self.scratch.as_mut_ptr().cast::<libc::nlmsghdr>();
+            let header = self.scratch.start::<libc::nlmsghdr>();
             (*header).nlmsg_flags &= !(libc::NLM_F_ACK as u16);
         }
         self.owners.push(owner);
@@ -245,7 +261,7 @@ impl<Owner: Copy> Transaction<Owner> {
         // SAFETY: the scratch buffer has room for the largest message and is aligned for its header.
         unsafe {
             sys::nftnl_nlmsg_build_hdr(
-                self.scratch.as_mut_ptr().cast(),
+                self.scratch.start(),
                 kind as u16,
                 protocol_family(family) as u16,
                 flags as u16,
@@ -270,7 +286,7 @@ pub(crate) fn protocol_family(family: Family) -> ProtoFamily {
 
 /// A request for all sets of a table, or for all elements of one: its bytes.
 pub(crate) fn dump_request(kind: i32, family: Family, set: Option<&str>, seq: u32) -> Vec<u8> {
-    let mut transaction = Transaction::<()>::new(seq);
+    let mut transaction = Transaction::<()>::new(seq, Scratch::default());
     transaction.buffer.clear();
     let header = transaction.header(kind, family, libc::NLM_F_DUMP);
     let raw = match set {

@@ -11,7 +11,7 @@ use nftnl::nftnl_sys::libc;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv};
 
-use super::message::{Transaction, dump_request, protocol_family};
+use super::message::{Scratch, Transaction, dump_request, protocol_family};
 use super::schema::TABLE;
 pub(crate) use crate::dataplane::netlink::{HEADER, Header, attribute, messages, set_option};
 use crate::model::input::Family;
@@ -63,6 +63,8 @@ pub(crate) struct Netlink {
     socket: mnl::Socket,
     seq: u32,
     read: Box<[u64]>,
+    /// For the next transaction.
+    scratch: Scratch,
 }
 
 impl Netlink {
@@ -72,7 +74,7 @@ impl Netlink {
     /// When the kernel has no nf_netlink, or the process may not open it.
     pub(crate) fn open() -> io::Result<Self> {
         let socket = mnl::Socket::new(mnl::Bus::Netfilter)?;
-        let netlink = Self { socket, seq: 1, read: vec![0; READ_WORDS].into() };
+        let netlink = Self { socket, seq: 1, read: vec![0; READ_WORDS].into(), scratch: Scratch::default() };
         // The forced sizes need CAP_NET_ADMIN, as everything here does.
         netlink.option(libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, SEND_BUFFER)?;
         netlink.option(libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, RECEIVE_BUFFER)?;
@@ -97,8 +99,8 @@ impl Netlink {
     }
 
     /// Starts a transaction.
-    pub(crate) fn begin<Owner: Copy>(&self) -> Transaction<Owner> {
-        Transaction::new(self.seq)
+    pub(crate) fn begin<Owner: Copy>(&mut self) -> Transaction<Owner> {
+        Transaction::new(self.seq, std::mem::take(&mut self.scratch))
     }
 
     /// Sends a transaction; returns when the kernel has taken or refused it.
@@ -111,7 +113,9 @@ impl Netlink {
     ) -> Result<(), CommitError> {
         let (bytes, next) = transaction.finish();
         self.seq = next;
-        match self.socket.send(bytes) {
+        let sent = self.socket.send(bytes);
+        self.scratch = transaction.release();
+        match sent {
             Ok(_) => {}
             Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => return Err(CommitError::TooLarge),
             Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => return Err(CommitError::TooLarge),
