@@ -13,7 +13,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::{Output, settings};
-use crate::config::flags::go_bool;
+use crate::config::values::go_bool;
 use crate::config::{AnswerFlags, Environment, Mode, Network, NetworkFlags};
 use crate::dataplane::socket::lower::Lowering;
 use crate::dataplane::socket::write::Found;

@@ -7,7 +7,7 @@ use clap::Args;
 use super::check::Checker;
 use super::duration::GoDuration;
 use super::file::{ConntrackSection, KubeLaneSection, KubeProxyConfiguration};
-use super::flags::go_bool;
+use super::values::go_bool;
 
 const MAX_PER_CORE: u32 = 32 << 10;
 const MIN: u32 = 128 << 10;

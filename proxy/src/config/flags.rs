@@ -6,7 +6,6 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use clap::Args;
-use clap::builder::TypedValueParser;
 use serde_json::json;
 
 use super::conntrack::ConntrackFlags;
@@ -15,6 +14,7 @@ use super::error::ConfigError;
 use super::file::{KubeProxyConfiguration, LoggingSection, leaves, prune};
 use super::resolve::{Environment, Overrides, Resolved, resolve};
 use super::socket_lb::{Roots, SocketLbFlags};
+use super::values::{go_bool, not_empty};
 use super::{LogFormat, Logging, NetworkFlags, parse};
 use crate::address::parse_ip;
 
@@ -401,20 +401,6 @@ fn with_port(address: String, port: Option<u16>) -> String {
         (Some(ip), Some(port)) => std::net::SocketAddr::new(ip, port).to_string(),
         _ => address,
     }
-}
-
-/// `--flag=` is an empty list, not a list of one empty text.
-pub(super) fn not_empty(list: Vec<String>) -> Vec<String> {
-    list.into_iter().filter(|item| !item.is_empty()).collect()
-}
-
-/// Go's `strconv.ParseBool`.
-pub(crate) fn go_bool() -> impl TypedValueParser<Value = bool> {
-    clap::builder::StringValueParser::new().try_map(|text| match text.as_str() {
-        "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
-        "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
-        _ => Err("write true or false"),
-    })
 }
 
 fn feature_gates(text: &str) -> Result<BTreeMap<String, bool>, String> {

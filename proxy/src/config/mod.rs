@@ -25,6 +25,7 @@ mod resolve;
 mod socket_lb;
 #[cfg(test)]
 mod tests;
+pub(crate) mod values;
 
 pub use conntrack::Conntrack;
 pub use error::{ConfigError, InvalidField};

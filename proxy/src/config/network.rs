@@ -90,7 +90,7 @@ impl NetworkFlags {
         file.detect_local_mode = flags.detect_local_mode;
         file.detect_local.bridge_interface = flags.pod_bridge_interface;
         file.detect_local.interface_name_prefix = flags.pod_interface_name_prefix;
-        file.node_port_addresses = flags.nodeport_addresses.map(super::flags::not_empty);
+        file.node_port_addresses = flags.nodeport_addresses.map(super::values::not_empty);
         file.bind_address = flags.bind_address;
     }
 }

@@ -6,7 +6,7 @@ use clap::Args;
 
 use super::check::Checker;
 use super::file::{KubeLaneSection, KubeProxyConfiguration, SocketLbSection};
-use super::flags::go_bool;
+use super::values::go_bool;
 use super::{Detector, Mode};
 
 const BPF_ROOT: &str = "/sys/fs/bpf/kube-lane";

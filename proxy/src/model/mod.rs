@@ -14,6 +14,7 @@ pub mod plan;
 pub mod planner;
 pub mod render;
 mod service;
+mod settings;
 mod source_ranges;
 mod topology;
 mod traffic_policy;

@@ -9,7 +9,7 @@ use ipnetwork::IpNetwork;
 use super::input::{Family, Node};
 use super::networks::disjoint;
 use super::plan::NodePlan;
-use super::planner::{NodePortAddresses, PodCidrs, Settings};
+use super::settings::{NodePortAddresses, PodCidrs, Settings};
 
 /// What the plans of Services read of the node.
 #[derive(Debug, Default, PartialEq, Eq)]

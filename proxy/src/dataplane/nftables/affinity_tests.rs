@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use super::super::lower::Empty;
+use super::super::kernel::Empty;
 use super::super::observe::Found;
 use super::*;
 use crate::model::input::ServiceKey;

@@ -9,7 +9,8 @@ use std::sync::Arc;
 use nix::errno::Errno;
 
 use super::element::{Element, Key, Place, ranges};
-use super::lower::{Empty, Kernel, Lowered, lower};
+use super::kernel::{Empty, Kernel};
+use super::lower::{Lowered, lower};
 use super::message::{ELEMENTS_PER_MESSAGE, Transaction};
 use super::netlink::{CommitError, Refusal};
 use super::remembered::Edits;

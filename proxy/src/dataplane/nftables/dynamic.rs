@@ -5,10 +5,11 @@
 use nftnl::nftnl_sys::{self as sys, libc};
 use nftnl::{Chain, MsgType};
 
-use super::affinity::{Change, Kind, Object};
+use super::affinity::Change;
 use super::element::Key;
 use super::expr::c_name;
 use super::message::{ELEMENTS_PER_MESSAGE, RawElement, RawSet, SetInfo, Transaction, table};
+use super::object::{Kind, Object};
 use super::remembered::{Edits, Entry};
 use super::schema::{Field, byte_order, len_of, type_of};
 use crate::model::plan::AddressPort;

@@ -5,9 +5,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use super::affinity::{Change, Object};
+use super::affinity::Change;
 use super::element::{Data, Element, Place};
-use super::lower::{Applied, Empty, Kernel, Lowered, lower};
+use super::kernel::{Empty, Kernel};
+use super::lower::{Applied, Lowered, lower};
+use super::object::Object;
 use super::observe::Found;
 use super::rules::Chain;
 use super::schema::{LOCAL_SLOTS, Set};

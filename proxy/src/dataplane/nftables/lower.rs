@@ -10,8 +10,9 @@ use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
 
-use super::affinity::{self, Object};
+use super::affinity;
 use super::element::{Data, Element, Key, Place, comment};
+use super::kernel::Kernel;
 use super::schema::{CLASSES, LOCAL_SLOTS, MAX_SLOTS, Set};
 use super::shared::{SharedChange, only_in};
 use crate::model::input::{Family, Protocol};
@@ -40,39 +41,6 @@ pub(crate) struct Lowered {
     pub(crate) shared: SharedChange,
     /// What happens to the objects of ports with affinity, between the removals and the additions.
     pub(crate) affinity: affinity::Change,
-}
-
-/// What the kernel was found to hold and nobody has claimed, when Services are taken over from an earlier run.
-pub(crate) trait Kernel {
-    /// Whether there is something at this place.
-    fn holds(&self, place: &Place) -> bool;
-    /// The backend at this place of a slot map, if there is one.
-    fn backend(&self, place: &Place) -> Option<SocketAddr>;
-    /// What there is in `ranges` of the VIP with this place's family and key.
-    fn ranges(&self, vip: Place) -> impl Iterator<Item = Place>;
-    /// Whether there is this chain, map or set of a port with affinity.
-    fn holds_object(&self, object: &Object) -> bool;
-}
-
-/// A kernel that holds nothing.
-pub(crate) struct Empty;
-
-impl Kernel for Empty {
-    fn holds(&self, _: &Place) -> bool {
-        false
-    }
-
-    fn backend(&self, _: &Place) -> Option<SocketAddr> {
-        None
-    }
-
-    fn holds_object(&self, _: &Object) -> bool {
-        false
-    }
-
-    fn ranges(&self, _: Place) -> impl Iterator<Item = Place> {
-        std::iter::empty()
-    }
 }
 
 impl Applied {

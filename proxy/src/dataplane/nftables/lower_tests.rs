@@ -2,6 +2,8 @@
 
 use std::collections::BTreeSet;
 
+use super::super::kernel::Empty;
+use super::super::object::Object;
 use super::*;
 
 fn backend(n: u16) -> Backend {

@@ -7,10 +7,10 @@
 //! |---|---|
 //! | `schema`, `rules`, `expr` | the constant part: sets, chains and rules as data, and libnftnl's form of them |
 //! | `element`, `lower`, `shared` | a Service's part: elements, and what a change adds and removes (pure) |
-//! | `affinity`, `dynamic` | session affinity: a port's own chains and maps (pure), and their messages |
+//! | `affinity`, `object`, `dynamic` | session affinity: a port's own chains and maps (pure), and their messages |
 //! | `remembered`, `recall` | what these maps remember: what to change (pure), and reading them |
 //! | `message`, `netlink` | transactions as netlink messages, the socket, refusals |
-//! | `observe`, `monitor` | reading the truth back, noticing foreign changes |
+//! | `kernel`, `observe`, `monitor` | reading the truth back, noticing foreign changes |
 //! | `probe` | trying the ruleset where nobody is affected |
 //! | `commit` | one batch: parts, refusals, retries |
 
@@ -21,10 +21,12 @@ mod element;
 mod expr;
 #[cfg(test)]
 mod history_tests;
+mod kernel;
 mod lower;
 mod message;
 mod monitor;
 mod netlink;
+mod object;
 mod observe;
 mod probe;
 mod recall;

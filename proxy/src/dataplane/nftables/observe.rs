@@ -10,11 +10,11 @@ use std::net::SocketAddr;
 use nix::errno::Errno;
 use tracing::warn;
 
-use super::affinity::{Kind, Object};
 use super::element::{Data, Element, Place};
-use super::lower::Kernel;
+use super::kernel::Kernel;
 use super::message::{SetInfo, parse_elements, parse_set};
 use super::netlink::Netlink;
+use super::object::{Kind, Object};
 use super::remembered::Entry;
 use super::schema::{Set, len_of};
 use crate::model::input::Family;

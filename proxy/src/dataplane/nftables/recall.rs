@@ -7,9 +7,10 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
-use super::affinity::{Change, Object, Port, find};
+use super::affinity::{Change, Port, find};
 use super::commit::{Failure, Owner, failure};
 use super::netlink::grace_period;
+use super::object::Object;
 use super::observe::entries;
 use super::remembered::{Edits, edits};
 use super::{Nftables, NftablesError};

@@ -5,8 +5,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use super::affinity::{Object, Port, Scope};
+use super::affinity::Port;
 use super::element::Key;
+use super::object::{Object, Scope};
 use crate::model::plan::AddressPort;
 
 /// A client that is remembered.

@@ -1,0 +1,45 @@
+//! What the configuration tells the planner.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnetwork::IpNetwork;
+
+use super::input::Origin;
+
+/// What does not change while the agent runs.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The own Node's name: an endpoint with this `nodeName` is local.
+    pub node_name: Arc<str>,
+    /// The origins that there are; [`Planner::synced`] waits for each of them.
+    pub origins: Vec<Origin>,
+    /// Takes the place of the Node's primary address of its family (`bindAddress`).
+    pub node_address: Option<IpAddr>,
+    /// Where the addresses of local pods are known from.
+    pub pod_cidrs: PodCidrs,
+    /// Which of the node's addresses NodePorts answer on.
+    pub nodeport_addresses: NodePortAddresses,
+}
+
+/// Where the addresses of local pods are known from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum PodCidrs {
+    /// From nowhere: pods are told by their interface, or not at all.
+    #[default]
+    Unknown,
+    /// The configuration (`clusterCIDR`); the first of each family counts.
+    Cluster(Vec<IpNetwork>),
+    /// `spec.podCIDRs` of the own Node; the first of each family counts.
+    Node,
+}
+
+/// Which of the node's addresses NodePorts answer on (`nodePortAddresses`).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum NodePortAddresses {
+    /// The Node's primary address of each family.
+    #[default]
+    Primary,
+    /// Those of its interfaces' addresses that are in one of these networks; all of a family that has no network.
+    Within(Vec<IpNetwork>),
+}
