@@ -6,10 +6,9 @@ use kube_lane::model::input::{
     Change, Endpoint, EndpointSlice, Event, Family, ObjectKey, Origin, Protocol, Service, ServicePort,
     ServiceType, SlicePort, TrafficPolicy,
 };
-use kube_lane::model::planner::{NodePortAddresses, Planner, PodCidrs, Settings};
+use kube_lane::model::planner::{Planner, Settings};
 
-/// The own node of every planner here.
-pub(crate) const NODE: &str = "node-a";
+pub(crate) use crate::history::{NODE, settings};
 
 pub(crate) fn key(name: &str) -> ObjectKey {
     ObjectKey::new("demo", name)
@@ -17,17 +16,6 @@ pub(crate) fn key(name: &str) -> ObjectKey {
 
 pub(crate) fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
-}
-
-/// Both origins, and nothing that is unusual.
-pub(crate) fn settings() -> Settings {
-    Settings {
-        node_name: NODE.into(),
-        origins: vec![Origin::Static, Origin::Api],
-        node_address: None,
-        pod_cidrs: PodCidrs::Unknown,
-        nodeport_addresses: NodePortAddresses::Primary,
-    }
 }
 
 /// A planner of both origins, neither synced.

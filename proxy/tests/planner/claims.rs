@@ -56,7 +56,7 @@ fn rank_is_origin_then_age_then_name() {
                 planner.apply(event(origin, Change::Service(contested)));
                 planner.replan();
             }
-            assert!(text(&planner, winner.2).contains("NodePort *:30080 reject"), "{winner:?}");
+            assert!(text(&planner, winner.2).contains("NodePort *:30080 refused"), "{winner:?}");
             assert_eq!(planner.plan(&key(loser.2)).unwrap().warnings.len(), 2, "{loser:?}");
             assert!(planner.plan(&key(loser.2)).unwrap().ports.is_empty(), "{loser:?}");
         }
@@ -87,9 +87,9 @@ fn a_lost_node_port_leaves_the_cluster_ip() {
         text(&planner, "b"),
         "service demo/b
   port http TCP IPv4
-    ClusterIP 10.96.0.2:80 reject
+    ClusterIP 10.96.0.2:80 refused: no endpoint
   port http TCP IPv6
-    ClusterIP [fd00::2]:80 reject
+    ClusterIP [fd00::2]:80 refused: no endpoint
   warning: Service demo/a comes first at NodePort 30080/TCP (IPv4)
   warning: Service demo/a comes first at NodePort 30080/TCP (IPv6)
 "
@@ -126,12 +126,12 @@ fn within_a_service_the_first_port_counts() {
         text(&planner, "odd"),
         "service demo/odd
   port a TCP IPv4
-    NodePort *:30002 reject
+    NodePort *:30002 refused: no endpoint
   port b TCP IPv4
-    ClusterIP 10.96.0.1:80 reject
-    NodePort *:30001 reject
+    ClusterIP 10.96.0.1:80 refused: no endpoint
+    NodePort *:30001 refused: no endpoint
   port c TCP IPv4
-    ClusterIP 10.96.0.1:82 reject
+    ClusterIP 10.96.0.1:82 refused: no endpoint
   warning: port \"a\" is not at 10.96.0.1:80/TCP: port \"b\" is
   warning: a second TCP port named \"b\" is ignored
   warning: port \"c\" is not at NodePort 30001/TCP (IPv4): port \"b\" is

@@ -13,9 +13,40 @@ use kube_lane::model::input::{
     Change, Endpoint, EndpointSlice, Event, External, Family, Hints, Node, ObjectKey, Origin, Protocol,
     Service, ServicePort, ServiceType, SlicePort, TrafficPolicy,
 };
+use kube_lane::model::planner::{NodePortAddresses, Planner, PodCidrs, Settings};
 
 /// The own node's name among the random ones.
 pub(crate) const NODE: &str = "node-a";
+
+/// Of a node that knows of no pods' addresses, with both origins.
+pub(crate) fn settings() -> Settings {
+    Settings {
+        node_name: NODE.into(),
+        origins: vec![Origin::Static, Origin::Api],
+        node_address: None,
+        pod_cidrs: PodCidrs::Unknown,
+        nodeport_addresses: NodePortAddresses::Primary,
+    }
+}
+
+/// Runs a case for each seed, and says which one failed.
+pub(crate) fn each_seed(cases: u64, case: fn(u64)) {
+    for seed in 1..=cases {
+        let caught = std::panic::catch_unwind(|| case(seed));
+        if let Err(cause) = caught {
+            println!("seed {seed}");
+            std::panic::resume_unwind(cause);
+        }
+    }
+}
+
+/// A planner that starts now, and has planned what it was told.
+pub(crate) fn fresh(settings: Settings, events: Vec<Event>) -> Planner {
+    let mut fresh = Planner::new(settings);
+    events.into_iter().for_each(|event| fresh.apply(event));
+    fresh.replan();
+    fresh
+}
 
 /// What identifies an object among all events.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

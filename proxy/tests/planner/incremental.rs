@@ -92,7 +92,7 @@ fn a_slice_that_changes_its_label_touches_both_services() {
     planner.replan();
     planner.apply(api(Change::Slice(slice("pods", "green", &["10.244.0.1"]))));
     assert_eq!(reported(&mut planner), ["blue", "green"]);
-    assert!(text(&planner, "blue").contains("reject"));
+    assert!(text(&planner, "blue").contains("refused"));
     assert!(text(&planner, "green").contains("to 10.244.0.1:8080"));
 }
 

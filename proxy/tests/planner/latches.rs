@@ -17,7 +17,7 @@ fn objects_wait_for_their_own_origin_only() {
     let changes = planner.replan();
     assert_eq!(changes.services.len(), 1);
     assert_eq!(changes.node.unwrap().nodeport_addresses, [ip("192.0.2.1")]);
-    assert!(text(&planner, "from-file").contains("ClusterIP 10.96.0.2:80 reject"));
+    assert!(text(&planner, "from-file").contains("ClusterIP 10.96.0.2:80 refused"));
     assert!(!planner.synced());
 
     planner.apply(api(Change::Synced));

@@ -11,21 +11,14 @@ use kube_lane::model::plan::{
 };
 use kube_lane::model::planner::{Changes, NodePortAddresses, Planner, PodCidrs, Settings};
 
-use crate::build::settings;
-use crate::history::{NODE, Random, World};
+use crate::history::{Random, World, each_seed, fresh, settings};
 
 const CASES: u64 = 4_000;
 const STEPS: u64 = 60;
 
 #[test]
 fn incremental_equals_fresh() {
-    for seed in 1..=CASES {
-        let caught = std::panic::catch_unwind(|| case(seed));
-        if let Err(cause) = caught {
-            println!("seed {seed}");
-            std::panic::resume_unwind(cause);
-        }
-    }
+    each_seed(CASES, case);
 }
 
 fn case(seed: u64) {
@@ -53,7 +46,7 @@ fn case(seed: u64) {
     let mut shuffled = slices_first.clone();
     random.shuffle(&mut shuffled);
     for order in [slices_first, services_first, shuffled] {
-        let fresh = fresh(&settings, order);
+        let fresh = fresh(settings.clone(), order);
         assert_eq!(by_key(&incremental), by_key(&fresh));
         assert_eq!(incremental.node(), fresh.node());
         assert_eq!(incremental.node_eligible(), fresh.node_eligible());
@@ -62,7 +55,6 @@ fn case(seed: u64) {
 }
 
 fn some_settings(random: &mut Random) -> Settings {
-    assert_eq!(settings().node_name.as_ref(), NODE);
     let network = |text: &str| -> IpNetwork { text.parse().unwrap() };
     Settings {
         node_address: random.pick(&[None, Some("10.96.0.1".parse().unwrap())]),
@@ -71,13 +63,6 @@ fn some_settings(random: &mut Random) -> Settings {
             .pick(&[NodePortAddresses::Primary, NodePortAddresses::Within(vec![network("10.96.0.0/30")])]),
         ..settings()
     }
-}
-
-fn fresh(settings: &Settings, events: Vec<Event>) -> Planner {
-    let mut fresh = Planner::new(settings.clone());
-    events.into_iter().for_each(|event| fresh.apply(event));
-    fresh.replan();
-    fresh
 }
 
 fn by_key(planner: &Planner) -> BTreeMap<ObjectKey, Arc<Plan>> {

@@ -6,34 +6,27 @@ use std::collections::BTreeSet;
 use kube_lane::dataplane::nftables::{Detector, Nftables, Settings, cleanup};
 use kube_lane::dataplane::{Batch, Dataplane};
 use kube_lane::model::input::{Change, Event, Origin};
-use kube_lane::model::planner::{self, NodePortAddresses, Planner, PodCidrs};
+use kube_lane::model::planner::{self, Planner, PodCidrs};
 
 use crate::plans::{in_namespace, listing};
 
 #[path = "../../../proxy/tests/planner/history.rs"]
 mod random;
 
-use random::{NODE, Random, World};
+use random::{Random, World, each_seed, fresh, settings};
 
 const CASES: u64 = 100;
 const STEPS: u64 = 50;
 
 #[test]
 fn history_leaves_no_trace_in_the_kernel() {
-    in_namespace(|| {
-        for seed in 1..=CASES {
-            let caught = std::panic::catch_unwind(|| case(seed));
-            if let Err(cause) = caught {
-                println!("seed {seed}");
-                std::panic::resume_unwind(cause);
-            }
-        }
-    });
+    in_namespace(|| each_seed(CASES, case));
 }
 
 fn case(seed: u64) {
     let mut random = Random::new(seed);
-    let mut planner = planner();
+    let settings = planner::Settings { pod_cidrs: PodCidrs::Node, ..settings() };
+    let mut planner = Planner::new(settings.clone());
     let mut told = World::default();
     let mut dataplane = opened();
     let mut hear = |planner: &mut Planner, event: Event| {
@@ -65,25 +58,12 @@ fn case(seed: u64) {
 
     let mut events = told.events();
     random.shuffle(&mut events);
-    let mut fresh = self::planner();
-    events.into_iter().for_each(|event| fresh.apply(event));
-    fresh.replan();
-    apply_all(&mut opened(), &fresh);
+    apply_all(&mut opened(), &fresh(settings, events));
     let fresh = meaning(&listing());
     cleanup().unwrap();
     let (only_old, only_new): (Vec<_>, Vec<_>) =
         incremental.symmetric_difference(&fresh).partition(|line| incremental.contains(*line));
     assert!(only_old.is_empty() && only_new.is_empty(), "left over: {only_old:#?}, missing: {only_new:#?}");
-}
-
-fn planner() -> Planner {
-    Planner::new(planner::Settings {
-        node_name: NODE.into(),
-        origins: vec![Origin::Static, Origin::Api],
-        node_address: None,
-        pod_cidrs: PodCidrs::Node,
-        nodeport_addresses: NodePortAddresses::Primary,
-    })
 }
 
 fn opened() -> Nftables {

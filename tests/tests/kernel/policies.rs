@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use kube_lane_lab::{Dial, Host, Load, Outcome, Pod, Proto, topology};
+use kube_lane_lab::{Dial, Echo, Host, Load, Outcome, Pod, Proto, topology};
 use kube_lane_tests::objects::{Endpoint, Port};
 use serde_json::{Value, json};
 
@@ -33,6 +33,37 @@ fn everywhere(number: u8, fields: Value) -> Value {
         spec[field] = value.clone();
     }
     spec
+}
+
+/// A world with two pods that serve, one on each node, and one on the first node that dials.
+struct Cast {
+    // Dropped in this order: what runs before where it runs.
+    _servers: [[Echo; 2]; 2],
+    near: Pod,
+    far: Pod,
+    pod: Pod,
+    world: World,
+}
+
+impl Cast {
+    fn new() -> Self {
+        Self::of(World::new(&[]))
+    }
+
+    fn of(world: World) -> Self {
+        let (near, near_server) = serving(&world.lab, 0, "near");
+        let (far, far_server) = serving(&world.lab, 1, "far");
+        let pod = world.lab.node(0).add_pod("client").unwrap();
+        Self { _servers: [near_server, far_server], near, far, pod, world }
+    }
+
+    fn node(&self) -> &Host {
+        self.world.lab.node(0)
+    }
+
+    fn outside(&self) -> &Host {
+        self.world.lab.outside()
+    }
 }
 
 /// What a client should meet: who may answer (all of them, over many connections), and whom they should see.
@@ -81,13 +112,10 @@ fn dropped(outcome: &Outcome) -> bool {
 
 #[test]
 fn external_traffic_policy_decides_who_answers_and_whom_they_see() {
-    let world = World::new(&[]);
-    let lab = &world.lab;
-    let (near, _e1) = serving(lab, 0, "near");
-    let (far, _e2) = serving(lab, 1, "far");
-    let pod = lab.node(0).add_pod("client").unwrap();
-    let (node, outside) = (lab.node(0), lab.outside());
-    let both = [&near, &far];
+    let cast = Cast::new();
+    let (node, outside) = (cast.node(), cast.outside());
+    let Cast { near, far, pod, world, .. } = &cast;
+    let both = [near, far];
     // A Service for each case: a datagram from a port that was used before belongs to its old connection.
     let put = |number: u8, pods: &[&Pod], policy: &str| {
         let node_port = 30000 + u16::from(number);
@@ -98,99 +126,92 @@ fn external_traffic_policy_decides_who_answers_and_whom_they_see() {
         [(own(node), node_port), (lb_ips(number), 80), (external_ips(number), 80)]
     };
     for (to, port) in put(10, &both, "Cluster") {
-        for client in [&*pod as &Host, node, outside] {
+        for client in [pod as &Host, node, outside] {
             expect(client, to, port, &Expected { by: &both, seen: own(node) });
         }
     }
     for (to, port) in put(11, &both, "Local") {
-        expect(outside, to, port, &Expected { by: &[&near], seen: own(outside) });
-        expect(&pod, to, port, &Expected { by: &both, seen: own(&pod) });
+        expect(outside, to, port, &Expected { by: &[near], seen: own(outside) });
+        expect(pod, to, port, &Expected { by: &both, seen: own(pod) });
         expect(node, to, port, &Expected { by: &both, seen: own(node) });
     }
     // It is not the cluster IP's business.
-    expect(&pod, vips(11), 80, &Expected { by: &both, seen: own(&pod) });
+    expect(pod, vips(11), 80, &Expected { by: &both, seen: own(pod) });
     expect(outside, vips(11), 80, &Expected { by: &both, seen: own(node) });
-    for (to, port) in put(12, &[&far], "Local") {
+    for (to, port) in put(12, &[far], "Local") {
         expect(outside, to, port, &Expected { by: &[], seen: own(outside) });
-        expect(&pod, to, port, &Expected { by: &[&far], seen: own(&pod) });
-        expect(node, to, port, &Expected { by: &[&far], seen: own(node) });
+        expect(pod, to, port, &Expected { by: &[far], seen: own(pod) });
+        expect(node, to, port, &Expected { by: &[far], seen: own(node) });
     }
 }
 
 #[test]
 fn internal_traffic_policy_keeps_clients_on_the_node() {
-    let world = World::new(&[]);
-    let lab = &world.lab;
-    let (near, _e1) = serving(lab, 0, "near");
-    let (far, _e2) = serving(lab, 1, "far");
-    let pod = lab.node(0).add_pod("client").unwrap();
-    let (node, outside) = (lab.node(0), lab.outside());
+    let cast = Cast::new();
+    let (node, outside) = (cast.node(), cast.outside());
+    let Cast { near, far, pod, world, .. } = &cast;
     let local = everywhere(10, json!({"internalTrafficPolicy": "Local"}));
-    world.put_spec("web", &web_ports(), 10, &endpoints(&[&near, &far]), local.clone());
-    expect(&pod, vips(10), 80, &Expected { by: &[&near], seen: own(&pod) });
-    expect(outside, vips(10), 80, &Expected { by: &[&near], seen: own(node) });
-    expect(node, vips(10), 80, &Expected { by: &[&near], seen: own(node) });
-    expect(outside, lb_ips(10), 80, &Expected { by: &[&near, &far], seen: own(node) });
+    world.put_spec("web", &web_ports(), 10, &endpoints(&[near, far]), local.clone());
+    expect(pod, vips(10), 80, &Expected { by: &[near], seen: own(pod) });
+    expect(outside, vips(10), 80, &Expected { by: &[near], seen: own(node) });
+    expect(node, vips(10), 80, &Expected { by: &[near], seen: own(node) });
+    expect(outside, lb_ips(10), 80, &Expected { by: &[near, far], seen: own(node) });
 
-    world.put_spec("web", &web_ports(), 10, &endpoints(&[&far]), local);
-    for client in [&*pod as &Host, node, outside] {
+    world.put_spec("web", &web_ports(), 10, &endpoints(&[far]), local);
+    for client in [pod as &Host, node, outside] {
         expect(client, vips(10), 80, &Expected { by: &[], seen: own(node) });
     }
-    expect(outside, own(node), 30080, &Expected { by: &[&far], seen: own(node) });
+    expect(outside, own(node), 30080, &Expected { by: &[far], seen: own(node) });
 }
 
 #[test]
 fn source_ranges_guard_the_load_balancer_alone() {
-    let world = World::new(&[]);
-    let lab = &world.lab;
-    let (far, _e) = serving(lab, 1, "far");
-    let pod = lab.node(0).add_pod("client").unwrap();
-    let (node, outside) = (lab.node(0), lab.outside());
+    let cast = Cast::new();
+    let (node, outside) = (cast.node(), cast.outside());
+    let Cast { far, pod, world, .. } = &cast;
     let put = |ranges: &[&str]| {
         let fields = json!({"loadBalancerSourceRanges": ranges});
-        world.put_spec("web", &web_ports(), 10, &endpoints(&[&far]), everywhere(10, fields));
+        world.put_spec("web", &web_ports(), 10, &endpoints(&[far]), everywhere(10, fields));
     };
-    let open = Expected { by: &[&far], seen: own(node) };
+    let open = Expected { by: &[far], seen: own(node) };
     let shut = Expected { by: &[], seen: own(node) };
     let outsider = topology::outside_addresses().map(|ip| ip.to_string());
     put(&[&outsider[0], &outsider[1]]);
     // Addresses are no CIDRs: no range at all is left, and everybody may dial.
-    expect(&pod, lb_ips(10), 80, &open);
+    expect(pod, lb_ips(10), 80, &open);
     let outsider = [format!("{}/32", outsider[0]), format!("{}/128", outsider[1])];
     put(&[&outsider[0], &outsider[1]]);
-    expect(&pod, lb_ips(10), 80, &shut);
+    expect(pod, lb_ips(10), 80, &shut);
     expect(outside, lb_ips(10), 80, &open);
-    for client in [&*pod as &Host, outside] {
+    for client in [pod as &Host, outside] {
         expect(client, external_ips(10), 80, &open);
         expect(client, own(node), 30080, &open);
     }
     let pods = topology::cluster_cidrs().map(|cidr| cidr.to_string());
     put(&[&pods[0], &pods[1], "10.244.1.0/24", "10.244.0.0/17"]);
     expect(outside, lb_ips(10), 80, &shut);
-    expect(&pod, lb_ips(10), 80, &open);
+    expect(pod, lb_ips(10), 80, &open);
     put(&[]);
     expect(outside, lb_ips(10), 80, &open);
 }
 
 /// What a cluster IP's client is seen as, and whom an eTP Local Service leads to, for one way to tell pods.
 fn detector(bridge: bool, arguments: &[&str], detects: bool) {
-    let world = World::with(bridge, arguments, &[]);
-    let lab = &world.lab;
-    let (far, _e1) = serving(lab, 1, "far");
-    let pod = lab.node(0).add_pod("client").unwrap();
-    let (node, outside) = (lab.node(0), lab.outside());
+    let cast = Cast::of(World::with(bridge, arguments, &[]));
+    let (node, outside) = (cast.node(), cast.outside());
+    let Cast { far, pod, world, .. } = &cast;
     let local = everywhere(10, json!({"externalTrafficPolicy": "Local"}));
-    world.put_spec("web", &web_ports(), 10, &endpoints(&[&far]), local);
-    expect(&pod, vips(10), 80, &Expected { by: &[&far], seen: own(&pod) });
-    expect(node, vips(10), 80, &Expected { by: &[&far], seen: own(node) });
+    world.put_spec("web", &web_ports(), 10, &endpoints(&[far]), local);
+    expect(pod, vips(10), 80, &Expected { by: &[far], seen: own(pod) });
+    expect(node, vips(10), 80, &Expected { by: &[far], seen: own(node) });
     // Without masquerading the answers take another way than the questions: only who is seen can be told.
     if detects {
-        expect(outside, vips(10), 80, &Expected { by: &[&far], seen: own(node) });
+        expect(outside, vips(10), 80, &Expected { by: &[far], seen: own(node) });
     }
-    let pods: &[&Pod] = if detects { &[&far] } else { &[] };
-    expect(&pod, lb_ips(10), 80, &Expected { by: pods, seen: own(&pod) });
-    expect(&pod, own(node), 30080, &Expected { by: pods, seen: own(&pod) });
-    expect(node, lb_ips(10), 80, &Expected { by: &[&far], seen: own(node) });
+    let pods: &[&Pod] = if detects { &[far] } else { &[] };
+    expect(pod, lb_ips(10), 80, &Expected { by: pods, seen: own(pod) });
+    expect(pod, own(node), 30080, &Expected { by: pods, seen: own(pod) });
+    expect(node, lb_ips(10), 80, &Expected { by: &[far], seen: own(node) });
     expect(outside, lb_ips(10), 80, &Expected { by: &[], seen: own(node) });
 }
 
@@ -214,13 +235,10 @@ fn pods_are_told_by_the_names_of_their_interfaces() {
 #[test]
 fn a_cluster_cidr_of_one_family_says_nothing_of_the_other() {
     let [v4, _] = topology::cluster_cidrs().map(|cidr| cidr.to_string());
-    let world = World::with(false, &["--cluster-cidr", &v4], &[]);
-    let lab = &world.lab;
-    let (far, _e) = serving(lab, 1, "far");
-    let pod = lab.node(0).add_pod("client").unwrap();
-    world.put("web", &web_ports(), 10, &endpoints(&[&far]));
+    let Cast { far, pod, world, .. } = &Cast::of(World::with(false, &["--cluster-cidr", &v4], &[]));
+    world.put("web", &web_ports(), 10, &endpoints(&[far]));
     // IPv6 has no detector: nobody who dials a cluster IP is masqueraded, pods least of all.
-    expect(&pod, vips(10), 80, &Expected { by: &[&far], seen: own(&pod) });
+    expect(pod, vips(10), 80, &Expected { by: &[far], seen: own(pod) });
 }
 
 /// A load that dials without pause.
@@ -250,13 +268,10 @@ fn under_load(world: &World, backends: &[Endpoint], specs: &[Value], loads: Vec<
 
 #[test]
 fn policies_change_under_load_and_nothing_is_lost() {
-    let world = World::new(&[]);
-    let lab = &world.lab;
-    let (near, _e1) = serving(lab, 0, "near");
-    let (far, _e2) = serving(lab, 1, "far");
-    let pod = lab.node(0).add_pod("client").unwrap();
-    let clients: [&Host; 3] = [&pod, lab.node(0), lab.outside()];
-    let backends = endpoints(&[&near, &far]);
+    let cast = Cast::new();
+    let Cast { near, far, pod, world, .. } = &cast;
+    let clients: [&Host; 3] = [pod, cast.node(), cast.outside()];
+    let backends = endpoints(&[near, far]);
     let everybody = ["0.0.0.0/1", "128.0.0.0/1", "::/1", "8000::/1"];
     let finer = ["0.0.0.0/2", "64.0.0.0/2", "128.0.0.0/1", "::/1", "8000::/2", "c000::/2"];
     let specs = [
@@ -265,7 +280,7 @@ fn policies_change_under_load_and_nothing_is_lost() {
         everywhere(10, json!({"internalTrafficPolicy": "Local", "loadBalancerSourceRanges": finer})),
     ];
     world.put_spec("web", &web_ports(), 10, &backends, specs[0].clone());
-    let node = own(lab.node(0));
+    let node = own(cast.node());
     let mut loads = Vec::new();
     for (i, client) in clients.into_iter().enumerate() {
         let destinations = [(node, 30080), (lb_ips(10), 80), (external_ips(10), 80), (vips(10), 80)];
@@ -276,17 +291,14 @@ fn policies_change_under_load_and_nothing_is_lost() {
             loads.push((format!("{proto} {} → {to}", client.name()), load(client, proto, to, port)));
         }
     }
-    under_load(&world, &backends, &specs, loads);
+    under_load(world, &backends, &specs, loads);
 }
 
 #[test]
 fn a_service_changes_its_type_under_load_and_its_cluster_ip_does_not_notice() {
-    let world = World::new(&[]);
-    let lab = &world.lab;
-    let (near, _e1) = serving(lab, 0, "near");
-    let (far, _e2) = serving(lab, 1, "far");
-    let pod = lab.node(0).add_pod("client").unwrap();
-    let backends = endpoints(&[&near, &far]);
+    let cast = Cast::new();
+    let Cast { near, far, pod, world, .. } = &cast;
+    let backends = endpoints(&[near, far]);
     let specs = [
         json!({"type": "ClusterIP"}),
         json!({"type": "NodePort", "externalTrafficPolicy": "Local"}),
@@ -296,11 +308,11 @@ fn a_service_changes_its_type_under_load_and_its_cluster_ip_does_not_notice() {
     ];
     world.put_spec("web", &web_ports(), 10, &backends, specs[0].clone());
     let mut loads = Vec::new();
-    for (client, protocols) in [(&*pod as &Host, PROTOCOLS), (lab.outside(), [Proto::Udp, Proto::Tcp])] {
+    for (client, protocols) in [(pod as &Host, PROTOCOLS), (cast.outside(), [Proto::Udp, Proto::Tcp])] {
         for (to, proto) in vips(10).into_iter().zip(protocols) {
             assert!(answered(&until(client, proto, at(to, 80), answered)), "{} {to}", client.name());
             loads.push((format!("{proto} {} → {to}", client.name()), load(client, proto, to, 80)));
         }
     }
-    under_load(&world, &backends, &specs, loads);
+    under_load(world, &backends, &specs, loads);
 }

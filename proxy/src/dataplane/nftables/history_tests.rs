@@ -14,28 +14,22 @@ use super::observe::Found;
 use super::rules::Chain;
 use super::schema::{LOCAL_SLOTS, Set};
 use super::shared::{Shared, SharedCounts};
-use crate::dataplane::history::{NODE, Random, World};
-use crate::model::input::{Family, Origin, ServiceKey};
+use crate::dataplane::history::{Random, World, each_seed, fresh, settings};
+use crate::model::input::{Family, ServiceKey};
 use crate::model::plan::{AddressPort, Plan};
-use crate::model::planner::{NodePortAddresses, Planner, PodCidrs, Settings};
+use crate::model::planner::Planner;
 
 const CASES: u64 = 2_000;
 const STEPS: u64 = 60;
 
 #[test]
 fn history_leaves_no_trace_in_the_elements() {
-    for seed in 1..=CASES {
-        let caught = std::panic::catch_unwind(|| case(seed));
-        if let Err(cause) = caught {
-            println!("seed {seed}");
-            std::panic::resume_unwind(cause);
-        }
-    }
+    each_seed(CASES, case);
 }
 
 fn case(seed: u64) {
     let mut random = Random::new(seed);
-    let mut planner = planner();
+    let mut planner = Planner::new(settings());
     let mut told = World::default();
     let mut node = Node::default();
     for _ in 0..STEPS {
@@ -55,26 +49,14 @@ fn case(seed: u64) {
 
     let mut events = told.events();
     random.shuffle(&mut events);
-    let mut fresh_planner = self::planner();
-    events.into_iter().for_each(|event| fresh_planner.apply(event));
-    let mut fresh = Node::default();
-    fresh.apply(&fresh_planner.replan().services);
-    assert_eq!(node.kernel.meaning(), fresh.kernel.meaning());
+    let mut started = Node::default();
+    started.adopt(&fresh(settings(), events));
+    assert_eq!(node.kernel.meaning(), started.kernel.meaning());
     assert_eq!(node.adopt(&planner), 0, "a restart touches nothing that is right");
 
     let gone: Vec<_> = planner.plans().map(|plan| (plan.service.clone(), None)).collect();
     node.apply(&gone);
     assert_eq!(node.kernel, Model::default(), "Services that go leave nothing");
-}
-
-fn planner() -> Planner {
-    Planner::new(Settings {
-        node_name: NODE.into(),
-        origins: vec![Origin::Static, Origin::Api],
-        node_address: None,
-        pod_cidrs: PodCidrs::Unknown,
-        nodeport_addresses: NodePortAddresses::Primary,
-    })
 }
 
 /// A dataplane without its netlink.

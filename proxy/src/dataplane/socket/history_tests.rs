@@ -13,10 +13,10 @@ use super::lower::Lowering;
 use super::memory_tests::{Memory, Outcome, Reader};
 use super::write::{Sizes, Write};
 use crate::dataplane::Batch;
-use crate::dataplane::history::{NODE, Random};
-use crate::model::input::{Origin, Protocol, ServiceKey};
+use crate::dataplane::history::{Random, each_seed, settings};
+use crate::model::input::{Protocol, ServiceKey};
 use crate::model::plan::{Backend, NodePlan, Plan, Verdict};
-use crate::model::planner::{NodePortAddresses, Planner, PodCidrs, Settings};
+use crate::model::planner::{Planner, PodCidrs, Settings};
 
 const CASES: u64 = 1_500;
 const STEPS: u64 = 80;
@@ -26,13 +26,7 @@ const AMPLE: Sizes = Sizes { frontends: 200, ports: 100, slots: 1_000, backends:
 
 #[test]
 fn whoever_reads_at_any_moment_is_led_right() {
-    for seed in 1..=CASES {
-        let caught = std::panic::catch_unwind(|| case(seed));
-        if let Err(cause) = caught {
-            println!("seed {seed}");
-            std::panic::resume_unwind(cause);
-        }
-    }
+    each_seed(CASES, case);
 }
 
 fn case(seed: u64) {
@@ -52,13 +46,7 @@ fn case(seed: u64) {
         backends: 2 + random.below(20) as u32,
     };
     let sizes = if random.one_in(3) { scarce } else { AMPLE };
-    let mut planner = Planner::new(Settings {
-        node_name: NODE.into(),
-        origins: vec![Origin::Static, Origin::Api],
-        node_address: None,
-        pod_cidrs: PodCidrs::Node,
-        nodeport_addresses: NodePortAddresses::Primary,
-    });
+    let mut planner = Planner::new(Settings { pod_cidrs: PodCidrs::Node, ..settings() });
     let mut world = World::new(policy, sizes);
     for _ in 0..STEPS {
         planner.apply(random.event());
