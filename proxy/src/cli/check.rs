@@ -123,6 +123,7 @@ impl Display for Table {
         let width = self.rows.iter().map(|row| row.name.len()).max().unwrap_or_default();
         for Row { name, needed_for, found, means, .. } in &self.rows {
             match found {
+                Ok(words) if words == "yes" => writeln!(f, "  yes  {name}")?,
                 Ok(words) => writeln!(f, "  yes  {name:width$}  {words}")?,
                 Err(words) => {
                     writeln!(f, "  NO   {name:width$}  {words}")?;
