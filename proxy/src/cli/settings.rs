@@ -66,15 +66,15 @@ pub(super) fn policy(settings: &SocketLb, detector: &Detector, masquerade_all: b
     }
 }
 
-/// How much the maps have room for.
+/// How far the maps may grow.
 pub(super) fn room(settings: &SocketLb) -> Room {
     let SocketLb { max_frontends, max_service_ports, max_endpoints, .. } = *settings;
     Room {
         services: Sizes {
             frontends: max_frontends,
             ports: max_service_ports,
-            // A range has room for a power of two.
-            slots: 2 * max_endpoints,
+            // An endpoint may be in two sets, and the range of a set has room for a power of two.
+            slots: 4 * max_endpoints,
             backends: max_endpoints,
         },
         clients: CLIENTS,

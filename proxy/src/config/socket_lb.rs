@@ -10,9 +10,9 @@ use super::values::go_bool;
 use super::{Detector, Mode};
 
 const BPF_ROOT: &str = "/sys/fs/bpf/kube-lane";
-const FRONTENDS: u32 = 1 << 17;
-const SERVICE_PORTS: u32 = 1 << 16;
-const ENDPOINTS: u32 = 1 << 18;
+const FRONTENDS: u32 = 1 << 18;
+const SERVICE_PORTS: u32 = 1 << 17;
+const ENDPOINTS: u32 = 1 << 20;
 /// What an id has room for in the maps' words.
 const MOST: u32 = 1 << 24;
 
@@ -33,7 +33,7 @@ pub struct SocketLb {
     pub host_namespace_only: bool,
     /// Cgroups that are left to nftables with all that is below them: paths relative to the cgroup root.
     pub leave_alone: Vec<PathBuf>,
-    /// How many addresses and ports can be answered, a NodePort counted once for each family.
+    /// How many addresses and ports can be answered at most, a NodePort counted once for each family.
     pub max_frontends: u32,
     /// How many ports of Services, counted once for each family.
     pub max_service_ports: u32,

@@ -29,11 +29,15 @@ const NAME: &str = "kube-lane";
 /// environment first.
 const CONTAINER: &str = r#"
 set -eu
+mount --rbind /run /mnt
 mount -t tmpfs none /run
 mount -t tmpfs none /var/lib
 while [ "${1#/}" != "$1" ]; do
     mkdir -p "$2"
-    mount --bind "$1" "$2"
+    case "$1" in
+    /run/*) mount --bind "/mnt/${1#/run/}" "$2" ;;
+    *) mount --bind "$1" "$2" ;;
+    esac
     mount -o "remount,bind,$3" "$2"
     shift 3
 done
