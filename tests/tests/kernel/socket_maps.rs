@@ -5,6 +5,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::net::{SocketAddr, TcpStream};
+use std::num::NonZeroU32;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -21,7 +22,7 @@ use kube_lane::model::input::{Family, Protocol, ServiceKey};
 use kube_lane::model::plan::{
     Backend, Frontend, FrontendAddress, FrontendKind, NodePlan, Plan, PortPlan, Verdict,
 };
-use kube_lane_common::{LAYOUT, maps, programs};
+use kube_lane_common::{AffinityKey, LAYOUT, Remembered, maps, programs};
 use kube_lane_lab::{Dial, Echo, Host, Lab, Load, Pod, Proto};
 
 use super::world::{at, vips};
@@ -409,6 +410,38 @@ fn cgroups_that_come_and_go_are_left_alone() {
     assert_eq!(follow(), [ino()].into());
     fs::remove_dir(&mesh).unwrap();
     assert_eq!(follow(), [].into());
+}
+
+#[test]
+fn what_clients_no_longer_come_back_for_is_swept() {
+    let stage = Stage::new();
+    let mut socket = stage.open();
+    let mut apply = |number: u8, timeout: u32, pods: &[&Pod]| {
+        let (key, mut plan) = service(number, pods);
+        for port in &mut Arc::make_mut(plan.as_mut().unwrap()).ports {
+            port.affinity = NonZeroU32::new(timeout);
+        }
+        let batch =
+            Batch { node: Some(NodePlan::default()), services: vec![(key, plan)], ..Batch::default() };
+        socket.apply(&batch, |_| false).unwrap();
+        socket.sweep().unwrap();
+    };
+    let memories = || {
+        let map = MapData::from_pin(stage.root().join(LAYOUT).join("maps").join(maps::AFFINITY)).unwrap();
+        let map = HashMap::<_, AffinityKey, Remembered>::try_from(Map::HashMap(map)).unwrap();
+        map.keys().count()
+    };
+    apply(1, 1, &[&stage.a]);
+    apply(2, 10_800, &[&stage.a]);
+    for number in [1, 2] {
+        assert!(stage.client.dial(Proto::Tcp, vip(number)).unwrap().by().is_some());
+    }
+    assert_eq!(memories(), 2);
+    thread::sleep(Duration::from_millis(3100));
+    apply(3, 10_800, &[]);
+    assert_eq!(memories(), 1, "one has expired");
+    apply(2, 10_800, &[&stage.b]);
+    assert_eq!(memories(), 0, "the endpoint of the other has gone");
 }
 
 /// Whoever is met is an endpoint, and nobody fails, while two processors dial, the endpoints change all the time, and

@@ -208,6 +208,14 @@ impl Socket {
         self.maps.room()
     }
 
+    /// Removes what clients of ports with session affinity no longer come back for, as happens every minute anyway.
+    ///
+    /// # Errors
+    /// Where their map cannot be read or written.
+    pub fn sweep(&self) -> Result<(), SocketError> {
+        Memories::open(&self.place.pins.version().maps())?.sweep()
+    }
+
     /// Reads back what the maps hold, for tests.
     ///
     /// # Errors

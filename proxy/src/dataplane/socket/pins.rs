@@ -48,10 +48,15 @@ impl Pins {
         Ok(kind.filesystem_type() == BPF_FS_MAGIC)
     }
 
+    /// This build's layout.
+    pub(super) fn version(&self) -> Version {
+        Version { path: self.root.join(LAYOUT) }
+    }
+
     /// Makes the folders of this build's layout. They are on a BPF file system, or this says so.
     pub(super) fn create(&self) -> Result<Version, SocketError> {
         self.check()?;
-        let version = Version { path: self.root.join(LAYOUT) };
+        let version = self.version();
         for folder in [version.maps().0, version.links()] {
             fs::create_dir_all(&folder).map_err(|source| pin_error(&folder, source))?;
         }
