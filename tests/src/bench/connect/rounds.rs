@@ -34,9 +34,9 @@ const OUTSIDE: &str = "..";
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum To {
-    /// A pod, from a cgroup that no program is attached to.
+    /// The pods, from a cgroup that no program is attached to.
     Pod,
-    /// A pod, past the programs of the node's cgroup.
+    /// The pods, past the programs of the node's cgroup.
     PodPastPrograms,
     /// The first Service.
     First,
@@ -112,25 +112,28 @@ impl Site {
         all.iter().map(none).collect()
     }
 
-    fn address(&self, to: To) -> Result<SocketAddr> {
+    /// What is dialled in turn: where it is pods, all of them, since a Service leads to all of them as well.
+    fn addresses(&self, to: To) -> Result<Vec<SocketAddr>> {
         Ok(match to {
-            To::Pod | To::PodPastPrograms => self.listeners.first().context("nobody serves")?.local_addr()?,
-            To::First => api::vip(0),
-            To::Last => api::vip(self.services - 1),
+            To::Pod | To::PodPastPrograms => {
+                self.listeners.iter().map(TcpListener::local_addr).collect::<Result<_, _>>()?
+            }
+            To::First => vec![api::vip(0)],
+            To::Last => vec![api::vip(self.services - 1)],
         })
     }
 
     /// The median of one round, in microseconds.
     fn round(&self, to: To) -> Result<f64> {
-        let address = self.address(to)?;
+        let addresses = self.addresses(to)?;
         let listeners = self.listeners.iter().map(TcpListener::try_clone).collect::<Result<Vec<_>, _>>()?;
         let threads = self.threads(to);
         self.client.run(move || -> Result<f64> {
             fs::write(&threads, "0").with_context(|| format!("cannot enter {}", threads.display()))?;
             pin(1)?;
             let mut took = Vec::with_capacity(DIALS);
-            for _ in 0..DIALS {
-                took.push(timed(address, &listeners)?);
+            for address in addresses.iter().cycle().take(DIALS) {
+                took.push(timed(*address, &listeners)?);
             }
             took.sort_unstable();
             Ok(took[DIALS / 2].as_secs_f64() * 1e6)
@@ -145,7 +148,8 @@ impl Site {
     }
 
     fn stream(&self) -> Result<Stream> {
-        let to = self.address(if self.way == Way::Bare { To::Pod } else { To::Last })?;
+        let addresses = self.addresses(if self.way == Way::Bare { To::Pod } else { To::Last })?;
+        let to = *addresses.first().context("nobody serves")?;
         let mut client = self.client.run(move || TcpStream::connect(to))??;
         let mut server = accept(&self.listeners)?;
         server.set_nonblocking(false)?;
