@@ -15,6 +15,9 @@ pub(crate) const AGENT: &str = "/usr/bin/kube-lane";
 /// Precedes the output of a scenario on the console, with its name.
 pub(crate) const MARK: &str = "=== scenario ";
 
+/// Begins the line that says how a scenario ended: its name, a blank, `ok` or `FAILED`.
+pub(crate) const RESULT: &str = "scenario ";
+
 /// File systems, and where they are mounted.
 const MOUNTS: [(&str, &str); 7] = [
     ("proc", "/proc"),
@@ -42,7 +45,7 @@ pub(crate) fn main() -> Result<()> {
         eprintln!("{MARK}{name}");
         // The message is on the console.
         let outcome = catch_unwind(AssertUnwindSafe(scenario)).map_or("FAILED", |()| "ok");
-        writeln!(results, "scenario {name} {outcome}")?;
+        writeln!(results, "{RESULT}{name} {outcome}")?;
     }
     fs::write("/proc/sysrq-trigger", "o").context("cannot turn the machine off")?;
     loop {

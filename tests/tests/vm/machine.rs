@@ -1,21 +1,24 @@
 //! A virtual machine that boots a kernel with our initramfs, and what its guest says about the scenarios.
 //!
-//! Owns QEMU's process and the folder of initramfs and console. Knows scenarios by name only.
+//! Owns QEMU's process and a folder with the initramfs and what the guest writes. Knows scenarios by name only.
 
 use std::fs;
-use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::time::Duration;
+use std::process::Command;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use kube_lane_tests::process::Process;
 use tempfile::TempDir;
 
 use crate::{guest, initramfs};
 
 /// A guest that says nothing for so long hangs. Emulated on a busy machine, the slowest scenario takes a tenth of it.
 const SILENCE: Duration = Duration::from_secs(300);
+/// What the guest's serial ports are written to.
+const CONSOLE: &str = "console";
+const RESULTS: &str = "results";
 /// Lines of the console that a failure shows.
 const TAIL_LINES: usize = 80;
 
@@ -29,8 +32,8 @@ const KERNEL: &str = "console=ttyS0 loglevel=5 panic=-1 mitigations=off";
 /// A running machine; killed when dropped.
 #[derive(Debug)]
 pub(crate) struct Machine {
-    qemu: Child,
-    results: Receiver<String>,
+    // Dropped in this order: it writes there.
+    qemu: Process,
     dir: TempDir,
 }
 
@@ -50,19 +53,11 @@ impl Machine {
         let append = format!("{KERNEL} PATH=/usr/sbin:/usr/bin KUBE_LANE_BIN={}", guest::AGENT);
         let mut qemu = Command::new("qemu-system-x86_64");
         qemu.args(QEMU.split(' ')).arg("-kernel").arg(kernel).arg("-initrd").arg(initrd);
-        let console = format!("file:{}", console(dir.path()).display());
-        qemu.args(["-append", &append, "-serial", &console, "-serial", "stdio"]);
-        qemu.stdin(Stdio::null()).stdout(Stdio::piped());
-        let mut qemu = qemu.spawn().context("cannot start qemu-system-x86_64")?;
-        let (sender, results) = channel();
-        if let Some(stdout) = qemu.stdout.take() {
-            std::thread::spawn(move || {
-                let lines = BufReader::new(stdout).lines().map_while(Result::ok);
-                // Until nobody listens any more.
-                lines.map(|line| sender.send(line)).take_while(Result::is_ok).for_each(drop);
-            });
+        qemu.args(["-append", &append]);
+        for port in [CONSOLE, RESULTS] {
+            qemu.arg("-serial").arg(format!("file:{}", dir.path().join(port).display()));
         }
-        Ok(Self { qemu, results, dir })
+        Ok(Self { qemu: Process::spawn(qemu, &dir.path().join("log"), None)?, dir })
     }
 
     /// How the scenario of this name ended; waits for it.
@@ -70,56 +65,54 @@ impl Machine {
     /// # Errors
     /// When it failed, or the guest hangs or is gone; with the end of the console.
     pub(crate) fn outcome(&mut self, name: &str) -> Result<()> {
+        let (mut heard, mut since) = (0, Instant::now());
         loop {
-            let line = match self.results.recv_timeout(SILENCE) {
-                Ok(line) => line,
-                Err(RecvTimeoutError::Timeout) => {
-                    // Whoever asks for the next one need not wait as long.
-                    self.end();
-                    bail!("the guest hangs: nothing for {SILENCE:?}\n{}", self.console(name));
-                }
-                Err(RecvTimeoutError::Disconnected) => {
-                    bail!("the machine ended before the scenario did\n{}", self.console(name));
-                }
-            };
-            match line.trim_end().strip_prefix("scenario ").and_then(|rest| rest.split_once(' ')) {
-                Some((of, "ok")) if of == name => return Ok(()),
-                Some((of, _)) if of == name => bail!("{}", self.console(name)),
-                // Of one that was not asked for.
-                _ => {}
+            // Asked first: what it said last counts.
+            let ended = self.qemu.try_wait()?;
+            let results = self.read(RESULTS);
+            match outcome_in(&results, name) {
+                Some("ok") => return Ok(()),
+                Some(_) => bail!("{}", self.output_of(name)),
+                None => {}
             }
+            if let Some(status) = ended {
+                let log = self.qemu.log_tail();
+                bail!("the machine ended first: {status}\n{log}\n{}", self.output_of(name));
+            }
+            if results.len() != heard {
+                (heard, since) = (results.len(), Instant::now());
+            } else if since.elapsed() > SILENCE {
+                // Whoever asks for the next one need not wait as long.
+                self.qemu.kill();
+                bail!("the guest hangs: nothing for {SILENCE:?}\n{}", self.output_of(name));
+            }
+            sleep(Duration::from_millis(50));
         }
     }
 
-    /// The end of what a scenario wrote, or of all where it never began.
-    fn console(&self, name: &str) -> String {
-        let console = fs::read(console(self.dir.path())).unwrap_or_default();
-        let console = String::from_utf8_lossy(&console);
+    /// The end of what a scenario wrote to the console, or of all where it never began.
+    fn output_of(&self, name: &str) -> String {
+        let console = self.read(CONSOLE);
         let mark = format!("{}{name}", guest::MARK);
-        let own = console.lines().skip_while(|line| line.trim_end() != mark);
-        let mut lines: Vec<_> =
-            own.take_while(|line| line.trim_end() == mark || !line.starts_with(guest::MARK)).collect();
+        let of_it = |line: &&str| *line == mark || !line.starts_with(guest::MARK);
+        let mut lines: Vec<_> = console.lines().skip_while(|line| *line != mark).take_while(of_it).collect();
         if lines.is_empty() {
             lines = console.lines().collect();
         }
         lines[lines.len().saturating_sub(TAIL_LINES)..].join("\n")
     }
 
-    fn end(&mut self) {
-        // Both fail only where it has ended already.
-        let _ = self.qemu.kill();
-        let _ = self.qemu.wait();
+    /// What the guest has written to a serial port.
+    fn read(&self, port: &str) -> String {
+        let bytes = fs::read(self.dir.path().join(port)).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
     }
 }
 
-impl Drop for Machine {
-    fn drop(&mut self) {
-        self.end();
-    }
-}
-
-fn console(dir: &Path) -> PathBuf {
-    dir.join("console")
+/// How a scenario ended, where a complete line says so.
+fn outcome_in<'a>(results: &'a str, name: &str) -> Option<&'a str> {
+    let (complete, _) = results.rsplit_once('\n')?;
+    complete.lines().find_map(|line| line.strip_prefix(guest::RESULT)?.strip_prefix(name)?.strip_prefix(' '))
 }
 
 /// The image of a kernel that is unpacked at `system`.

@@ -26,6 +26,7 @@ pub(crate) const ALL: &[Scenario] = &[
     ("nft_takes_its_listing_back", nft_takes_its_listing_back),
     ("a_restart_changes_nothing", a_restart_changes_nothing),
     ("cleanup_leaves_nothing", cleanup_leaves_nothing),
+    ("the_kernel_takes_all_that_check_tries", the_kernel_takes_all_that_check_tries),
 ];
 
 /// How long anything may take that has to happen: many times what it does under emulation.
@@ -265,4 +266,13 @@ fn cleanup_leaves_nothing() {
     let output = world.lab.node(0).run(move || cleanup.output()).unwrap().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert_eq!(ruleset(&world), "");
+}
+
+/// Among this: that the verifier accepts every program of the socket layer, and that they can be attached.
+fn the_kernel_takes_all_that_check_tries() {
+    let mut check = Command::new(agent::binary().unwrap());
+    let output = check.args(["check", "--proxy-mode", "ebpf"]).output().unwrap();
+    let table = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{table}{}", String::from_utf8_lossy(&output.stderr));
+    println!("{table}");
 }
