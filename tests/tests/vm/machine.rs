@@ -112,7 +112,9 @@ impl Machine {
 /// How a scenario ended, where a complete line says so.
 fn outcome_in<'a>(results: &'a str, name: &str) -> Option<&'a str> {
     let (complete, _) = results.rsplit_once('\n')?;
-    complete.lines().find_map(|line| line.strip_prefix(guest::RESULT)?.strip_prefix(name)?.strip_prefix(' '))
+    // The port ends lines as terminals do.
+    let mut lines = complete.lines().map(str::trim_end);
+    lines.find_map(|line| line.strip_prefix(guest::RESULT)?.strip_prefix(name)?.strip_prefix(' '))
 }
 
 /// The image of a kernel that is unpacked at `system`.

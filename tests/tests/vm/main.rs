@@ -11,6 +11,8 @@ mod machine;
 #[cfg(test)]
 mod scenarios;
 #[cfg(test)]
+mod sockets;
+#[cfg(test)]
 #[path = "../kernel/world.rs"]
 #[expect(dead_code, reason = "the kernel lane needs more of it")]
 mod world;

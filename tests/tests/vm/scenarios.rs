@@ -10,6 +10,7 @@ use kube_lane_tests::agent;
 use kube_lane_tests::objects::Port;
 use serde_json::json;
 
+use crate::sockets;
 use crate::world::{World, answered, at, endpoints, serving, vips, web_ports};
 
 /// A scenario and its name.
@@ -26,13 +27,23 @@ pub(crate) const ALL: &[Scenario] = &[
     ("nft_takes_its_listing_back", nft_takes_its_listing_back),
     ("a_restart_changes_nothing", a_restart_changes_nothing),
     ("cleanup_leaves_nothing", cleanup_leaves_nothing),
-    ("the_kernel_takes_all_that_check_tries", the_kernel_takes_all_that_check_tries),
+    ("the_kernel_takes_all_that_check_tries", sockets::the_kernel_takes_all_that_check_tries),
+    (
+        "sockets_are_led_to_a_pod_and_the_rest_is_nftables",
+        sockets::sockets_are_led_to_a_pod_and_the_rest_is_nftables,
+    ),
+    ("sockets_are_refused_without_endpoints", sockets::sockets_are_refused_without_endpoints),
+    (
+        "sockets_follow_endpoints_and_outlive_the_agent",
+        sockets::sockets_follow_endpoints_and_outlive_the_agent,
+    ),
+    ("cleanup_unloads_the_programs", sockets::cleanup_unloads_the_programs),
 ];
 
 /// How long anything may take that has to happen: many times what it does under emulation.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// How long a client waits for an answer.
-const ANSWER: Duration = Duration::from_secs(3);
+pub(crate) const ANSWER: Duration = Duration::from_secs(3);
 
 /// Asks until the outcome is as wanted.
 #[track_caller]
@@ -49,12 +60,18 @@ fn until(world: &World, who: &str, mut ask: impl FnMut() -> Outcome, wanted: imp
 
 /// Dials until the outcome is as wanted.
 #[track_caller]
-fn dial_until(world: &World, client: &Host, proto: Proto, to: SocketAddr, wanted: impl Fn(&Outcome) -> bool) {
+pub(crate) fn dial_until(
+    world: &World,
+    client: &Host,
+    proto: Proto,
+    to: SocketAddr,
+    wanted: impl Fn(&Outcome) -> bool,
+) {
     let ask = || client.dial_with(Dial::new(proto, to).timeout(ANSWER)).unwrap();
     until(world, &format!("{} to {to} by {proto}", client.name()), ask, wanted);
 }
 
-fn by(name: &str) -> impl Fn(&Outcome) -> bool {
+pub(crate) fn by(name: &str) -> impl Fn(&Outcome) -> bool {
     move |outcome| outcome.by() == Some(name)
 }
 
@@ -63,7 +80,7 @@ fn refused(outcome: &Outcome) -> bool {
 }
 
 /// Where Service 10 answers clients of each kind.
-fn places() -> [SocketAddr; 4] {
+pub(crate) fn places() -> [SocketAddr; 4] {
     let [vip4, vip6] = vips(10);
     let [node4, node6] = topology::node_addresses(0);
     [at(vip4, 80), at(vip6, 80), at(node4, 30080), at(node6, 30080)]
@@ -266,13 +283,4 @@ fn cleanup_leaves_nothing() {
     let output = world.lab.node(0).run(move || cleanup.output()).unwrap().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert_eq!(ruleset(&world), "");
-}
-
-/// Among this: that the verifier accepts every program of the socket layer, and that they can be attached.
-fn the_kernel_takes_all_that_check_tries() {
-    let mut check = Command::new(agent::binary().unwrap());
-    let output = check.args(["check", "--proxy-mode", "ebpf"]).output().unwrap();
-    let table = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success(), "{table}{}", String::from_utf8_lossy(&output.stderr));
-    println!("{table}");
 }
