@@ -12,7 +12,7 @@ pub const UDP: u8 = 17;
 ///
 /// One form for both families: an IPv6 socket that dials a v4-mapped address asks for the same frontend.
 #[repr(transparent)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Address([u32; 4]);
 
 impl Address {
@@ -86,7 +86,7 @@ impl From<IpAddr> for Address {
 
 /// A port in network byte order.
 #[repr(transparent)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Port(u16);
 
 impl Port {
@@ -117,7 +117,7 @@ impl Port {
 
 /// What a client dials: the key of every map that is looked up by destination.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FrontendKey {
     /// The destination address.
     pub address: Address,

@@ -12,7 +12,7 @@ use super::input::Origin;
 pub struct Settings {
     /// The own Node's name: an endpoint with this `nodeName` is local.
     pub node_name: Arc<str>,
-    /// The origins that there are; [`Planner::synced`] waits for each of them.
+    /// The origins that there are; [`Planner::synced`](super::planner::Planner::synced) waits for each of them.
     pub origins: Vec<Origin>,
     /// Takes the place of the Node's primary address of its family (`bindAddress`).
     pub node_address: Option<IpAddr>,

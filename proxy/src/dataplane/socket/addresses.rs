@@ -3,7 +3,7 @@
 //! Owns an index of what all Services are dialled at, in whichever layer, and of all their backends, so that a change
 //! names the few Services that it touches. Never decides what becomes of them.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use itertools::{EitherOrBoth, Itertools as _};
@@ -151,7 +151,7 @@ impl Addresses {
         if keys(old).eq(keys(new)) {
             return;
         }
-        let stay: HashSet<_> = keys(new).collect();
+        let stay: BTreeSet<_> = keys(new).collect();
         for (port, at) in frontends(old) {
             let key = key(port, at);
             // Who has taken it over keeps it.

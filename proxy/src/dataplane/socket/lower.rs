@@ -2,9 +2,9 @@
 //!
 //! Pure: reads plans and what the maps were found to hold, yields [`Write`]s in an order in which a program may read
 //! between any two of them. Owns the ids. Never decides what is answered (`answers` does), never waits: what no map names
-//! any more is handed out as [`Retired`], and used again when it is given back.
+//! any more is handed out as `Retired`, and used again when it is given back.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 use std::mem;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -454,7 +454,7 @@ impl Lowering {
         };
         let mut stale: Vec<_> = keys.filter(there).unique().collect();
         if !stale.is_empty() {
-            let stay: HashSet<_> = nexts.iter().flat_map(Next::keys).collect();
+            let stay: BTreeSet<_> = nexts.iter().flat_map(Next::keys).collect();
             stale.retain(|key| !stay.contains(key));
         }
         stale
