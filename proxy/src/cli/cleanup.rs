@@ -1,10 +1,12 @@
 //! `kube-lane cleanup`, and kube-proxy's `--cleanup`: removes all that is ours from the kernel, without the API.
+//!
+//! Never beside an agent: that would put everything back, and meanwhile tell what is not so.
 
 use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Args;
-use tracing::{info, warn};
+use tracing::info;
 
 use super::instance;
 use crate::config::Roots;
@@ -26,11 +28,8 @@ pub(super) fn run(flags: &CleanupFlags) -> anyhow::Result<ExitCode> {
 
 pub(super) fn remove(log: &LogFlags, roots: &Roots) -> anyhow::Result<ExitCode> {
     telemetry::init(&log.logging())?;
-    match instance::running() {
-        Ok(None) => {}
-        Ok(Some(pid)) => warn!(pid, "an agent runs on this node and will put everything back: stop it first"),
-        Err(error) => warn!(%error, "cannot tell whether an agent runs on this node"),
-    }
+    // Nor does one start meanwhile.
+    let _only = instance::claim().context("nothing is removed")?;
     // What answers first goes first. One that cannot go does not keep the other.
     let socket = socket::cleanup(&roots.bpf_root()).context("cleanup of the socket layer");
     nftables::cleanup().context("cleanup (it needs CAP_NET_ADMIN)")?;

@@ -14,17 +14,20 @@ use tracing::warn;
 /// The socket's name.
 const NAME: &str = "kube-lane";
 
-/// Another agent runs in this network namespace.
+/// An agent runs in this network namespace.
 #[derive(Debug, thiserror::Error)]
-#[error(
-    "another kube-lane runs on this node (pid {pid}): stop it first, since two would fight over the same tables"
-)]
+#[error("another kube-lane runs on this node ({}): stop it first", process(*.pid))]
 pub(super) struct AnotherAgent {
-    pid: i32,
+    /// `None`: its process namespace is another.
+    pid: Option<i32>,
 }
 
-/// Marks this process as the agent of its network namespace, as long as the listener is open. Where there can be no
-/// mark, a warning says so: a second agent would not be noticed, and the status cannot be asked for.
+fn process(pid: Option<i32>) -> String {
+    pid.map_or_else(|| "in another process namespace".into(), |pid| format!("pid {pid}"))
+}
+
+/// Marks this process as the only one that programs its network namespace, as long as the listener is open. Where there
+/// can be no mark, a warning says so: a second one would not be noticed, and the status cannot be asked for.
 ///
 /// # Errors
 /// When there is an agent already.
@@ -33,8 +36,9 @@ pub(super) fn claim() -> Result<Option<UnixListener>, AnotherAgent> {
         Ok(listener) => return Ok(Some(listener)),
         Err(error) => error,
     };
-    match running() {
-        Ok(Some(pid)) => Err(AnotherAgent { pid }),
+    match connect() {
+        // The kernel says 0 where the process namespace is another.
+        Ok(Some((_, pid))) => Err(AnotherAgent { pid: Some(pid).filter(|pid| *pid != 0) }),
         Ok(None) | Err(_) => {
             warn!(%error, "cannot have the abstract socket `{NAME}`: a second agent would not be noticed");
             Ok(None)
@@ -42,19 +46,10 @@ pub(super) fn claim() -> Result<Option<UnixListener>, AnotherAgent> {
     }
 }
 
-/// The process id of the agent that runs in this network namespace, where there is one; 0: of another process
-/// namespace.
+/// A connection to the agent that runs in this network namespace, where there is one, to ask it something.
 ///
 /// # Errors
 /// When the socket cannot be asked.
-pub(super) fn running() -> io::Result<Option<i32>> {
-    Ok(connect()?.map(|(_, pid)| pid))
-}
-
-/// A connection to that agent, to ask it something.
-///
-/// # Errors
-/// As [`running`].
 pub(super) fn agent() -> io::Result<Option<UnixStream>> {
     Ok(connect()?.map(|(stream, _)| stream))
 }

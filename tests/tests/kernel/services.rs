@@ -309,21 +309,32 @@ fn a_restart_with_a_broken_file_takes_nothing_away() {
 }
 
 #[test]
-fn a_second_agent_on_a_node_names_the_first_and_ends() {
+fn beside_an_agent_no_other_starts_and_nothing_is_cleaned_up() {
     let mut world = World::new(&[]);
-    let pid = world.agents[0].process().id();
+    let (pod, _e) = serving(&world.lab, 1, "far");
+    world.put("web", &web_ports(), 10, &endpoints(&[&pod]));
+    let vip = at(vips(10)[0], 80);
+    assert!(answered(&until(world.lab.node(0), Proto::Tcp, vip, answered)));
+    let named = format!("another kube-lane runs on this node (pid {})", world.agents[0].process().id());
     let mut second = world.start_agent(0, &["--healthz-port=0", "--metrics-port=0"]);
     let status = second.process().wait_timeout(SYNC).unwrap().expect("it ends");
-    assert!(!status.success());
-    let named = |log: &str| log.contains(&format!("another kube-lane runs on this node (pid {pid})"));
-    assert!(named(&second.log()), "{}", second.log());
+    assert!(!status.success() && second.log().contains(&named), "{}", second.log());
 
-    let binary = kube_lane_tests::agent::binary().unwrap();
-    let output = move || std::process::Command::new(binary).arg("cleanup").output();
-    let output = world.lab.node(0).run(output).unwrap().unwrap();
-    assert!(output.status.success());
-    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
-    assert!(said.contains("an agent runs on this node") && said.contains(&pid.to_string()), "{said}");
+    let clean_up = |argument: &'static str| {
+        let binary = kube_lane_tests::agent::binary().unwrap();
+        let output = move || std::process::Command::new(binary).arg(argument).output();
+        let output = world.lab.node(0).run(output).unwrap().unwrap();
+        (output.status.success(), String::from_utf8(output.stderr).unwrap())
+    };
+    for argument in ["cleanup", "--cleanup"] {
+        let (success, said) = clean_up(argument);
+        assert!(!success && said.contains(&named), "{said}");
+    }
+    assert!(answered(&world.lab.node(0).dial(Proto::Tcp, vip).unwrap()));
+    drop(world.agents.remove(0));
+    let (success, said) = clean_up("cleanup");
+    assert!(success, "{said}");
+    assert!(!answered(&world.lab.node(0).dial_with(Dial::new(Proto::Tcp, vip).timeout(QUIET)).unwrap()));
 }
 
 #[test]
