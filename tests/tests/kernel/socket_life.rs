@@ -1,10 +1,9 @@
 //! The socket layer through changes: of endpoints, of agents, of what others attach, of room.
 
-use std::net::SocketAddr;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use kube_lane_lab::{Dial, Flow, Host, Load, Met, Outcome, Pod, Proto};
+use kube_lane_lab::{Dial, Flow, Host, Load, Outcome, Pod, Proto};
 use kube_lane_tests::agent;
 use kube_lane_tests::objects::{Endpoint, Port};
 use nix::sys::signal::Signal;
@@ -12,22 +11,12 @@ use serde_json::json;
 
 use super::foreign::Foreign;
 use super::world::{
-    Mode, QUIET, SYNC, World, answered, answered_in, at, endpoints, serving, until, until_met, vips,
-    web_ports,
+    Mode, QUIET, SYNC, World, answered, answered_in, at, endpoints, meet, serving, until, until_met, vip,
+    vips, web_ports,
 };
 
 /// The least pause that keeps the other processor for what is tested.
 const PAUSE: Duration = Duration::from_micros(200);
-
-fn vip(number: u8) -> SocketAddr {
-    at(vips(number)[0], 80)
-}
-
-/// What a dial meets, and where.
-fn meet(client: &Host, to: SocketAddr) -> Met {
-    let dial = Dial::new(Proto::Tcp, to).timeout(QUIET);
-    client.run(move || dial.meet()).unwrap()
-}
 
 #[test]
 fn no_connect_fails_while_agents_come_and_go() {

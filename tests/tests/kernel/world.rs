@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use ipnetwork::IpNetwork;
@@ -107,6 +107,11 @@ impl World {
     }
 
     pub(super) fn start_agent(&self, index: usize, arguments: &[&str]) -> Agent {
+        self.start_build(&agent::binary().unwrap(), index, arguments)
+    }
+
+    /// The agent of a given binary.
+    pub(super) fn start_build(&self, binary: &Path, index: usize, arguments: &[&str]) -> Agent {
         let node = self.lab.node(index);
         let folder = self.folder.arg();
         let mut all = vec!["--manifests", &folder, "--hostname-override", node.name(), "-v", "4"];
@@ -116,7 +121,7 @@ impl World {
             all.extend(places.iter().map(String::as_str));
         }
         all.extend(arguments);
-        Agent::start(node, &all, &self.log(index)).unwrap()
+        Agent::start_binary(binary, node, &all, &self.log(index)).unwrap()
     }
 
     /// Puts a Service and its slices into the folder.
@@ -156,6 +161,11 @@ pub(super) fn vips(number: u8) -> [IpAddr; 2] {
     topology::service_cidrs().map(|cidr| cidr.iter().nth(usize::from(number)).unwrap())
 }
 
+/// The IPv4 cluster IP of the Service with this number, with the port of all.
+pub(super) fn vip(number: u8) -> SocketAddr {
+    at(vips(number)[0], 80)
+}
+
 pub(super) fn at(ip: IpAddr, port: u16) -> SocketAddr {
     (ip, port).into()
 }
@@ -190,12 +200,17 @@ pub(super) fn until(
 pub(super) fn until_met(client: &Host, to: SocketAddr, wanted: impl Fn(&Met) -> bool) -> Met {
     let deadline = Instant::now() + Duration::from_secs(5);
     loop {
-        let dial = Dial::new(Proto::Tcp, to).timeout(QUIET);
-        let met = client.run(move || dial.meet()).unwrap();
+        let met = meet(client, to);
         if wanted(&met) || Instant::now() > deadline {
             return met;
         }
     }
+}
+
+/// What a dial meets, and where.
+pub(super) fn meet(client: &Host, to: SocketAddr) -> Met {
+    let dial = Dial::new(Proto::Tcp, to).timeout(QUIET);
+    client.run(move || dial.meet()).unwrap()
 }
 
 /// Answered by the layer that a mode has first.
