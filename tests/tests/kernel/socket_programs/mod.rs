@@ -1,5 +1,6 @@
 //! The eBPF programs: what they do with sockets, given what is in their maps. The agent's own half has no part in it.
 
+mod reuse;
 mod tcp;
 mod udp;
 
