@@ -174,7 +174,7 @@ fn agent(
         };
         let nftables = Nftables::open(settings)?;
         let foreign = ready::readable(nftables.descriptor()?)?;
-        let dataplane = Layers::new(nftables, socket, !config.socket_lb.leave_alone.is_empty());
+        let dataplane = Layers::new(nftables, socket);
         let conntrack = Conntrack::spawn(config.conntrack.clean_sctp, move |looked| flows.looked(&looked))?;
         let on_nodeport_addresses = config.network.nodeport_addresses.is_some();
         let service_health = ServiceHealth::spawn(on_nodeport_addresses, health.subscribe(), kubernetes);

@@ -19,8 +19,8 @@ use crate::model::plan::Plan;
 /// How long after a failure the socket layer is tried again, and the most that grows to.
 const RETRY: Duration = Duration::from_millis(200);
 const RETRY_MAX: Duration = Duration::from_secs(30);
-/// How often the socket layer looks by itself for what nobody tells: room for Services that had none, cgroups to leave
-/// alone that have come or gone.
+/// How often the socket layer looks by itself for what nobody tells: whether it is still where it was put, room for
+/// Services that had none, cgroups to leave alone that have come or gone.
 const LOOK: Duration = Duration::from_secs(1);
 /// How many Services without room a commit names in the log.
 const NAMED: usize = 10;
@@ -38,16 +38,17 @@ struct Front {
     trouble: Option<(String, u32)>,
     /// Services that there is no room for.
     full: BTreeMap<ServiceKey, Limit>,
-    /// There are cgroups to be left alone.
-    leaves_alone: bool,
-    /// When it has something to do by itself.
+    /// When it looks next for what nobody tells.
+    look: Instant,
+    /// When it has something to do by itself; `None`: not before the first batch.
     due: Option<Instant>,
 }
 
 impl Layers {
-    /// nftables, and the socket layer where there is one; `leaves_alone`: that has cgroups to leave alone.
-    pub fn new(nftables: Nftables, socket: Option<Socket>, leaves_alone: bool) -> Self {
-        let front = |socket| Front { socket, trouble: None, full: BTreeMap::new(), leaves_alone, due: None };
+    /// nftables, and the socket layer where there is one.
+    pub fn new(nftables: Nftables, socket: Option<Socket>) -> Self {
+        let look = Instant::now() + LOOK;
+        let front = |socket| Front { socket, trouble: None, full: BTreeMap::new(), look, due: None };
         Self { nftables, front: socket.map(front) }
     }
 }
@@ -80,12 +81,14 @@ impl Dataplane for Layers {
     }
 
     fn inspect(&self, plan: &Plan) -> Inspection {
-        self.front.as_ref().map(|front| front.socket.inspect(&plan.service)).unwrap_or_default()
+        let in_place = self.front.as_ref().filter(|front| front.socket.is_in_place());
+        in_place.map(|front| front.socket.inspect(&plan.service)).unwrap_or_default()
     }
 
     fn troubles(&self) -> Vec<String> {
         let Some(front) = &self.front else { return Vec::new() };
-        let trouble = front.trouble.iter().map(|(words, _)| format!("the socket layer lags behind: {words}"));
+        let trouble =
+            front.trouble.iter().map(|(words, _)| format!("the socket layer {}: {words}", front.state()));
         let full =
             front.full.iter().map(|(service, limit)| format!("nftables alone answers {service}: {limit}"));
         trouble.chain(full).collect()
@@ -95,26 +98,37 @@ impl Dataplane for Layers {
 impl Front {
     /// Follows what nftables did.
     fn apply(&mut self, batch: &Batch, outcome: &Outcome) {
-        let result = self.socket.apply(batch, |service| outcome.refused(service));
         let now = Instant::now();
-        match result {
+        if now >= self.look {
+            self.look = now + LOOK;
+            if let Some(missing) = self.socket.look() {
+                warn!("{missing}: the socket layer is put in place again");
+            }
+        }
+        let was_in_place = self.socket.is_in_place();
+        match self.socket.apply(batch, |service| outcome.refused(service)) {
             Ok(applied) => {
-                if self.trouble.take().is_some() {
+                if self.trouble.take().is_some() || !was_in_place {
                     info!("the socket layer follows again");
                 }
                 self.note_full(applied.full);
-                self.due = (self.leaves_alone || !self.full.is_empty()).then(|| now + LOOK);
+                self.due = Some(self.look);
             }
             Err(error) => {
                 let words = words(&error);
                 let failures = self.trouble.as_ref().map_or(0, |(_, failures)| *failures);
                 if failures == 0 {
-                    error!(error = words, "the socket layer lags behind; trying again");
+                    error!(error = words, "the socket layer {}; trying again", self.state());
                 }
-                self.due = Some(now + (RETRY * 2_u32.saturating_pow(failures)).min(RETRY_MAX));
+                self.due = Some(Instant::now() + (RETRY * 2_u32.saturating_pow(failures)).min(RETRY_MAX));
                 self.trouble = Some((words, failures.saturating_add(1)));
             }
         }
+    }
+
+    /// How it fares where there is trouble.
+    fn state(&self) -> &'static str {
+        if self.socket.is_in_place() { "lags behind" } else { "is not in place, nftables alone answers" }
     }
 
     /// Says which Services have lost their room, and that all have it again.

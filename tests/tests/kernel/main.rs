@@ -30,6 +30,8 @@ mod socket_maps;
 #[cfg(test)]
 mod socket_programs;
 #[cfg(test)]
+mod socket_repair;
+#[cfg(test)]
 mod socket_upgrade;
 #[cfg(test)]
 mod status;

@@ -58,7 +58,8 @@ pub(super) fn prepare(object: &[u8], pins: &Pins, room: Room, udp: bool) -> Resu
     Ok(Prepared { maps, ebpf, version, are_new: pinned != Pinned::Usable, udp })
 }
 
-fn wanted(udp: bool) -> impl Iterator<Item = &'static str> {
+/// The programs that there are.
+pub(super) fn wanted(udp: bool) -> impl Iterator<Item = &'static str> {
     programs::TCP.into_iter().chain(programs::UDP.into_iter().filter(move |_| udp))
 }
 

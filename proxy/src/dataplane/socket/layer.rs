@@ -15,6 +15,7 @@ use super::cgroup::Cgroup;
 use super::grace::Grace;
 use super::ids::Retired;
 use super::install::{self, Prepared};
+use super::installed::Installed;
 use super::left_alone::LeftAlone;
 use super::lower::{Lowering, PortView};
 use super::maps::{Maps, open_array};
@@ -51,13 +52,14 @@ pub struct Socket {
     lowering: Lowering,
     maps: Maps,
     grace: Grace<Retired>,
+    installed: Installed,
     /// Changes that did not reach the maps when they should have, in their order.
     late: VecDeque<Write>,
     /// What they give up.
     retired: Vec<Retired>,
     /// Services that there was no room for, to be told.
     full: Vec<(ServiceKey, Limit)>,
-    /// Programs and maps may not belong together: they are put in place once more.
+    /// Programs and maps may not belong together, or are not there: they are put in place once more.
     broken: bool,
 }
 
@@ -105,7 +107,7 @@ impl Socket {
         let mut prepared = place.prepare(Room::START.at_most(options.room))?;
         left_alone.follow(&mut prepared.maps)?;
         settings::restrict(&prepared.maps, &period, &policy, host)?;
-        let (lowering, maps, grace) = place.begin(prepared, &period)?;
+        let (lowering, maps, grace, installed) = place.begin(prepared, &period)?;
         Ok(Self {
             place,
             period,
@@ -113,6 +115,7 @@ impl Socket {
             lowering,
             maps,
             grace,
+            installed,
             late: VecDeque::new(),
             retired: Vec::new(),
             full: Vec::new(),
@@ -147,6 +150,21 @@ impl Socket {
         Ok(Applied { full: full.into_iter().filter(|(key, _)| self.lowering.is_full(key)).collect(), writes })
     }
 
+    /// Looks whether programs and maps are still where they were put. Where they are not, nothing is answered any more
+    /// that nftables would not answer as well, and the next [`Socket::apply`] puts them back. Returns what is missing,
+    /// for people, when it is noticed.
+    pub fn look(&mut self) -> Option<String> {
+        let missing = self.installed.missing().filter(|_| !self.broken)?;
+        self.installed.detach_lost();
+        self.broken = true;
+        Some(missing)
+    }
+
+    /// Programs and maps are in place, as far as is known.
+    pub fn is_in_place(&self) -> bool {
+        !self.broken
+    }
+
     /// For Services that have none.
     fn make_room(&mut self) -> Result<usize, SocketError> {
         // What was given up just now may be what they need.
@@ -169,11 +187,17 @@ impl Socket {
 
     /// Puts maps, larger ones where they are too small, and programs in place, under what was applied.
     fn rebuild(&mut self, room: Room) -> Result<usize, SocketError> {
-        let prepared = self.place.prepare(room)?;
+        let prepared = self.place.prepare(room).inspect_err(|_| {
+            // What is whole goes on.
+            if self.broken {
+                detach(&self.place.pins);
+            }
+        })?;
         let everything = self.lowering.everything();
         self.broken = true;
         let begun = self.place.begin(prepared, &self.period).inspect_err(|_| detach(&self.place.pins));
-        (self.lowering, self.maps, self.grace) = begun?;
+        (self.lowering, self.maps, self.grace, self.installed) = begun?;
+        self.left_alone.forget();
         self.broken = false;
         // The new maps hold what the others held, and this says the rest.
         self.late.clear();
@@ -268,7 +292,7 @@ impl Place {
         &self,
         mut prepared: Prepared,
         period: &GracePeriod,
-    ) -> Result<(Lowering, Maps, Grace<Retired>), SocketError> {
+    ) -> Result<(Lowering, Maps, Grace<Retired>, Installed), SocketError> {
         let maps = &mut prepared.maps;
         let (found, sizes) = (maps.read()?, maps.room().services);
         let mut result = Ok(());
@@ -279,11 +303,12 @@ impl Place {
         });
         result?;
         let (maps, folder) = prepared.attach(&self.cgroup)?;
+        let installed = Installed::note(self.pins.version(), install::wanted(self.policy.udp))?;
         // Programs may still hold what had been given up before.
         period.wait().map_err(SocketError::Grace)?;
         let memories = Memories::open(&folder)?;
         let grace = GracePeriod::new().and_then(|period| Grace::start(period, memories));
-        Ok((lowering, maps, grace.map_err(SocketError::Grace)?))
+        Ok((lowering, maps, grace.map_err(SocketError::Grace)?, installed))
     }
 }
 

@@ -23,6 +23,11 @@ impl LeftAlone {
         Self { paths: paths.iter().map(|path| cgroup.path().join(path)).collect(), ids: None }
     }
 
+    /// The map may be another.
+    pub(super) fn forget(&mut self) {
+        self.ids = None;
+    }
+
     /// Brings the map up to date.
     pub(super) fn follow(&mut self, maps: &mut Maps) -> Result<(), SocketError> {
         let wanted: BTreeSet<_> = self.paths.iter().filter_map(|path| cgroup::id_of(path)).collect();

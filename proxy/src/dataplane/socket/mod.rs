@@ -17,6 +17,7 @@ mod history_tests;
 mod ids;
 mod image;
 mod install;
+mod installed;
 mod layer;
 mod left_alone;
 pub mod lower;

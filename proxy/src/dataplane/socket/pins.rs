@@ -108,6 +108,11 @@ impl Pins {
 pub(super) struct MapFolder(PathBuf);
 
 impl MapFolder {
+    /// The folder itself.
+    pub(super) fn path(&self) -> &Path {
+        &self.0
+    }
+
     /// Where a map is pinned.
     pub(super) fn map(&self, name: &str) -> PathBuf {
         self.0.join(name)
@@ -213,7 +218,7 @@ impl Version {
     }
 }
 
-fn pin_error(path: &Path, source: io::Error) -> SocketError {
+pub(super) fn pin_error(path: &Path, source: io::Error) -> SocketError {
     SocketError::Pin { path: path.to_owned(), source }
 }
 

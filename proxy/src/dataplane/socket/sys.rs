@@ -161,17 +161,24 @@ pub(super) struct Link(OwnedFd);
 
 /// Where a link is. As the kernel has it: `struct bpf_link_info`, as far as it goes for a cgroup.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct LinkInfo {
     kind: u32,
     id: u32,
     program: u32,
     padding: u32,
-    /// The id of the cgroup; 0 where that has gone.
+    /// The id of the cgroup; 0 where that has gone, or the link was detached.
     pub(super) cgroup: u64,
     /// The hook: `enum bpf_attach_type`.
     pub(super) attach_type: u32,
     end: u32,
+}
+
+impl LinkInfo {
+    /// Of the same link, whatever has become of it.
+    pub(super) fn is_of_same_link(&self, other: &Self) -> bool {
+        self.id == other.id
+    }
 }
 
 impl Link {
