@@ -9,7 +9,8 @@ use std::process::ExitCode;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::{Output, words};
+use super::Output;
+use crate::causes::with_causes;
 use crate::config::{Mode, Roots};
 use crate::dataplane::nftables::try_ruleset;
 use crate::dataplane::{conntrack, socket};
@@ -68,7 +69,7 @@ fn nftables() -> Vec<Row> {
             name: "the ruleset",
             required: true,
             needed_for: "everything",
-            found: ruleset.map_err(|error| words(&error.into())),
+            found: ruleset.map_err(|error| with_causes(&error)),
             means: "kube-lane does not work here: it needs root or CAP_NET_ADMIN, and a kernel with nf_tables, \
                     nft_fib, nft_numgen, nft_nat, nft_masq and nft_reject for IPv4 and IPv6",
         },
@@ -76,7 +77,7 @@ fn nftables() -> Vec<Row> {
             name: "connection tracking over netlink",
             required: false,
             needed_for: "to forget UDP flows to endpoints that are gone",
-            found: tracking.map_err(|error| words(&error.into())),
+            found: tracking.map_err(|error| with_causes(&error)),
             means: "UDP clients that never pause stay with an endpoint that is gone; \
                     it takes CAP_NET_ADMIN and a kernel with nf_conntrack_netlink",
         },

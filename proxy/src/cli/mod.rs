@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
+use crate::causes::with_causes;
 use crate::config::flags::{Action, RunFlags};
 
 mod check;
@@ -78,19 +79,10 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             // Nothing is left to do where standard error is closed.
-            let _ = writeln!(io::stderr(), "Error: {}", words(&error));
+            let _ = writeln!(io::stderr(), "Error: {}", with_causes(error.as_ref()));
             ExitCode::FAILURE
         }
     }
-}
-
-/// The error and its causes, each said once: many an error's text holds its cause already.
-fn words(error: &anyhow::Error) -> String {
-    error.chain().map(ToString::to_string).fold(String::new(), |text, cause| match text.as_str() {
-        "" => cause,
-        said if said.contains(&cause) => text,
-        said => format!("{said}: {cause}"),
-    })
 }
 
 fn run_or_act(flags: &RunFlags) -> anyhow::Result<ExitCode> {

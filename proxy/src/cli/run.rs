@@ -12,7 +12,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tracing::{error, info, warn};
 
-use super::{instance, settings, sysctls, words};
+use super::{instance, settings, sysctls};
+use crate::causes::with_causes;
 use crate::config::flags::RunFlags;
 use crate::config::{Api, Config, Environment, Mode};
 use crate::controller::Controller;
@@ -90,7 +91,7 @@ fn open_front(mut config: Config) -> (Config, Front) {
     if config.mode == Mode::Nftables {
         // What an earlier run left would lead where nobody follows changes.
         if let Err(error) = socket::withdraw(&config.socket_lb.bpf_root) {
-            let error = words(&error.into());
+            let error = with_causes(&error);
             error!(
                 error,
                 "the socket layer of an earlier run cannot be removed; `kube-lane cleanup` tries again"
@@ -102,7 +103,7 @@ fn open_front(mut config: Config) -> (Config, Front) {
     match Socket::open(options) {
         Ok(socket) => (config, Ok(Some(socket))),
         Err(error) => {
-            let why = words(&error.into());
+            let why = with_causes(&error);
             warn!(
                 "mode ebpf cannot be had: {why}; nftables alone serves (`kube-lane check --proxy-mode ebpf` tells more)"
             );

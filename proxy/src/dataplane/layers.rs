@@ -4,7 +4,6 @@
 //! nftables. The socket layer leads nobody where nftables would not.
 
 use std::collections::BTreeMap;
-use std::error::Error;
 use std::time::{Duration, Instant};
 
 use tracing::{error, info, warn};
@@ -13,6 +12,7 @@ use super::nftables::{Nftables, NftablesError};
 use super::socket::Socket;
 use super::socket::answers::{Answer, Limit, Why};
 use super::{Batch, Dataplane, Inspection, Outcome};
+use crate::causes::with_causes;
 use crate::model::input::ServiceKey;
 use crate::model::plan::Plan;
 
@@ -115,7 +115,7 @@ impl Front {
                 self.due = Some(self.look);
             }
             Err(error) => {
-                let words = words(&error);
+                let words = with_causes(&error);
                 let failures = self.trouble.as_ref().map_or(0, |(_, failures)| *failures);
                 if failures == 0 {
                     error!(error = words, "the socket layer {}; trying again", self.state());
@@ -150,15 +150,4 @@ impl Front {
             info!("there is room at the socket for every Service again");
         }
     }
-}
-
-/// An error and what led to it.
-fn words(error: &dyn Error) -> String {
-    let mut words = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        words = format!("{words}: {error}");
-        cause = error.source();
-    }
-    words
 }

@@ -17,6 +17,7 @@ use super::install;
 use super::pins::Pins;
 use super::sys::{GracePeriod, Words};
 use super::{SocketError, available};
+use crate::causes::with_causes;
 
 /// One thing that was tried.
 #[derive(Clone, Debug, Serialize)]
@@ -54,7 +55,8 @@ pub fn probe(cgroup_root: Option<&Path>, bpf_root: &Path) -> Vec<Feature> {
         means,
     };
     let cgroup = Cgroup::find(cgroup_root);
-    let at = cgroup.as_ref().map(|cgroup| cgroup.path().display().to_string()).map_err(|error| words(error));
+    let at =
+        cgroup.as_ref().map(|cgroup| cgroup.path().display().to_string()).map_err(|error| with_causes(error));
     vec![
         required("eBPF programs", "they are part of the agent", built_in()),
         required("cgroup v2", "the programs are attached to its root", at),
@@ -79,19 +81,13 @@ pub fn probe(cgroup_root: Option<&Path>, bpf_root: &Path) -> Vec<Feature> {
     ]
 }
 
-/// An error and what led to it.
-fn words(error: &(dyn Error + 'static)) -> String {
-    let chain = std::iter::successors(Some(error), |error: &&(dyn Error + 'static)| (*error).source());
-    chain.map(ToString::to_string).collect::<Vec<_>>().join(": ")
-}
-
 fn built_in() -> Result<String, String> {
-    let object = available().map_err(|error| words(&error))?;
+    let object = available().map_err(|error| with_causes(&error))?;
     Ok(format!("{} KiB", object.len() >> 10))
 }
 
 fn file_system(bpf_root: &Path) -> Result<String, String> {
-    Pins::new(bpf_root).check().map_err(|error| words(&error))?;
+    Pins::new(bpf_root).check().map_err(|error| with_causes(&error))?;
     Ok(bpf_root.display().to_string())
 }
 
@@ -111,7 +107,7 @@ fn supported<E: Error + 'static>(found: Result<bool, E>) -> Result<String, Strin
     match found {
         Ok(true) => Ok("yes".into()),
         Ok(false) => Err("not in this kernel".into()),
-        Err(error) => Err(words(&error)),
+        Err(error) => Err(with_causes(&error)),
     }
 }
 
@@ -119,20 +115,20 @@ fn supported<E: Error + 'static>(found: Result<bool, E>) -> Result<String, Strin
 fn array() -> Result<String, String> {
     /// As large as one of ours is.
     const ENTRIES: u32 = 1 << 17;
-    Words::create(ENTRIES).map_err(|error| words(&error))?;
+    Words::create(ENTRIES).map_err(|error| with_causes(&error))?;
     Ok("yes".into())
 }
 
 fn grace() -> Result<String, String> {
     let start = Instant::now();
-    GracePeriod::new().and_then(|grace| grace.wait()).map_err(|error| words(&error))?;
+    GracePeriod::new().and_then(|grace| grace.wait()).map_err(|error| with_causes(&error))?;
     Ok(format!("waited {} ms", start.elapsed().as_millis()))
 }
 
 fn verifier() -> Result<String, String> {
     let all = programs::TCP.into_iter().chain(programs::UDP).collect::<Vec<_>>();
     let loaded = available().and_then(|object| install::load_alone(object, &all));
-    loaded.map(|_| format!("{} programs", all.len())).map_err(|error| words(&error))
+    loaded.map(|_| format!("{} programs", all.len())).map_err(|error| with_causes(&error))
 }
 
 /// Attaches a program that has nothing to answer, for a moment.
@@ -143,5 +139,5 @@ fn attach(cgroup: Result<&Cgroup, &SocketError>) -> Result<String, String> {
         let mut ebpf = install::load_alone(object, &[name])?;
         install::attach_for_a_moment(&mut ebpf, name, cgroup)
     });
-    attached.map(|()| cgroup.path().display().to_string()).map_err(|error| words(&error))
+    attached.map(|()| cgroup.path().display().to_string()).map_err(|error| with_causes(&error))
 }

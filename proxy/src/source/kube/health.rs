@@ -3,13 +3,13 @@
 //! Owns what is said about the connection. Four watches fail together when a server goes: they speak as one.
 
 use std::collections::BTreeSet;
-use std::error::Error;
-use std::fmt::Write;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kube::core::Status;
 use tracing::{debug, info, warn};
+
+use crate::causes::with_causes;
 
 /// Trouble of another kind is named too, once it has lasted so long: right after its start, a server refuses for a
 /// moment what it allows later.
@@ -79,24 +79,10 @@ impl From<kube::Error> for Trouble {
     fn from(error: kube::Error) -> Self {
         match &error {
             kube::Error::Api(status) => Self::of_status(status),
-            kube::Error::Auth(_) => Self::new(Kind::Unauthorized, chain(&error)),
-            _ => Self::new(Kind::Unreachable, chain(&error)),
+            kube::Error::Auth(_) => Self::new(Kind::Unauthorized, with_causes(&error)),
+            _ => Self::new(Kind::Unreachable, with_causes(&error)),
         }
     }
-}
-
-/// An error and its causes, those left out that the one before already quotes.
-pub(super) fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let more = error.to_string();
-        if !text.contains(&more) {
-            let _ = write!(text, ": {more}");
-        }
-        cause = error.source();
-    }
-    text
 }
 
 /// What the watches of one API server report.
