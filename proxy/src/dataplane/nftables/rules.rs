@@ -287,15 +287,22 @@ fn short_circuit(prefix: &str, keys: &Keys, policy: &Policy) -> Chain {
     regular(&format!("{prefix}-etp-local"), rules)
 }
 
-/// DNAT: VIPs are decided before NodePorts, so a VIP that is one of the node's addresses stays a VIP.
+/// DNAT: VIPs are decided before NodePorts, so a VIP that is one of the node's addresses stays a VIP. What is no
+/// Service's, as most connections are, is looked up twice and goes on.
 fn translation(chains: &mut Vec<Chain>, keys: &Keys) {
-    let services = vec![
-        then(keys.vip().0, Set::VipsLocal, Verdict::Goto("vip-etp-local".into())),
-        then(keys.vip().0, Set::Vips, Verdict::Goto("vip-balance".into())),
-        then(keys.on_nodeport_address(), Set::NpsLocal, Verdict::Goto("np-etp-local".into())),
-        then(keys.on_nodeport_address(), Set::Nps, Verdict::Goto("np-balance".into())),
+    let go = |chain: &str| Verdict::Goto(chain.into());
+    let vip = vec![then(keys.vip().0, Set::VipsLocal, go("vip-etp-local")), goto("vip-balance")];
+    let nodeport = vec![
+        then(keys.nodeport().0, Set::NpsLocal, go("np-etp-local")),
+        then(keys.nodeport().0, Set::Nps, go("np-balance")),
     ];
-    chains.push(regular("services", services));
+    let services = vec![
+        then(keys.vip().0, Set::Vips, go("vip-services")),
+        then(vec![keys.destination(Reg(0))], Set::NodeportIps, go("np-services")),
+    ];
+    for (name, rules) in [("vip-services", vip), ("np-services", nodeport), ("services", services)] {
+        chains.push(regular(name, rules));
+    }
     for (name, hook) in [("nat-prerouting", Hook::PreRouting), ("nat-output", Hook::Out)] {
         chains.push(base(name, ChainType::Nat, hook, DNAT_PRIORITY, vec![goto("services")]));
     }
@@ -350,10 +357,8 @@ fn learning(chains: &mut Vec<Chain>, keys: &Keys) {
 fn refusals(chains: &mut Vec<Chain>, keys: &Keys) {
     let reject = || vec![Expr::Reject { v6: keys.v6() }];
     let refuse = |rule: Vec<Expr>, set| [rule, vec![is_in(set)], reject()].concat();
-    let new = |rule: Vec<Expr>| [state_new(), rule].concat();
     let vips = refuse(keys.vip().0, Set::VipsReject);
-    let untranslated = bit(ConnectionWord::Status, STATUS_DNAT, false);
-    let missed = [keys.vip().0, vec![is_in(Set::Vips)], untranslated, reject()].concat();
+    let missed = refuse([bit(ConnectionWord::Status, STATUS_DNAT, false), keys.vip().0].concat(), Set::Vips);
     let nodeports = refuse(keys.on_nodeport_address(), Set::NpsReject);
     chains.push(regular("refused", vec![vips, missed]));
     chains.push(regular(
@@ -363,14 +368,17 @@ fn refusals(chains: &mut Vec<Chain>, keys: &Keys) {
             then(vec![keys.destination(Reg(0))], Set::ServiceCidrs, Verdict::Drop),
         ],
     ));
-    let jump = |chain: &str| new(vec![Expr::Verdict(Verdict::Jump(chain.into()))]);
+    let jump = vec![Expr::Verdict(Verdict::Jump("refused".into()))];
     let hooks = [
-        ("filter-input", Hook::In, vec![new(nodeports.clone()), jump("refused")]),
-        ("filter-forward", Hook::Forward, vec![jump("refused"), jump("cluster-ips-check")]),
-        ("filter-output", Hook::Out, vec![jump("refused"), new(nodeports), jump("cluster-ips-check")]),
+        ("input", Hook::In, vec![nodeports.clone(), goto("refused")]),
+        ("forward", Hook::Forward, vec![jump.clone(), goto("cluster-ips-check")]),
+        ("output", Hook::Out, vec![jump, nodeports, goto("cluster-ips-check")]),
     ];
     for (name, hook, rules) in hooks {
-        chains.push(base(name, ChainType::Filter, hook, FILTER_PRIORITY, rules));
+        let new = format!("new-{name}");
+        let enter = [state_new(), goto(&new)].concat();
+        chains.push(regular(&new, rules));
+        chains.push(base(&format!("filter-{name}"), ChainType::Filter, hook, FILTER_PRIORITY, vec![enter]));
     }
 }
 
