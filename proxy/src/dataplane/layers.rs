@@ -11,7 +11,7 @@ use tracing::{error, info, warn};
 use super::nftables::{Nftables, NftablesError};
 use super::socket::Socket;
 use super::socket::answers::{Answer, Limit, Why};
-use super::{Batch, Dataplane, Inspection, Outcome};
+use super::{AtSocket, Batch, Dataplane, Inspection, Outcome};
 use crate::causes::with_causes;
 use crate::model::input::ServiceKey;
 use crate::model::plan::Plan;
@@ -57,11 +57,11 @@ impl Dataplane for Layers {
     type Error = NftablesError;
 
     fn apply(&mut self, batch: &Batch) -> Result<Outcome, NftablesError> {
-        let outcome = self.nftables.apply(batch)?;
+        let mut outcome = self.nftables.apply(batch)?;
         // Before the first batch that has something nothing is known of the node, and what an earlier run left goes on.
         let is_empty = batch.node.is_none() && batch.services.is_empty() && !batch.sweep;
         if let Some(front) = self.front.as_mut().filter(|_| !is_empty) {
-            front.apply(batch, &outcome);
+            outcome.socket = front.apply(batch, &outcome);
         }
         Ok(outcome)
     }
@@ -96,8 +96,8 @@ impl Dataplane for Layers {
 }
 
 impl Front {
-    /// Follows what nftables did.
-    fn apply(&mut self, batch: &Batch, outcome: &Outcome) {
+    /// Follows what nftables did; `None` where it lags behind.
+    fn apply(&mut self, batch: &Batch, outcome: &Outcome) -> Option<AtSocket> {
         let now = Instant::now();
         if now >= self.look {
             self.look = now + LOOK;
@@ -113,6 +113,7 @@ impl Front {
                 }
                 self.note_full(applied.full);
                 self.due = Some(self.look);
+                Some(AtSocket { writes: applied.writes, took: now.elapsed() })
             }
             Err(error) => {
                 let words = with_causes(&error);
@@ -122,6 +123,7 @@ impl Front {
                 }
                 self.due = Some(Instant::now() + (RETRY * 2_u32.saturating_pow(failures)).min(RETRY_MAX));
                 self.trouble = Some((words, failures.saturating_add(1)));
+                None
             }
         }
     }

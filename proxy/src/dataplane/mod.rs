@@ -14,7 +14,7 @@ pub mod nftables;
 pub mod socket;
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 pub use self::inspection::{Counts, Inspection};
 pub use self::layers::Layers;
@@ -47,6 +47,17 @@ pub struct Outcome {
     pub bytes: usize,
     /// Frontends of an earlier run that led somewhere, and that the sweep found to be nobody's.
     pub swept: Vec<(Family, Protocol, FrontendAddress)>,
+    /// What the socket layer did with the batch; `None` where there is none, or where it lags behind.
+    pub socket: Option<AtSocket>,
+}
+
+/// What a commit did in the maps of the socket layer.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct AtSocket {
+    /// Words stored, and elements of hashes written.
+    pub writes: usize,
+    /// How long it took.
+    pub took: Duration,
 }
 
 impl Batch {
@@ -73,6 +84,11 @@ impl Outcome {
         self.messages += other.messages;
         self.bytes += other.bytes;
         self.swept.extend(other.swept);
+        if let Some(other) = other.socket {
+            let socket = self.socket.get_or_insert_default();
+            socket.writes += other.writes;
+            socket.took += other.took;
+        }
     }
 }
 

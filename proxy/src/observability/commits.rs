@@ -20,6 +20,8 @@ pub struct Commits {
     messages: Counter,
     bytes: Counter,
     refused: Gauge,
+    socket_duration: Histogram,
+    socket_writes: Counter,
 }
 
 impl Commits {
@@ -33,6 +35,8 @@ impl Commits {
             messages: Counter::default(),
             bytes: Counter::default(),
             refused: Gauge::default(),
+            socket_duration: durations(),
+            socket_writes: Counter::default(),
         };
         let kube_proxy = registry.sub_registry_with_prefix(KUBE_PROXY);
         kube_proxy.register(
@@ -55,6 +59,16 @@ impl Commits {
         own.register("nftables_messages", "Netlink messages sent in commits", commits.messages.clone());
         own.register("nftables_message_bytes", "Bytes of those messages", commits.bytes.clone());
         own.register("services_refused", "Services that the kernel refused", commits.refused.clone());
+        own.register(
+            "socket_sync_duration_seconds",
+            "How long the socket layer took to follow a commit",
+            commits.socket_duration.clone(),
+        );
+        own.register(
+            "socket_writes",
+            "Words and elements written to the socket layer's maps",
+            commits.socket_writes.clone(),
+        );
         commits
     }
 
@@ -65,6 +79,10 @@ impl Commits {
         self.removed.inc_by(outcome.removed as u64);
         self.messages.inc_by(outcome.messages as u64);
         self.bytes.inc_by(outcome.bytes as u64);
+        if let Some(socket) = outcome.socket {
+            self.socket_duration.observe(socket.took.as_secs_f64());
+            self.socket_writes.inc_by(socket.writes as u64);
+        }
     }
 
     /// A commit failed as a whole.

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum as _;
 use k8s_openapi::jiff::Timestamp;
 use kube::Client;
@@ -26,7 +26,7 @@ use self::rounds::{Dialled, Stream};
 use super::proxy::{Proxy, Running};
 use super::results::{self, Machine, Versions};
 use super::{api, output, results_dir, root};
-use crate::agent;
+use crate::agent::{self, Agent};
 use crate::controlplane::{ControlPlane, Options};
 use crate::objects::Endpoint;
 use crate::relay::Relay;
@@ -34,6 +34,9 @@ use crate::relay::Relay;
 /// Endpoints of each Service: as many pods serve.
 const ENDPOINTS: usize = 5;
 const SERVICE_CIDR: &str = "10.96.0.0/12";
+/// How many endpoint changes are counted, and how long each may take.
+const CHANGES: usize = 50;
+const CHANGE_LIMIT: Duration = Duration::from_secs(5);
 /// What results and README's block are called.
 const NAME: &str = "connect";
 
@@ -111,10 +114,26 @@ struct Measurement {
     rss_bytes: Option<u64>,
     /// Memory of the eBPF maps, as the kernel counts it.
     map_bytes: Option<u64>,
+    /// What the socket layer did for that.
+    #[serde(default)]
+    socket: Option<Socket>,
     connects: Vec<Dialled>,
     stream: Option<Stream>,
     /// Why something is missing.
     error: Option<String>,
+}
+
+/// What the socket layer did in its maps.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+struct Socket {
+    /// All Services, at the start, in milliseconds.
+    start_ms: f64,
+    /// Words and elements written at the start.
+    start_writes: f64,
+    /// The mean of one endpoint change, in microseconds.
+    change_us: f64,
+    /// Words and elements written for it.
+    change_writes: f64,
 }
 
 impl Results {
@@ -179,6 +198,7 @@ fn measure(source: &Source, size: usize, args: &Args) -> Result<Vec<Measurement>
             start_ms: None,
             rss_bytes: None,
             map_bytes: None,
+            socket: None,
             connects: vec![],
             stream: None,
             error: None,
@@ -234,6 +254,38 @@ impl Source {
         let etcd = self.control_plane.etcd();
         self.runtime.block_on(api::create_services(&self.client, etcd, range, &self.endpoints))
     }
+
+    /// What the socket layer has done since the start, and does for a change of one endpoint.
+    fn changes(&self, running: &Running) -> Result<Socket> {
+        let Running::KubeLane(agent) = running else { bail!("kube-proxy has no socket layer") };
+        let begun = counted(agent)?;
+        for endpoint in self.endpoints.iter().cycle().skip(1).take(CHANGES) {
+            let before = counted(agent)?;
+            self.runtime.block_on(api::lead_to(self.client.clone(), endpoint.clone()))?;
+            let deadline = Instant::now() + CHANGE_LIMIT;
+            while counted(agent)?[0] == before[0] {
+                ensure!(Instant::now() < deadline, "a change was not in force in {CHANGE_LIMIT:?}");
+                sleep(Duration::from_millis(2));
+            }
+        }
+        let ended = counted(agent)?;
+        let mean = |at: usize| (ended[at] - begun[at]) / CHANGES as f64;
+        Ok(Socket {
+            start_ms: begun[1] * 1e3,
+            start_writes: begun[2],
+            change_us: mean(1) * 1e6,
+            change_writes: mean(2),
+        })
+    }
+}
+
+/// What kube-lane counts of its socket layer: commits, seconds, writes.
+fn counted(agent: &Agent) -> Result<[f64; 3]> {
+    Ok([
+        agent.metric("kubelane_socket_sync_duration_seconds_count")?,
+        agent.metric("kubelane_socket_sync_duration_seconds_sum")?,
+        agent.metric("kubelane_socket_writes_total")?,
+    ])
 }
 
 /// A node, five pods that serve and the pod that dials, in this order.
@@ -311,6 +363,7 @@ impl Site {
         found.rss_bytes = Some(running.usage()?.rss);
         if self.way == Way::Ebpf {
             found.map_bytes = Some(map_bytes(node.bpf_root())?);
+            found.socket = Some(source.changes(&running)?);
         }
         Ok(())
     }

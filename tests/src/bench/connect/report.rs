@@ -23,7 +23,7 @@ const COLUMNS: [(&str, Way, Option<To>); 7] = [
 /// A row: its title, whether it has a figure where a pod is dialled, and the figure.
 type Row = (&'static str, fn(&Measurement, Option<To>) -> Option<String>);
 
-const ROWS: [Row; 7] = [
+const ROWS: [Row; 9] = [
     ("`connect()`, first Service", |one, to| microseconds(one, to.unwrap_or(To::First))),
     ("`connect()`, last Service", |one, to| microseconds(one, to.unwrap_or(To::Last))),
     ("kept connection", |one, to| {
@@ -38,6 +38,14 @@ const ROWS: [Row; 7] = [
     }),
     ("start → first and last Service answer", |one, to| {
         to.is_none().then(|| one.start_ms.map(duration))?
+    }),
+    ("of that, into the socket layer's maps", |one, to| {
+        let socket = one.socket.filter(|_| to.is_none())?;
+        Some(format!("{}, {} writes", duration(socket.start_ms), thousands(socket.start_writes as usize)))
+    }),
+    ("endpoint change in these maps", |one, to| {
+        let socket = one.socket.filter(|_| to.is_none())?;
+        Some(format!("{}, {:.1} writes", duration(socket.change_us / 1e3), socket.change_writes))
     }),
     ("memory of the agent (RSS)", |one, to| {
         to.is_none().then(|| one.rss_bytes.map(|bytes| mebibytes(bytes as f64)))?
