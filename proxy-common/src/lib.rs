@@ -58,6 +58,8 @@ pub mod maps {
     pub const REVERSE: &str = "REVERSE";
     /// Socket storage, [`Peers`](crate::Peers): what a UDP socket sent to and where that led.
     pub const UDP_PEERS: &str = "UDP_PEERS";
+    /// Array of one, `u64`: connections that were left to nftables, since [`AFFINITY`] had no room for the client.
+    pub const UNREMEMBERED: &str = "UNREMEMBERED";
     /// Array of one, [`Settings`](crate::Settings).
     pub const SETTINGS: &str = "SETTINGS";
 }

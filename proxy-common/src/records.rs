@@ -28,7 +28,7 @@ impl Backend {
 
 /// A key of [`maps::AFFINITY`](crate::maps::AFFINITY): a client of a port.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct AffinityKey {
     /// The cookie of the client's network namespace: a pod has one client address of a family.
     pub client: u64,

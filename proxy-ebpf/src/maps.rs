@@ -45,6 +45,8 @@ pub(crate) static REVERSE: SkStorage<Reverse> = SkStorage::new();
 #[btf_map]
 pub(crate) static UDP_PEERS: SkStorage<Peers> = SkStorage::new();
 #[btf_map]
+pub(crate) static UNREMEMBERED: Array<u64, 1, MAPPED> = Array::new();
+#[btf_map]
 pub(crate) static SETTINGS: Array<Settings, 1, MAPPED> = Array::new();
 
 /// Reads a word of a map by one load, whatever is made of it.

@@ -10,6 +10,7 @@ use kube_lane_common::{Address, AffinityKey, Backend, Frontend, FrontendKey, Rem
 
 use crate::client::{self, Rules};
 use crate::maps::{AFFINITY, BACKENDS, FRONTENDS, MEMBERS, PORTS, SETS, SLOTS, read};
+use crate::stats;
 
 /// A client that is answered, and the set that it is led to.
 #[derive(Clone, Copy)]
@@ -140,5 +141,7 @@ fn sticky(asked: Asked, set: Set, affinity: u32) -> Option<u32> {
             return Some(id);
         }
     }
+    // The map is full: nftables remembers, too.
+    stats::unremembered();
     None
 }

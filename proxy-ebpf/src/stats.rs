@@ -2,7 +2,7 @@
 
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
-use crate::maps::{CONNECTIONS, REFUSED};
+use crate::maps::{CONNECTIONS, REFUSED, UNREMEMBERED};
 
 /// Counts a connection that is sent to a backend, or a first datagram.
 #[inline(always)]
@@ -14,6 +14,12 @@ pub(crate) fn connection(backend: u32) {
 #[inline(always)]
 pub(crate) fn refused(port: u32) {
     count(REFUSED.get_ptr_mut(port));
+}
+
+/// Counts a connection whose client there is no room to remember.
+#[inline(always)]
+pub(crate) fn unremembered() {
+    count(UNREMEMBERED.get_ptr_mut(0));
 }
 
 #[inline(always)]

@@ -109,7 +109,7 @@ fn inspect(flags: &RenderFlags, network: &Network, planner: &Planner) -> impl Fn
         let masquerade_all = flags.masquerade_all.unwrap_or_default();
         let policy = settings::policy(&settings, &network.detector, masquerade_all);
         let sizes = settings::room(&settings).services;
-        let mut lowering = Lowering::adopt(policy, Found::default(), sizes, &mut drop);
+        let (mut lowering, _) = Lowering::adopt(policy, Found::default(), sizes);
         let services = planner.plans().map(|plan| (plan.service.clone(), Some(Arc::clone(plan)))).collect();
         lowering.apply(&Batch { node: planner.node().cloned(), services, sweep: true }, &mut drop);
         lowering

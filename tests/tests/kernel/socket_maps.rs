@@ -13,15 +13,18 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use aya::Pod as Plain;
 use aya::maps::{HashMap, Map, MapData};
 use kube_lane::dataplane::Batch;
 use kube_lane::dataplane::socket::answers::{Clients, Limit, Policy};
 use kube_lane::dataplane::socket::write::Sizes;
 use kube_lane::dataplane::socket::{Options, Room, Socket, SocketError, cleanup, probe};
 use kube_lane::model::input::{Family, Protocol, ServiceKey};
-use kube_lane::model::plan::{Backend, Frontend, NodePlan, Plan, PortPlan, Verdict};
-use kube_lane_common::{AffinityKey, LAYOUT, Remembered, maps, programs};
-use kube_lane_lab::{Dial, Echo, Host, Lab, Load, Pod, Proto};
+use kube_lane::model::plan::{
+    Backend, Frontend, FrontendAddress, FrontendKind, NodePlan, Plan, PortPlan, Verdict,
+};
+use kube_lane_common::{AffinityKey, Frontend as Leads, FrontendKey, LAYOUT, Remembered, maps, programs};
+use kube_lane_lab::{Dial, Echo, Host, Lab, Load, Outcome, Pod, Proto};
 
 use super::world::{at, vips};
 
@@ -100,6 +103,12 @@ impl Stage {
         names(&self.root().join(LAYOUT).join(folder))
     }
 
+    /// A pinned hash map.
+    fn map<K: Plain, V: Plain>(&self, name: &str) -> HashMap<MapData, K, V> {
+        let map = MapData::from_pin(self.root().join(LAYOUT).join("maps").join(name)).unwrap();
+        HashMap::try_from(Map::HashMap(map)).unwrap()
+    }
+
     /// The programs on the node's cgroup, as bpftool has them: id of the program, name.
     fn attached(&self) -> Vec<(String, String)> {
         attached(self.node().cgroup())
@@ -141,13 +150,20 @@ pub(super) fn plan(name: &str, vip: SocketAddr, backends: &[SocketAddr]) -> (Ser
         backends.iter().map(|address| Backend { address: (*address).into(), local: true }).collect();
     backends.sort();
     let verdict = if backends.is_empty() { Verdict::Reject } else { Verdict::Cluster };
+    let at = FrontendAddress::Vip(vip.into());
     let port = PortPlan {
+        family: Family::V4,
+        protocol: Protocol::Tcp,
+        name: "http".into(),
+        affinity: None,
+        source_ranges: None,
         backends: backends.into(),
-        frontends: [Frontend::cluster_ip(vip, verdict)].into(),
-        ..PortPlan::new(Family::V4, Protocol::Tcp, "http")
+        local_backends: [].into(),
+        draining: [].into(),
+        frontends: [Frontend { at, kind: FrontendKind::ClusterIp, verdict }].into(),
     };
     let key = ServiceKey::new("default", name);
-    let plan = Plan::new(key.clone(), [port]);
+    let plan = Plan { service: key.clone(), ports: [port].into(), health_check: None, warnings: [].into() };
     (key, Some(Arc::new(plan)))
 }
 
@@ -277,7 +293,11 @@ fn maps_grow_with_the_services_under_connects() {
     assert!(report.tally.answers() > 0 && report.tally.failures() == 0, "{report}");
     assert!(socket.room().services.ports > many, "{:?}", socket.room());
     assert_eq!(stage.meets().as_deref(), Some("a"));
-    assert_eq!(socket.found().unwrap().frontends.len(), many as usize + 1);
+    let frontends = stage.map::<FrontendKey, Leads>(maps::FRONTENDS);
+    assert_eq!(frontends.keys().count(), many as usize + 1);
+    // Also what programs counted while the maps were copied; and the dial just now.
+    let counts = socket.inspect(&ServiceKey::new("default", "svc-1")).counts;
+    assert_eq!(counts[0].connections.values().sum::<u64>(), report.tally.answers() as u64 + 1);
 }
 
 #[test]
@@ -294,11 +314,11 @@ fn what_there_is_no_room_for_is_named_and_answered_once_there_is() {
     let gone = Batch { services: vec![(service(1, &[]).0, None)], ..Batch::default() };
     socket.apply(&gone, |_| false).unwrap();
     let deadline = Instant::now() + Duration::from_secs(5);
-    while !socket.wants_retry() && Instant::now() < deadline {
+    while socket.inspect(full).answers[0][0].layer() != "socket" {
+        assert!(Instant::now() < deadline, "{:?}", socket.inspect(full));
         thread::sleep(Duration::from_millis(1));
+        socket.apply(&Batch::default(), |_| false).unwrap();
     }
-    socket.apply(&Batch::default(), |_| false).unwrap();
-    assert_eq!(socket.inspect(full).answers[0][0].layer(), "socket");
 }
 
 #[test]
@@ -388,13 +408,11 @@ fn cgroups_that_come_and_go_are_left_alone() {
     let mesh = stage.node().cgroup().join("mesh");
     let options = Options { left_alone: vec!["mesh".into()], ..stage.options() };
     let mut socket = stage.try_open(options).unwrap();
-    let folder = stage.root().join(LAYOUT).join("maps");
     let mut follow = || {
+        assert_eq!(socket.look(), None);
         socket.apply(&Batch::default(), |_| false).unwrap();
-        let left_alone = HashMap::<_, u64, u64>::try_from(Map::HashMap(
-            MapData::from_pin(folder.join(maps::LEFT_ALONE)).unwrap(),
-        ));
-        left_alone.unwrap().keys().collect::<Result<BTreeSet<_>, _>>().unwrap()
+        let left_alone = stage.map::<u64, u64>(maps::LEFT_ALONE);
+        left_alone.keys().collect::<Result<BTreeSet<_>, _>>().unwrap()
     };
     let ino = || fs::metadata(&mesh).unwrap().ino();
     assert_eq!(follow(), [].into());
@@ -407,36 +425,91 @@ fn cgroups_that_come_and_go_are_left_alone() {
     assert_eq!(follow(), [].into());
 }
 
+/// A Service with session affinity.
+fn sticky(number: u8, timeout: u32, pods: &[&Pod]) -> (ServiceKey, Option<Arc<Plan>>) {
+    let (key, mut plan) = service(number, pods);
+    for port in &mut Arc::make_mut(plan.as_mut().unwrap()).ports {
+        port.affinity = NonZeroU32::new(timeout);
+    }
+    (key, plan)
+}
+
 #[test]
 fn what_clients_no_longer_come_back_for_is_swept() {
     let stage = Stage::new();
-    let mut socket = stage.open();
-    let mut apply = |number: u8, timeout: u32, pods: &[&Pod]| {
-        let (key, mut plan) = service(number, pods);
-        for port in &mut Arc::make_mut(plan.as_mut().unwrap()).ports {
-            port.affinity = NonZeroU32::new(timeout);
+    let apply = |services| {
+        let mut socket = stage.open();
+        let node = Some(NodePlan::default());
+        socket.apply(&Batch { node, services, ..Batch::default() }, |_| false).unwrap();
+    };
+    // An agent sweeps as it starts.
+    let swept_to = |expected| {
+        let _socket = stage.open();
+        let deadline = Instant::now() + Duration::from_secs(5);
+        let memories = || stage.map::<AffinityKey, Remembered>(maps::AFFINITY).keys().count();
+        while memories() != expected && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(1));
         }
-        let batch =
-            Batch { node: Some(NodePlan::default()), services: vec![(key, plan)], ..Batch::default() };
-        socket.apply(&batch, |_| false).unwrap();
-        socket.sweep().unwrap();
+        assert_eq!(memories(), expected);
     };
-    let memories = || {
-        let map = MapData::from_pin(stage.root().join(LAYOUT).join("maps").join(maps::AFFINITY)).unwrap();
-        let map = HashMap::<_, AffinityKey, Remembered>::try_from(Map::HashMap(map)).unwrap();
-        map.keys().count()
-    };
-    apply(1, 1, &[&stage.a]);
-    apply(2, 10_800, &[&stage.a]);
+    apply(vec![sticky(1, 1, &[&stage.a]), sticky(2, 10_800, &[&stage.a])]);
     for number in [1, 2] {
         assert!(stage.client.dial(Proto::Tcp, vip(number)).unwrap().by().is_some());
     }
-    assert_eq!(memories(), 2);
+    swept_to(2);
     thread::sleep(Duration::from_millis(3100));
-    apply(3, 10_800, &[]);
-    assert_eq!(memories(), 1, "one has expired");
-    apply(2, 10_800, &[&stage.b]);
-    assert_eq!(memories(), 0, "the endpoint of the other has gone");
+    // One has expired.
+    swept_to(1);
+    apply(vec![sticky(2, 10_800, &[&stage.b])]);
+    // The endpoint of the other has gone.
+    swept_to(0);
+}
+
+#[test]
+fn the_memory_of_clients_grows_and_says_when_it_cannot() {
+    let stage = Stage::new();
+    let room = Room { clients: 1 << 13, ..SMALL };
+    let mut socket = stage.try_open(Options { room, ..stage.options() }).unwrap();
+    let services = vec![sticky(1, 10_800, &[&stage.a, &stage.b])];
+    let node = Some(NodePlan::default());
+    socket.apply(&Batch { node, services, ..Batch::default() }, |_| false).unwrap();
+    let by = stage.meets().unwrap();
+    let memories = || {
+        let map = stage.map::<AffinityKey, Remembered>(maps::AFFINITY);
+        map.iter().collect::<Result<Vec<_>, _>>().unwrap()
+    };
+    let (client, memory) = memories()[0];
+    let fill = |up_to: u32| {
+        let mut map = stage.map(maps::AFFINITY);
+        // Clients that are nowhere.
+        let mut other = (0..).map(|i| AffinityKey::new(u64::MAX - i, client.port));
+        while map.keys().count() < up_to as usize {
+            other.by_ref().take(1000).for_each(|other| drop(map.insert(other, memory, 0)));
+        }
+    };
+    let newcomer = stage.lab.node(0).add_pod("newcomer").unwrap();
+    let dial = || newcomer.dial_with(Dial::new(Proto::Tcp, vip(1)).timeout(QUIET)).unwrap();
+    let mut look = || {
+        assert_eq!(socket.look(), None);
+        socket.apply(&Batch::default(), |_| false).unwrap();
+        (socket.room().clients, socket.is_forgetful())
+    };
+    let begin = look().0;
+    assert!(begin < room.clients);
+    fill(begin);
+    assert_eq!(look(), (begin, false), "it is full, but nobody found it so");
+    assert_eq!(dial(), Outcome::TimedOut, "left alone");
+    assert_eq!(look(), (2 * begin, false));
+    assert!(dial().by().is_some());
+    assert_eq!(memories().len(), begin as usize + 1);
+    assert_eq!(stage.meets().as_deref(), Some(&*by), "who was remembered still is");
+
+    fill(room.clients);
+    let latecomer = stage.lab.node(0).add_pod("latecomer").unwrap();
+    let dial = Dial::new(Proto::Tcp, vip(1)).timeout(QUIET);
+    assert_eq!(latecomer.dial_with(dial).unwrap(), Outcome::TimedOut);
+    assert_eq!(look(), (room.clients, true));
+    assert_eq!(stage.meets().as_deref(), Some(&*by));
 }
 
 /// Whoever is met is an endpoint, and nobody fails, while two processors dial, the endpoints change all the time, and

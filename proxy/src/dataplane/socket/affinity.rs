@@ -2,33 +2,27 @@
 //!
 //! Owns no policy: whether a memory counts the programs decide, by the same words. Never removes one that counts.
 
-use std::os::fd::{AsFd, OwnedFd};
-
-use aya::maps::{HashMap, MapData};
 use kube_lane_common::{AffinityKey, Member, PortWord, Remembered, maps};
 use nix::time::{ClockId, clock_gettime};
 
 use super::SocketError;
-use super::maps::{map_error, open_array, open_hash};
+use super::hash::Hash;
+use super::maps::open_array;
 use super::pins::MapFolder;
-use super::sys::{self, Words};
+use super::sys::Words;
 
 /// The memories, and what tells whether one counts.
 #[derive(Debug)]
 pub(super) struct Memories {
-    memories: HashMap<MapData, AffinityKey, Remembered>,
-    /// The same map.
-    descriptor: OwnedFd,
+    memories: Hash<AffinityKey, Remembered>,
     ports: Words<PortWord>,
     members: Words<Member>,
 }
 
 impl Memories {
     pub(super) fn open(folder: &MapFolder) -> Result<Self, SocketError> {
-        let descriptor = sys::pinned(&folder.map(maps::AFFINITY)).map_err(failed)?;
         Ok(Self {
-            memories: open_hash(folder, maps::AFFINITY)?.0,
-            descriptor,
+            memories: Hash::open(folder, maps::AFFINITY)?,
             ports: open_array(folder, maps::PORTS)?,
             members: open_array(folder, maps::MEMBERS)?,
         })
@@ -36,18 +30,15 @@ impl Memories {
 
     /// Removes what no longer counts.
     pub(super) fn sweep(&self) -> Result<(), SocketError> {
-        let error = |source| map_error(maps::AFFINITY, source);
-        let all = self.memories.iter().collect::<Result<Vec<_>, _>>().map_err(error)?;
         let now = now()?;
-        for (client, memory) in all {
+        for (client, memory) in self.memories.elements()? {
             if self.counts(&client, memory, now) {
                 continue;
             }
-            let map = self.descriptor.as_fd();
-            let taken = sys::take(map, &client, Remembered(0)).map_err(failed)?;
+            let taken = self.memories.take(&client, Remembered(0))?;
             // The client came meanwhile.
             if let Some(fresh) = taken.filter(|taken| *taken != memory) {
-                sys::put_back(map, &client, fresh).map_err(failed)?;
+                self.memories.put_back(&client, fresh)?;
             }
         }
         Ok(())
@@ -63,10 +54,6 @@ impl Memories {
 
 /// In seconds, by the clock of the programs.
 fn now() -> Result<u64, SocketError> {
-    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_err(|error| failed(error.into()))?;
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_err(|error| SocketError::Clock(error.into()))?;
     Ok(now.tv_sec().unsigned_abs())
-}
-
-fn failed(source: std::io::Error) -> SocketError {
-    SocketError::Sweep(source)
 }

@@ -4,7 +4,6 @@
 
 use std::path::PathBuf;
 
-use kube_lane_common::maps;
 use thiserror::Error;
 
 /// What went wrong in the socket layer.
@@ -21,19 +20,8 @@ pub enum SocketError {
     /// The object does not have what this agent asks for: they are of different builds.
     #[error("the eBPF object has no {0}")]
     Missing(&'static str),
-    /// The kernel refuses a program.
-    #[error("the kernel refuses the program {name} ({reason})")]
-    Refused {
-        /// The program.
-        name: &'static str,
-        /// What its verifier says.
-        reason: String,
-        /// What the kernel says.
-        #[source]
-        source: std::io::Error,
-    },
-    /// A program cannot be loaded.
-    #[error("cannot load the program {name}")]
+    /// The kernel refuses a program: its verifier says why.
+    #[error("the kernel refuses the program {name}")]
     Load {
         /// The program.
         name: &'static str,
@@ -102,9 +90,9 @@ pub enum SocketError {
     /// A grace period cannot be waited for.
     #[error("cannot wait until no eBPF program runs")]
     Grace(#[source] std::io::Error),
-    /// Memories of session affinity cannot be read or removed.
-    #[error("cannot sweep the map {}", maps::AFFINITY)]
-    Sweep(#[source] std::io::Error),
+    /// The clock of the programs cannot be read.
+    #[error("cannot read CLOCK_MONOTONIC")]
+    Clock(#[source] std::io::Error),
     /// An array has no such entry: it was asked for beyond its end.
     #[error("the array {name} has no entry {index}")]
     NoEntry {

@@ -6,14 +6,14 @@
 use std::io;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tracing::warn;
 
 use super::affinity::Memories;
 use super::sys::GracePeriod;
 
-/// How often memories are swept: an expired one costs room alone.
+/// How often memories are swept, the first time at the start: an expired one costs room alone.
 const SWEEP: Duration = Duration::from_secs(60);
 /// After the kernel could not wait.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -66,15 +66,17 @@ impl<T: Send + 'static> Grace<T> {
 }
 
 fn serve<T>(period: &GracePeriod, memories: &Memories, inbox: &Receiver<T>, outbox: &Sender<T>) {
+    let mut due = Instant::now();
     loop {
-        let first = match inbox.recv_timeout(SWEEP) {
-            Ok(first) => first,
-            Err(RecvTimeoutError::Timeout) => {
-                if let Err(error) = memories.sweep() {
-                    warn!(error = &error as &dyn std::error::Error, "cannot sweep session affinity's memory");
-                }
-                continue;
+        if Instant::now() >= due {
+            if let Err(error) = memories.sweep() {
+                warn!(error = &error as &dyn std::error::Error, "cannot sweep session affinity's memory");
             }
+            due = Instant::now() + SWEEP;
+        }
+        let first = match inbox.recv_timeout(due.saturating_duration_since(Instant::now())) {
+            Ok(first) => first,
+            Err(RecvTimeoutError::Timeout) => continue,
             Err(RecvTimeoutError::Disconnected) => return,
         };
         let all: Vec<_> = std::iter::once(first).chain(inbox.try_iter()).collect();

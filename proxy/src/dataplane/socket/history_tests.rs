@@ -113,7 +113,7 @@ struct Living {
 impl World {
     fn new(policy: Policy, sizes: Sizes) -> Self {
         let maps = Memory::new(sizes);
-        let lowering = Lowering::adopt(policy, maps.found(), sizes, &mut |write| panic!("{write:?}"));
+        let (lowering, _) = Lowering::adopt(policy, maps.found(), sizes);
         Self {
             policy,
             maps,
@@ -282,9 +282,8 @@ impl World {
         self.hear(batch);
         self.write_and_die(batch, random);
         loop {
-            let mut mended = Vec::new();
-            let (found, sizes) = (self.maps.found(), self.maps.sizes);
-            self.lowering = Lowering::adopt(self.policy, found, sizes, &mut |write| mended.push(write));
+            let (lowering, mended) = Lowering::adopt(self.policy, self.maps.found(), self.maps.sizes);
+            self.lowering = lowering;
             self.carry_out(&mended, random);
             // A grace period passes.
             self.readers.clear();
@@ -320,9 +319,9 @@ impl World {
         if self.plans.keys().any(|key| self.lowering.is_full(key)) {
             return;
         }
-        let nothing = &mut |write| panic!("{write:?}");
-        let mut lowering = Lowering::adopt(self.policy, self.maps.found(), self.maps.sizes, nothing);
-        let lowered = lowering.apply(&self.everything(true), nothing);
+        let (mut lowering, writes) = Lowering::adopt(self.policy, self.maps.found(), self.maps.sizes);
+        assert_eq!(writes, []);
+        let lowered = lowering.apply(&self.everything(true), &mut |write| panic!("{write:?}"));
         assert!(lowered.retired.is_empty() && lowered.full.is_empty());
         self.lowering = lowering;
         self.retired.clear();

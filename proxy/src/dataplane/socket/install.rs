@@ -9,10 +9,10 @@ use aya::programs::{CgroupSockAddr, ProgramError, ProgramType};
 use aya::sys::{BpfHelper, is_helper_supported};
 use aya::{Ebpf, EbpfLoader};
 use kube_lane_common::programs;
-use tracing::debug;
 
 use super::SocketError;
 use super::cgroup::Cgroup;
+use super::maps::growth::Former;
 use super::maps::{Layout, Maps, Pinned, inspect, layouts};
 use super::pins::{MapFolder, Pins, Version};
 use super::room::Room;
@@ -25,11 +25,22 @@ const CAN_REFUSE: &str = "CAN_REFUSE";
 /// others that are given up with them.
 pub(super) struct Prepared {
     pub(super) maps: Maps,
+    /// Those whose place some of them take.
+    former: Option<Former>,
     ebpf: Ebpf,
     version: Version,
-    /// The maps are not in use yet.
+    /// Some maps are not in use yet.
     are_new: bool,
     udp: bool,
+}
+
+/// Maps in use.
+pub(super) struct Attached {
+    pub(super) maps: Maps,
+    /// Those that programs which still run may use.
+    pub(super) former: Option<Former>,
+    /// Where the maps are pinned.
+    pub(super) folder: MapFolder,
 }
 
 /// Takes maps over or makes them, and loads the programs. What an agent of another layout left is gone.
@@ -49,14 +60,18 @@ pub(super) fn prepare(object: &[u8], pins: &Pins, room: Room, udp: bool) -> Resu
         Pinned::Unusable(kept) => renew(&version, kept.iter().copied())?,
     };
     let mut ebpf = load(object, Some(&folder), &layouts)?;
-    let mut maps = Maps::open(&folder)?;
-    if let Pinned::TooSmall(too_small) = &pinned {
-        maps.copy(&Maps::open(&version.maps())?, too_small)?;
-    }
     for name in wanted(udp) {
         load_program(&mut ebpf, name)?;
     }
-    Ok(Prepared { maps, ebpf, version, are_new: pinned != Pinned::Usable, udp })
+    let mut maps = Maps::open(&folder)?;
+    let are_new = pinned != Pinned::Usable;
+    let former = match pinned {
+        Pinned::TooSmall(too_small) => {
+            Some(Former::copy(Maps::open(&version.maps())?, too_small, &mut maps)?)
+        }
+        Pinned::Usable | Pinned::Unusable(_) => None,
+    };
+    Ok(Prepared { maps, former, ebpf, version, are_new, udp })
 }
 
 /// The programs that there are.
@@ -66,7 +81,7 @@ pub(super) fn wanted(udp: bool) -> impl Iterator<Item = &'static str> {
 
 impl Prepared {
     /// Brings maps and programs into use.
-    pub(super) fn attach(mut self, cgroup: &Cgroup) -> Result<(Maps, MapFolder), SocketError> {
+    pub(super) fn attach(mut self, cgroup: &Cgroup) -> Result<Attached, SocketError> {
         if self.are_new {
             self.version.finish_new_maps()?;
         }
@@ -76,7 +91,7 @@ impl Prepared {
         for name in wanted(self.udp) {
             attach(name, program(&mut self.ebpf, name)?, &self.version, cgroup)?;
         }
-        Ok((self.maps, self.version.maps()))
+        Ok(Attached { maps: self.maps, former: self.former, folder: self.version.maps() })
     }
 }
 
@@ -137,21 +152,7 @@ fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), SocketError> 
 }
 
 fn load_error(name: &'static str, source: ProgramError) -> SocketError {
-    match source {
-        ProgramError::LoadError { io_error: source, verifier_log } => {
-            let log = verifier_log.to_string();
-            debug!(program = name, "{log}");
-            SocketError::Refused { name, reason: reason(&log).to_owned(), source }
-        }
-        source => SocketError::Load { name, source: Box::new(source) },
-    }
-}
-
-/// Why a verifier refused a program: the end of what it says, before its statistics.
-fn reason(log: &str) -> &str {
-    const STATISTICS: [&str; 3] = ["verification time ", "stack depth ", "processed "];
-    let is_reason = |line: &&str| !line.is_empty() && !STATISTICS.iter().any(|words| line.starts_with(words));
-    log.lines().rev().map(str::trim).find(is_reason).unwrap_or("its verifier says nothing")
+    SocketError::Load { name, source: Box::new(source) }
 }
 
 /// Puts a program in the place of its predecessor; where there is none at this hook of this cgroup, attaches it.
@@ -190,18 +191,5 @@ fn attach_type(name: &str) -> u32 {
         programs::GETPEERNAME6 => 30,
         // The kernel refuses what has another hook than its object says.
         _ => u32::MAX,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_verifier_is_quoted_where_it_says_why() {
-        let log = "0: R1=ctx() R10=fp0\n537: (63) *(u32 *)(r10 -112) = r1\nattempt to corrupt spilled pointer on stack\n\
-                   verification time 6063 usec\nstack depth 136\nprocessed 371 insns (limit 1000000)\n";
-        assert_eq!(reason(log), "attempt to corrupt spilled pointer on stack");
-        assert_eq!(reason(""), "its verifier says nothing");
     }
 }

@@ -4,7 +4,9 @@
 //! answered (`answers`) or how the maps say it (`lower`).
 
 use std::collections::VecDeque;
+use std::mem;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use kube_lane_common::{Settings, maps as names};
 use tracing::warn;
@@ -14,7 +16,7 @@ use super::answers::{Limit, Policy};
 use super::cgroup::Cgroup;
 use super::grace::Grace;
 use super::ids::Retired;
-use super::install::{self, Prepared};
+use super::install::{self, Attached, Prepared};
 use super::installed::Installed;
 use super::left_alone::LeftAlone;
 use super::lower::{Lowering, PortView};
@@ -22,11 +24,14 @@ use super::maps::{Maps, open_array};
 use super::pins::{Pins, Version};
 use super::room::Room;
 use super::sys::GracePeriod;
-use super::write::{Found, Write};
+use super::write::Write;
 use super::{SocketError, available, settings, sys};
 use crate::dataplane::Batch;
 use crate::dataplane::inspection::{Counts, Inspection};
 use crate::model::input::ServiceKey;
+
+/// So long after a client found no room to be remembered in there is said to be room again.
+const FORGETFUL: Duration = Duration::from_secs(60);
 
 /// How the layer is set up.
 #[derive(Clone, Debug)]
@@ -59,6 +64,14 @@ pub struct Socket {
     retired: Vec<Retired>,
     /// Services that there was no room for, to be told.
     full: Vec<(ServiceKey, Limit)>,
+    /// Something that nobody tells may have changed.
+    looked: bool,
+    /// The programs are still to be told what is known of the node.
+    node_changed: bool,
+    /// How many connections had been left to nftables for want of room to remember their clients.
+    unremembered: u64,
+    /// When that became more although the map is as large as it may be.
+    forgot: Option<Instant>,
     /// Programs and maps may not belong together, or are not there: they are put in place once more.
     broken: bool,
 }
@@ -108,6 +121,7 @@ impl Socket {
         left_alone.follow(&mut prepared.maps)?;
         settings::restrict(&prepared.maps, &period, &policy, host)?;
         let (lowering, maps, grace, installed) = place.begin(prepared, &period)?;
+        let unremembered = maps.unremembered();
         Ok(Self {
             place,
             period,
@@ -119,6 +133,10 @@ impl Socket {
             late: VecDeque::new(),
             retired: Vec::new(),
             full: Vec::new(),
+            looked: false,
+            node_changed: true,
+            unremembered,
+            forgot: None,
             broken: false,
         })
     }
@@ -138,6 +156,7 @@ impl Socket {
         let batch = Batch { node: batch.node.clone(), services: services.collect(), sweep: batch.sweep };
         let returned = self.grace.returned();
         self.reclaim(returned);
+        self.node_changed |= batch.node.is_some();
         let mut writes = self.lower(&batch);
         if self.broken {
             self.rebuild(self.maps.room())?;
@@ -146,14 +165,20 @@ impl Socket {
         if !self.full.is_empty() {
             writes += self.make_room()?;
         }
-        let full = std::mem::take(&mut self.full);
+        if self.looked {
+            self.follow()?;
+            self.looked = false;
+        }
+        let full = mem::take(&mut self.full);
         Ok(Applied { full: full.into_iter().filter(|(key, _)| self.lowering.is_full(key)).collect(), writes })
     }
 
     /// Looks whether programs and maps are still where they were put. Where they are not, nothing is answered any more
     /// that nftables would not answer as well, and the next [`Socket::apply`] puts them back. Returns what is missing,
-    /// for people, when it is noticed.
+    /// for people, when it is noticed. That apply also follows whatever else nobody tells: cgroups to leave alone that
+    /// have come or gone, and clients that there was no room to remember.
     pub fn look(&mut self) -> Option<String> {
+        self.looked = true;
         let missing = self.installed.missing().filter(|_| !self.broken)?;
         self.installed.detach_lost();
         self.broken = true;
@@ -163,6 +188,29 @@ impl Socket {
     /// Programs and maps are in place, as far as is known.
     pub fn is_in_place(&self) -> bool {
         !self.broken
+    }
+
+    /// There are clients of ports with session affinity that it has no room to remember, or there were a minute ago.
+    pub fn is_forgetful(&self) -> bool {
+        self.forgot.is_some()
+    }
+
+    /// Follows what nobody tells.
+    fn follow(&mut self) -> Result<(), SocketError> {
+        self.left_alone.follow(&mut self.maps)?;
+        let before = mem::replace(&mut self.unremembered, self.maps.unremembered());
+        if before == self.unremembered {
+            self.forgot = self.forgot.filter(|at| at.elapsed() < FORGETFUL);
+            return Ok(());
+        }
+        let room = self.maps.room();
+        let clients = room.clients.saturating_mul(2).min(self.place.most.clients);
+        if clients <= room.clients {
+            self.forgot = Some(Instant::now());
+            return Ok(());
+        }
+        self.rebuild(Room { clients, ..room })?;
+        self.settle()
     }
 
     /// For Services that have none.
@@ -187,30 +235,25 @@ impl Socket {
 
     /// Puts maps, larger ones where they are too small, and programs in place, under what was applied.
     fn rebuild(&mut self, room: Room) -> Result<usize, SocketError> {
-        let prepared = self.place.prepare(room).inspect_err(|_| {
+        let mut prepared = self.place.prepare(room).inspect_err(|_| {
             // What is whole goes on.
             if self.broken {
                 detach(&self.place.pins);
             }
         })?;
+        self.left_alone.begin_again(&mut prepared.maps)?;
         let everything = self.lowering.everything();
         self.broken = true;
         let begun = self.place.begin(prepared, &self.period).inspect_err(|_| detach(&self.place.pins));
         (self.lowering, self.maps, self.grace, self.installed) = begun?;
-        self.left_alone.forget();
         self.broken = false;
+        self.node_changed = true;
+        self.unremembered = self.maps.unremembered();
         // The new maps hold what the others held, and this says the rest.
         self.late.clear();
         self.retired.clear();
         self.full.clear();
         Ok(self.lower(&everything))
-    }
-
-    /// There is something for [`Socket::apply`] to do without a change: room for Services that had none.
-    pub fn wants_retry(&mut self) -> bool {
-        let returned = self.grace.returned();
-        self.reclaim(returned);
-        self.lowering.wants_retry()
     }
 
     /// Who answers a Service's frontends, and what was counted; nothing of one that is not known.
@@ -232,22 +275,6 @@ impl Socket {
         self.maps.room()
     }
 
-    /// Removes what clients of ports with session affinity no longer come back for, as happens every minute anyway.
-    ///
-    /// # Errors
-    /// Where their map cannot be read or written.
-    pub fn sweep(&self) -> Result<(), SocketError> {
-        Memories::open(&self.place.pins.version().maps())?.sweep()
-    }
-
-    /// Reads back what the maps hold, for tests.
-    ///
-    /// # Errors
-    /// Where a map cannot be read.
-    pub fn found(&self) -> Result<Found, SocketError> {
-        self.maps.read()
-    }
-
     fn reclaim(&mut self, returned: Vec<Retired>) {
         returned.into_iter().for_each(|retired| self.lowering.reclaim(retired));
     }
@@ -267,18 +294,22 @@ impl Socket {
         writes
     }
 
-    /// Writes what is late, and brings the rest up to date that is not the lowering's.
+    /// Writes what is late, and what the programs are to know of the node.
     fn settle(&mut self) -> Result<(), SocketError> {
         while let Some(write) = self.late.front() {
             self.maps.write(*write)?;
             self.late.pop_front();
         }
+        self.maps.flush()?;
         // Only now no map names it any more.
         for retired in self.retired.drain(..).filter(|retired| !retired.is_empty()) {
             self.grace.retire(retired);
         }
-        self.left_alone.follow(&mut self.maps)?;
-        settings::store(&self.maps, &self.period, self.lowering.settings(self.place.host))
+        if self.node_changed {
+            settings::store(&self.maps, &self.period, self.lowering.settings(self.place.host))?;
+            self.node_changed = false;
+        }
+        Ok(())
     }
 }
 
@@ -294,18 +325,17 @@ impl Place {
         period: &GracePeriod,
     ) -> Result<(Lowering, Maps, Grace<Retired>, Installed), SocketError> {
         let maps = &mut prepared.maps;
-        let (found, sizes) = (maps.read()?, maps.room().services);
-        let mut result = Ok(());
-        let lowering = Lowering::adopt(self.policy, found, sizes, &mut |write| {
-            if result.is_ok() {
-                result = maps.write(write);
-            }
-        });
-        result?;
-        let (maps, folder) = prepared.attach(&self.cgroup)?;
+        let (lowering, writes) = Lowering::adopt(self.policy, maps.read()?, maps.room().services);
+        writes.into_iter().try_for_each(|write| maps.write(write))?;
+        maps.flush()?;
+        let Attached { maps, former, folder } = prepared.attach(&self.cgroup)?;
         let installed = Installed::note(self.pins.version(), install::wanted(self.policy.udp))?;
-        // Programs may still hold what had been given up before.
+        // Programs may still hold what had been given up before, and write where maps had been too small.
         period.wait().map_err(SocketError::Grace)?;
+        if let Some(Err(error)) = former.map(|former| former.catch_up(&maps)) {
+            let error = &error as &dyn std::error::Error;
+            warn!(error, "what was counted and remembered while the maps grew may be lost");
+        }
         let memories = Memories::open(&folder)?;
         let grace = GracePeriod::new().and_then(|period| Grace::start(period, memories));
         Ok((lowering, maps, grace.map_err(SocketError::Grace)?, installed))

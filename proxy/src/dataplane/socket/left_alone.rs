@@ -1,6 +1,6 @@
 //! The cgroups that are left alone.
 //!
-//! Owns their map. They are looked for at each commit, since a cgroup that is made anew has another id.
+//! Owns their map. They are looked for again and again, since a cgroup that is made anew has another id.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -23,9 +23,10 @@ impl LeftAlone {
         Self { paths: paths.iter().map(|path| cgroup.path().join(path)).collect(), ids: None }
     }
 
-    /// The map may be another.
-    pub(super) fn forget(&mut self) {
+    /// Brings a map up to date of which nothing is known.
+    pub(super) fn begin_again(&mut self, maps: &mut Maps) -> Result<(), SocketError> {
         self.ids = None;
+        self.follow(maps)
     }
 
     /// Brings the map up to date.

@@ -88,11 +88,12 @@ struct Service {
 }
 
 impl Lowering {
-    /// Takes over what an earlier run left, and puts right what that left half done. The caller writes this, and waits
-    /// for a grace period before it calls again, since programs may still hold what that run had retired.
-    pub fn adopt(policy: Policy, found: Found, sizes: Sizes, write: &mut dyn FnMut(Write)) -> Self {
-        let (image, found) = adopt(found, sizes, write);
-        Self {
+    /// Takes over what an earlier run left, and says what puts right what that left half done. The caller writes this, and
+    /// waits for a grace period before it calls again, since programs may still hold what that run had retired.
+    pub fn adopt(policy: Policy, found: Found, sizes: Sizes) -> (Self, Vec<Write>) {
+        let mut writes = Vec::new();
+        let (image, found) = adopt(found, sizes, &mut |write| writes.push(write));
+        let lowering = Self {
             policy,
             node: NodePlan::default(),
             handles: BTreeMap::new(),
@@ -104,7 +105,8 @@ impl Lowering {
             waiting: BTreeSet::new(),
             next: 0,
             room: false,
-        }
+        };
+        (lowering, writes)
     }
 
     /// What has to be written so that the maps say what the plans do.
@@ -143,11 +145,6 @@ impl Lowering {
         self.image.ports.give_back(retired.ports);
         self.image.backends.give_back(retired.backends);
         self.image.ranges.give_back(retired.ranges);
-    }
-
-    /// There may be room by now for Services that had none: the next commit tries them, also an empty one.
-    pub fn wants_retry(&self) -> bool {
-        self.room && !self.waiting.is_empty()
     }
 
     /// What the programs are to know of the node. `host` is the cookie of the host's network namespace.
@@ -300,7 +297,12 @@ impl Lowering {
                 ports.push(Port::found(id, &found));
             }
         }
-        let plan = Plan::new(plan.service.clone(), plans);
+        let plan = Plan {
+            service: plan.service.clone(),
+            ports: plans.into(),
+            health_check: None,
+            warnings: [].into(),
+        };
         (!ports.is_empty()).then(|| Service {
             key: plan.service.clone(),
             plan: Arc::new(plan),

@@ -13,7 +13,9 @@ use super::memory_tests::{Memory, Outcome, Reader};
 use super::write::{Found, Sizes, Write};
 use crate::dataplane::Batch;
 use crate::model::input::{Family, Protocol, ServiceKey};
-use crate::model::plan::{AddressPort, Backend, Frontend, FrontendKind, NodePlan, Plan, PortPlan, Verdict};
+use crate::model::plan::{
+    AddressPort, Backend, Frontend, FrontendAddress, FrontendKind, NodePlan, Plan, PortPlan, Verdict,
+};
 
 const AMPLE: Sizes = Sizes { frontends: 100, ports: 50, slots: 1 << 15, backends: 25_000 };
 const POLICY: Policy = Policy {
@@ -36,11 +38,13 @@ fn pod(n: u32) -> Backend {
 }
 
 fn cluster_ip(vip: &str) -> Frontend {
-    Frontend::cluster_ip(address(vip), Verdict::Cluster)
+    let at = FrontendAddress::Vip(address(vip));
+    Frontend { at, kind: FrontendKind::ClusterIp, verdict: Verdict::Cluster }
 }
 
 fn nodeport(number: u16) -> Frontend {
-    Frontend::nodeport(number, Verdict::Cluster)
+    let at = FrontendAddress::NodePort(number);
+    Frontend { at, kind: FrontendKind::NodePort, verdict: Verdict::Cluster }
 }
 
 fn port(frontends: &[Frontend], backends: impl IntoIterator<Item = Backend>) -> PortPlan {
@@ -51,15 +55,22 @@ fn port(frontends: &[Frontend], backends: impl IntoIterator<Item = Backend>) -> 
         false => *frontend,
     };
     PortPlan {
+        family: Family::V4,
+        protocol: Protocol::Tcp,
+        name: "http".into(),
+        affinity: None,
+        source_ranges: None,
         frontends: frontends.iter().map(verdict).collect(),
         backends: backends.into(),
-        ..PortPlan::new(Family::V4, Protocol::Tcp, "http")
+        local_backends: [].into(),
+        draining: [].into(),
     }
 }
 
 fn plan(name: &str, port: PortPlan) -> (ServiceKey, Option<Arc<Plan>>) {
     let service = ServiceKey::new("demo", name);
-    let plan = Plan::new(service.clone(), [port]);
+    let plan =
+        Plan { service: service.clone(), ports: [port].into(), health_check: None, warnings: [].into() };
     (service, Some(Arc::new(plan)))
 }
 
@@ -76,7 +87,7 @@ struct Agent {
 
 impl Agent {
     fn new(sizes: Sizes) -> Self {
-        let lowering = Lowering::adopt(POLICY, Found::default(), sizes, &mut |write| panic!("{write:?}"));
+        let (lowering, _) = Lowering::adopt(POLICY, Found::default(), sizes);
         Self { lowering, maps: Memory::new(sizes), last: Lowered::default() }
     }
 
@@ -251,7 +262,7 @@ fn a_service_that_does_not_fit_is_named_left_to_nftables_and_tried_again() {
         let b = ServiceKey::new("demo", "b");
         assert_eq!(agent.last.full, [(b.clone(), limit)]);
         assert_eq!(agent.answer("b"), Answer::Nftables(Why::Full(limit)));
-        assert!(agent.lowering.is_full(&b) && !agent.lowering.wants_retry());
+        assert!(agent.lowering.is_full(&b));
         assert_eq!(agent.outcome(&vip(2)), Outcome::Left);
         agent.apply([gone("a")]);
         let retired = std::mem::take(&mut agent.last.retired);
@@ -292,7 +303,8 @@ fn what_does_not_fit_together_is_not_trusted() {
         let mut found = agent.maps.found();
         spoil(&mut found);
         let mut maps = agent.maps.clone();
-        let mut lowering = Lowering::adopt(POLICY, found, AMPLE, &mut |write| maps.write(write));
+        let (mut lowering, writes) = Lowering::adopt(POLICY, found, AMPLE);
+        writes.into_iter().for_each(|write| maps.write(write));
         let led_to = |maps: &Memory, vip: &str| maps.outcome(&key(&port(&[], []), cluster_ip(vip).at));
         assert_eq!(led_to(&maps, "10.96.0.1:80"), Outcome::Left, "{i}");
         assert_eq!(led_to(&maps, "10.96.0.2:80"), led(&[pod(3)]), "{i}");
@@ -320,14 +332,14 @@ fn frontends_of_nowhere_are_withdrawn_and_those_of_nobody_at_the_sweep() {
         found.frontends.push((nowhere, word));
         maps.write(Write::Frontend(nowhere, Some(word)));
         let again = Found { frontends: found.frontends.clone(), ..agent.maps.found() };
-        Lowering::adopt(POLICY, again, AMPLE, &mut |write| {
-            assert_eq!(write, Write::Frontend(nowhere, None));
-            maps.write(write);
-        });
+        let (_, writes) = Lowering::adopt(POLICY, again, AMPLE);
+        assert_eq!(writes, [Write::Frontend(nowhere, None)]);
+        maps.write(writes[0]);
     }
     // What the claiming Service does not have any more goes at once; what nobody claims stays till the sweep.
     let mut maps = agent.maps.clone();
-    let mut lowering = Lowering::adopt(POLICY, maps.found(), AMPLE, &mut |write| panic!("{write:?}"));
+    let (mut lowering, writes) = Lowering::adopt(POLICY, maps.found(), AMPLE);
+    assert_eq!(writes, []);
     let led_to = |maps: &Memory, vip: &str| maps.outcome(&key(&port(&[], []), cluster_ip(vip).at));
     let services = [plan("a", port(&[cluster_ip("10.96.0.1:80")], [pod(1)]))].into();
     lowering.apply(&Batch { services, ..Batch::default() }, &mut |write| maps.write(write));

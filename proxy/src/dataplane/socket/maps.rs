@@ -2,17 +2,20 @@
 //!
 //! Owns what each map looks like and how `Write`s reach it. Never decides what is written.
 
+pub(super) mod growth;
+
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;
 
 use aya::Pod;
-use aya::maps::{HashMap, Map, MapData, MapError, MapInfo, MapType};
+use aya::maps::{MapInfo, MapType};
 use kube_lane_common::{
     Address, AffinityKey, Backend, Frontend, FrontendKey, Member, Peers, PortWord, Remembered, Reverse, Set,
     Settings, Slot, maps,
 };
 
 use super::SocketError;
+use super::hash::{Hash, open_map};
 use super::pins::MapFolder;
 use super::room::Room;
 use super::sys::Words;
@@ -24,6 +27,9 @@ const NO_PREALLOC: u32 = 1;
 pub(super) const MMAPABLE: u32 = 1 << 10;
 /// Where NodePorts answer, and which cgroups are left alone.
 const FEW: u32 = 1024;
+
+/// How many frontends are written at a time: a call costs as much as some ten of them.
+const TOGETHER: usize = 1 << 12;
 
 /// What a map looks like.
 pub(super) struct Layout {
@@ -55,6 +61,7 @@ pub(super) fn layouts(room: Room) -> Vec<Layout> {
         hash::<u64, u64>(maps::LEFT_ALONE, FEW),
         storage::<Reverse>(maps::REVERSE),
         storage::<Peers>(maps::UDP_PEERS),
+        array::<u64>(maps::UNREMEMBERED, 1),
         array::<Settings>(maps::SETTINGS, 1),
     ]
 }
@@ -133,7 +140,9 @@ pub(super) fn inspect(folder: &MapFolder, layouts: &[Layout]) -> Pinned {
 /// The maps of the programs.
 #[derive(Debug)]
 pub(super) struct Maps {
-    frontends: HashMap<MapData, FrontendKey, Frontend>,
+    frontends: Hash<FrontendKey, Frontend>,
+    /// Frontends that are still to be written, together.
+    coming: Vec<(FrontendKey, Frontend)>,
     sets: Words<Set>,
     slots: Words<Slot>,
     backends: Words<Backend>,
@@ -141,9 +150,10 @@ pub(super) struct Maps {
     ports: Words<PortWord>,
     connections: Words<u64>,
     refused: Words<u64>,
-    node_addresses: HashMap<MapData, Address, u64>,
-    affinity: HashMap<MapData, AffinityKey, Remembered>,
-    left_alone: HashMap<MapData, u64, u64>,
+    node_addresses: Hash<Address, u64>,
+    affinity: Hash<AffinityKey, Remembered>,
+    left_alone: Hash<u64, u64>,
+    unremembered: Words<u64>,
     settings: Words<Settings>,
     room: Room,
 }
@@ -151,8 +161,8 @@ pub(super) struct Maps {
 impl Maps {
     /// The maps of a folder, of which all look as [`layouts`] says.
     pub(super) fn open(folder: &MapFolder) -> Result<Self, SocketError> {
-        let (frontends, frontend_count) = open_hash(folder, maps::FRONTENDS)?;
-        let (affinity, clients) = open_hash(folder, maps::AFFINITY)?;
+        let frontends = Hash::open(folder, maps::FRONTENDS)?;
+        let affinity = Hash::open(folder, maps::AFFINITY)?;
         let sets = open_array(folder, maps::SETS)?;
         let slots = open_array(folder, maps::SLOTS)?;
         let backends = open_array(folder, maps::BACKENDS)?;
@@ -166,15 +176,16 @@ impl Maps {
         };
         let room = Room {
             services: Sizes {
-                frontends: frontend_count,
+                frontends: frontends.room,
                 ports: least(&[sets.len() / 2, ports.len(), refused.len()]),
                 slots: u32::try_from(slots.len()).unwrap_or(u32::MAX),
                 backends: least(&[backends.len(), members.len(), connections.len()]),
             },
-            clients,
+            clients: affinity.room,
         };
         Ok(Self {
             frontends,
+            coming: Vec::new(),
             sets,
             slots,
             backends,
@@ -182,36 +193,13 @@ impl Maps {
             ports,
             connections,
             refused,
-            node_addresses: open_hash(folder, maps::NODE_ADDRESSES)?.0,
+            node_addresses: Hash::open(folder, maps::NODE_ADDRESSES)?,
             affinity,
-            left_alone: open_hash(folder, maps::LEFT_ALONE)?.0,
+            left_alone: Hash::open(folder, maps::LEFT_ALONE)?,
+            unremembered: open_array(folder, maps::UNREMEMBERED)?,
             settings: open_array(folder, maps::SETTINGS)?,
             room,
         })
-    }
-
-    /// Copies the content of these of other maps, each at most as large as the one here. Those of sockets are shared
-    /// instead.
-    pub(super) fn copy(&mut self, from: &Self, which: &[&str]) -> Result<(), SocketError> {
-        let copied = |name: &&str| which.contains(name);
-        for name in layouts(self.room).iter().map(|layout| layout.name).filter(copied) {
-            match name {
-                maps::FRONTENDS => copy_hash(name, &from.frontends, &mut self.frontends),
-                maps::NODE_ADDRESSES => copy_hash(name, &from.node_addresses, &mut self.node_addresses),
-                maps::AFFINITY => copy_hash(name, &from.affinity, &mut self.affinity),
-                maps::LEFT_ALONE => copy_hash(name, &from.left_alone, &mut self.left_alone),
-                maps::SETS => copy_array(name, &from.sets, &self.sets),
-                maps::SLOTS => copy_array(name, &from.slots, &self.slots),
-                maps::BACKENDS => copy_array(name, &from.backends, &self.backends),
-                maps::MEMBERS => copy_array(name, &from.members, &self.members),
-                maps::PORTS => copy_array(name, &from.ports, &self.ports),
-                maps::CONNECTIONS => copy_array(name, &from.connections, &self.connections),
-                maps::REFUSED => copy_array(name, &from.refused, &self.refused),
-                maps::SETTINGS => copy_array(name, &from.settings, &self.settings),
-                _ => Ok(()),
-            }?;
-        }
-        Ok(())
     }
 
     /// How much room there is.
@@ -219,20 +207,20 @@ impl Maps {
         self.room
     }
 
-    /// Carries a change out.
+    /// Carries a change out, though a frontend that comes only with the next change that takes something away, or with
+    /// [`Maps::flush`]: until then clients of it fare as before, and nobody is led to it otherwise.
     pub(super) fn write(&mut self, write: Write) -> Result<(), SocketError> {
+        if takes_away(write) || self.coming.len() == TOGETHER {
+            self.flush()?;
+        }
         match write {
             Write::Frontend(key, Some(frontend)) => {
-                self.frontends.insert(key, frontend, 0).map_err(|error| map_error(maps::FRONTENDS, error))
+                self.coming.push((key, frontend));
+                Ok(())
             }
-            Write::Frontend(key, None) => removed(maps::FRONTENDS, self.frontends.remove(&key)),
-            Write::NodeAddress(address, true) => self
-                .node_addresses
-                .insert(address, 1, 0)
-                .map_err(|error| map_error(maps::NODE_ADDRESSES, error)),
-            Write::NodeAddress(address, false) => {
-                removed(maps::NODE_ADDRESSES, self.node_addresses.remove(&address))
-            }
+            Write::Frontend(key, None) => self.frontends.remove(&key),
+            Write::NodeAddress(address, true) => self.node_addresses.insert(address, 1),
+            Write::NodeAddress(address, false) => self.node_addresses.remove(&address),
             Write::Set(id, set) => store(maps::SETS, &self.sets, id, set),
             Write::Slot(index, slot) => store(maps::SLOTS, &self.slots, index, slot),
             Write::Backend(id, backend) => {
@@ -245,13 +233,23 @@ impl Maps {
         }
     }
 
+    /// Writes the frontends that are still to come.
+    pub(super) fn flush(&mut self) -> Result<(), SocketError> {
+        match &self.coming[..] {
+            [] => return Ok(()),
+            [(key, frontend)] => self.frontends.insert(*key, *frontend)?,
+            coming => self.frontends.insert_all(coming)?,
+        }
+        self.coming.clear();
+        Ok(())
+    }
+
     /// Reads back what the maps hold.
     pub(super) fn read(&self) -> Result<Found, SocketError> {
-        let frontends = self.frontends.iter().collect::<Result<_, _>>();
-        let node_addresses = self.node_addresses.keys().collect::<Result<_, _>>();
+        let node_addresses = self.node_addresses.elements()?;
         Ok(Found {
-            frontends: frontends.map_err(|error| map_error(maps::FRONTENDS, error))?,
-            node_addresses: node_addresses.map_err(|error| map_error(maps::NODE_ADDRESSES, error))?,
+            frontends: self.frontends.elements()?,
+            node_addresses: node_addresses.into_iter().map(|(address, _)| address).collect(),
             sets: written(&self.sets, |set| *set == Set::NONE),
             slots: written(&self.slots, |slot| slot.0 == 0),
             backends: written(&self.backends, |backend| backend.owner == 0),
@@ -271,17 +269,12 @@ impl Maps {
 
     /// The ids of the cgroups that are left alone.
     pub(super) fn left_alone(&self) -> Result<BTreeSet<u64>, SocketError> {
-        let ids = self.left_alone.keys().collect::<Result<_, _>>();
-        ids.map_err(|error| map_error(maps::LEFT_ALONE, error))
+        Ok(self.left_alone.elements()?.into_iter().map(|(cgroup, _)| cgroup).collect())
     }
 
     /// Leaves a cgroup alone, or no longer.
     pub(super) fn leave_alone(&mut self, cgroup: u64, yes: bool) -> Result<(), SocketError> {
-        if yes {
-            self.left_alone.insert(cgroup, 1, 0).map_err(|error| map_error(maps::LEFT_ALONE, error))
-        } else {
-            removed(maps::LEFT_ALONE, self.left_alone.remove(&cgroup))
-        }
+        if yes { self.left_alone.insert(cgroup, 1) } else { self.left_alone.remove(&cgroup) }
     }
 
     /// New connections that were sent to a backend, by its id.
@@ -292,6 +285,22 @@ impl Maps {
     /// Connections that were refused, by the id of the port.
     pub(super) fn refused(&self, port: u32) -> u64 {
         self.refused.get(port as usize).unwrap_or_default()
+    }
+
+    /// Connections that were left to nftables for want of room to remember their clients.
+    pub(super) fn unremembered(&self) -> u64 {
+        self.unremembered.get(0).unwrap_or_default()
+    }
+}
+
+/// Whether a change may end what a frontend that is still to be written replaces, or has to find it there.
+fn takes_away(write: Write) -> bool {
+    match write {
+        Write::Frontend(_, to) => to.is_none(),
+        Write::NodeAddress(..) => true,
+        Write::Set(_, set) => set.count() == 0,
+        Write::Member(_, member) => member == Member::NONE,
+        Write::Slot(..) | Write::Backend(..) | Write::Port(..) | Write::NothingRefused(_) => false,
     }
 }
 
@@ -306,52 +315,6 @@ pub(super) fn open_array<T: Pod>(folder: &MapFolder, name: &'static str) -> Resu
     Words::map(map.fd().as_fd(), entries as usize).map_err(|source| SocketError::Memory { name, source })
 }
 
-/// And for how many entries it has room.
-pub(super) fn open_hash<K: Pod, V: Pod>(
-    folder: &MapFolder,
-    name: &'static str,
-) -> Result<(HashMap<MapData, K, V>, u32), SocketError> {
-    let (map, entries) = open_map(folder, name)?;
-    let map = HashMap::try_from(Map::HashMap(map)).map_err(|error| map_error(name, error))?;
-    Ok((map, entries))
-}
-
-fn open_map(folder: &MapFolder, name: &'static str) -> Result<(MapData, u32), SocketError> {
-    let map = MapData::from_pin(folder.map(name)).map_err(|error| map_error(name, error))?;
-    let entries = map.info().map_err(|error| map_error(name, error))?.max_entries();
-    Ok((map, entries))
-}
-
 fn store<T: Pod>(name: &'static str, array: &Words<T>, index: u32, value: T) -> Result<(), SocketError> {
     if array.set(index as usize, value) { Ok(()) } else { Err(SocketError::NoEntry { name, index }) }
-}
-
-fn copy_array<T: Pod>(name: &'static str, from: &Words<T>, to: &Words<T>) -> Result<(), SocketError> {
-    let mut entries = (0_u32..).map_while(|index| Some((index, from.get(index as usize)?)));
-    entries.try_for_each(|(index, entry)| store(name, to, index, entry))
-}
-
-fn copy_hash<K: Pod, V: Pod>(
-    name: &'static str,
-    from: &HashMap<MapData, K, V>,
-    to: &mut HashMap<MapData, K, V>,
-) -> Result<(), SocketError> {
-    from.iter()
-        .try_for_each(|entry| entry.and_then(|(key, value)| to.insert(key, value, 0)))
-        .map_err(|error| map_error(name, error))
-}
-
-/// What is to be gone and is gone already is well.
-fn removed(name: &'static str, result: Result<(), MapError>) -> Result<(), SocketError> {
-    match result {
-        Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(nix::libc::ENOENT) => {
-            Ok(())
-        }
-        Err(MapError::KeyNotFound) => Ok(()),
-        other => other.map_err(|error| map_error(name, error)),
-    }
-}
-
-pub(super) fn map_error(name: &'static str, source: MapError) -> SocketError {
-    SocketError::Map { name, source: Box::new(source) }
 }

@@ -12,6 +12,7 @@ mod answers_tests;
 mod cgroup;
 mod error;
 mod grace;
+mod hash;
 #[cfg(test)]
 mod history_tests;
 mod ids;

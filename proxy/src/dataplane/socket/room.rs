@@ -22,7 +22,7 @@ impl Room {
     /// Where nothing is known of the Services yet: about a megabyte.
     pub(super) const START: Self = Self {
         services: Sizes { frontends: 1 << 13, ports: 1 << 12, slots: 1 << 15, backends: 1 << 14 },
-        clients: 1 << 16,
+        clients: 1 << 12,
     };
 
     /// For these Services, and as much again as they may need to change.

@@ -1,7 +1,9 @@
 //! The system calls that aya does not make for us: links that are replaced in place, arrays in our own memory, a grace
-//! period, a memory that is looked up and removed in one.
+//! period, elements of hash maps looked up and removed in one, or many at a time.
 //!
 //! Owns all that is unsafe in the socket layer. Never decides anything.
+
+mod elements;
 
 use std::ffi::CString;
 use std::io;
@@ -15,6 +17,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use aya::Pod;
 use nix::libc;
 
+pub(super) use self::elements::{all, put_all, put_back, take};
+
 /// Commands of `bpf(2)`, as `linux/bpf.h` numbers them.
 mod command {
     use nix::libc::c_long;
@@ -25,6 +29,8 @@ mod command {
     pub(super) const OBJ_GET: c_long = 7;
     pub(super) const OBJ_GET_INFO_BY_FD: c_long = 15;
     pub(super) const MAP_LOOKUP_AND_DELETE_ELEM: c_long = 21;
+    pub(super) const MAP_LOOKUP_BATCH: c_long = 24;
+    pub(super) const MAP_UPDATE_BATCH: c_long = 26;
     pub(super) const LINK_CREATE: c_long = 28;
     pub(super) const LINK_UPDATE: c_long = 29;
     pub(super) const LINK_DETACH: c_long = 34;
@@ -231,29 +237,6 @@ impl Link {
     }
 }
 
-/// Looks an element of a hash map up and removes it, in one: what a program writes before is in the answer, what it
-/// writes after stays. `None` where there is none.
-pub(super) fn take<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, zero: V) -> io::Result<Option<V>> {
-    let mut value = zero;
-    let mut attribute = element(map, key, &raw mut value);
-    match bpf(command::MAP_LOOKUP_AND_DELETE_ELEM, &mut attribute) {
-        Ok(_) => Ok(Some(value)),
-        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
-        Err(error) => Err(error),
-    }
-}
-
-/// Writes an element where there is none: what is there meanwhile stays.
-pub(super) fn put_back<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, mut value: V) -> io::Result<()> {
-    /// `BPF_NOEXIST`.
-    const ONLY_NEW: u64 = 1;
-    let mut attribute = Element { flags: ONLY_NEW, ..element(map, key, &raw mut value) };
-    match bpf(command::MAP_UPDATE_ELEM, &mut attribute) {
-        Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
-        other => other.map(drop),
-    }
-}
-
 fn element<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, value: *mut V) -> Element {
     Element {
         map: raw(map),
@@ -392,6 +375,16 @@ impl<T: Pod> Words<T> {
             let new = unsafe { (&raw const value).cast::<u64>().add(at).read_unaligned() };
             word.store(new, Ordering::Release);
         }
+        true
+    }
+}
+
+impl Words<u64> {
+    /// Adds to an entry, whoever else does; false beyond the end.
+    #[must_use]
+    pub(super) fn add(&self, index: usize, more: u64) -> bool {
+        let Some([entry]) = self.entry(index) else { return false };
+        entry.fetch_add(more, Ordering::Relaxed);
         true
     }
 }

@@ -96,12 +96,8 @@ fn turns(wait: impl Fn(), length: Duration, at_most: Duration) -> (Report, usize
     let [stays, ours, theirs] = [1, 2, 3].map(|number| service(number)[0]);
     let mut programs = stage.programs;
     let arrays = Arrays::of(&programs);
-    let mut lowering = Lowering::adopt(
-        Policy { detector: Clients::Interface, ..Policy::default() },
-        Found::default(),
-        ROOM,
-        &mut |write| panic!("{write:?}"),
-    );
+    let policy = Policy { detector: Clients::Interface, ..Policy::default() };
+    let (mut lowering, _) = Lowering::adopt(policy, Found::default(), ROOM);
     let lead = |pod: &Pod| at(pod.v4(), TARGET);
     let put = |name: &str, vip, pods: &[&Pod]| {
         plan(name, vip, &pods.iter().map(|pod| lead(pod)).collect::<Vec<_>>())
