@@ -68,7 +68,7 @@ pub(super) fn policy(settings: &SocketLb, detector: &Detector, masquerade_all: b
 
 /// How far the maps may grow.
 pub(super) fn room(settings: &SocketLb) -> Room {
-    let SocketLb { max_frontends, max_service_ports, max_endpoints, .. } = *settings;
+    let SocketLb { max_frontends, max_service_ports, max_endpoints, max_affinity_clients, .. } = *settings;
     Room {
         services: Sizes {
             frontends: max_frontends,
@@ -77,9 +77,6 @@ pub(super) fn room(settings: &SocketLb) -> Room {
             slots: 4 * max_endpoints,
             backends: max_endpoints,
         },
-        clients: CLIENTS,
+        clients: max_affinity_clients,
     }
 }
-
-/// Clients of ports with session affinity that are remembered: as many as a port has room for in nftables.
-const CLIENTS: u32 = 1 << 16;

@@ -99,6 +99,7 @@ section! {
         max_frontends: Option<i64>,
         max_service_ports: Option<i64>,
         max_endpoints: Option<i64>,
+        max_affinity_clients: Option<i64>,
     }
 }
 

@@ -133,6 +133,7 @@ impl Resolved {
                 ("/kubeLane/socketLB/maxFrontends", json!(socket_lb.max_frontends)),
                 ("/kubeLane/socketLB/maxServicePorts", json!(socket_lb.max_service_ports)),
                 ("/kubeLane/socketLB/maxEndpoints", json!(socket_lb.max_endpoints)),
+                ("/kubeLane/socketLB/maxAffinityClients", json!(socket_lb.max_affinity_clients)),
             ] {
                 set(&mut value, path, default);
             }

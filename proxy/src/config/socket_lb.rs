@@ -13,6 +13,7 @@ const BPF_ROOT: &str = "/sys/fs/bpf/kube-lane";
 const FRONTENDS: u32 = 1 << 18;
 const SERVICE_PORTS: u32 = 1 << 17;
 const ENDPOINTS: u32 = 1 << 20;
+const AFFINITY_CLIENTS: u32 = 1 << 20;
 /// What an id has room for in the maps' words.
 const MOST: u32 = 1 << 24;
 
@@ -39,6 +40,8 @@ pub struct SocketLb {
     pub max_service_ports: u32,
     /// How many endpoints of these ports.
     pub max_endpoints: u32,
+    /// How many clients of ports with session affinity are remembered, each counted once for each port.
+    pub max_affinity_clients: u32,
 }
 
 impl Default for SocketLb {
@@ -54,6 +57,7 @@ impl Default for SocketLb {
             max_frontends: FRONTENDS,
             max_service_ports: SERVICE_PORTS,
             max_endpoints: ENDPOINTS,
+            max_affinity_clients: AFFINITY_CLIENTS,
         }
     }
 }
@@ -156,6 +160,7 @@ impl SocketLbSection {
             max_frontends: over.max_frontends.or(self.max_frontends),
             max_service_ports: over.max_service_ports.or(self.max_service_ports),
             max_endpoints: over.max_endpoints.or(self.max_endpoints),
+            max_affinity_clients: over.max_affinity_clients.or(self.max_affinity_clients),
         }
     }
 }
@@ -181,6 +186,12 @@ impl SocketLb {
                 check,
             ),
             max_endpoints: size("kubeLane.socketLB.maxEndpoints", section.max_endpoints, ENDPOINTS, check),
+            max_affinity_clients: size(
+                "kubeLane.socketLB.maxAffinityClients",
+                section.max_affinity_clients,
+                AFFINITY_CLIENTS,
+                check,
+            ),
         }
     }
 

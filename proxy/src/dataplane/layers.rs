@@ -22,6 +22,9 @@ const RETRY_MAX: Duration = Duration::from_secs(30);
 /// How often the socket layer looks by itself for what nobody tells: whether it is still where it was put, room for
 /// Services that had none, cgroups to leave alone that have come or gone.
 const LOOK: Duration = Duration::from_secs(1);
+/// Whom the socket layer leaves alone for want of room to remember them.
+const FORGOTTEN: &str =
+    "further clients of Services with session affinity: kubeLane.socketLB.maxAffinityClients are remembered";
 /// How many Services without room a commit names in the log.
 const NAMED: usize = 10;
 
@@ -38,6 +41,8 @@ struct Front {
     trouble: Option<(String, u32)>,
     /// Services that there is no room for.
     full: BTreeMap<ServiceKey, Limit>,
+    /// It has no room to remember more clients.
+    is_forgetful: bool,
     /// When it looks next for what nobody tells.
     look: Instant,
     /// When it has something to do by itself; `None`: not before the first batch.
@@ -48,7 +53,14 @@ impl Layers {
     /// nftables, and the socket layer where there is one.
     pub fn new(nftables: Nftables, socket: Option<Socket>) -> Self {
         let look = Instant::now() + LOOK;
-        let front = |socket| Front { socket, trouble: None, full: BTreeMap::new(), look, due: None };
+        let front = |socket| Front {
+            socket,
+            trouble: None,
+            full: BTreeMap::new(),
+            is_forgetful: false,
+            look,
+            due: None,
+        };
         Self { nftables, front: socket.map(front) }
     }
 }
@@ -91,7 +103,8 @@ impl Dataplane for Layers {
             front.trouble.iter().map(|(words, _)| format!("the socket layer {}: {words}", front.state()));
         let full =
             front.full.iter().map(|(service, limit)| format!("nftables alone answers {service}: {limit}"));
-        trouble.chain(full).collect()
+        let forgetful = front.is_forgetful.then(|| format!("nftables alone answers {FORGOTTEN}"));
+        trouble.chain(full).chain(forgetful).collect()
     }
 }
 
@@ -112,6 +125,7 @@ impl Front {
                     info!("the socket layer follows again");
                 }
                 self.note_full(applied.full);
+                self.note_forgetful();
                 self.due = Some(self.look);
                 Some(AtSocket { writes: applied.writes, took: now.elapsed() })
             }
@@ -150,6 +164,16 @@ impl Front {
         self.full.extend(full);
         if was_full && self.full.is_empty() {
             info!("there is room at the socket for every Service again");
+        }
+    }
+
+    /// Says that there is no room for more clients, and that there is again.
+    fn note_forgetful(&mut self) {
+        let was_forgetful = std::mem::replace(&mut self.is_forgetful, self.socket.is_forgetful());
+        if self.is_forgetful && !was_forgetful {
+            warn!("no room at the socket: nftables alone answers {FORGOTTEN}");
+        } else if was_forgetful && !self.is_forgetful {
+            info!("there is room at the socket for clients of Services with session affinity again");
         }
     }
 }

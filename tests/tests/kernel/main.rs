@@ -36,6 +36,4 @@ mod socket_upgrade;
 #[cfg(test)]
 mod status;
 #[cfg(test)]
-mod systemd;
-#[cfg(test)]
 mod world;

@@ -261,3 +261,26 @@ fn what_the_maps_have_no_room_for_is_named_and_left_to_nftables() {
     world.folder.remove("service-10").unwrap();
     assert!(at_socket(12), "{}", world.agents[0].log());
 }
+
+#[test]
+fn clients_that_cannot_be_remembered_are_said_and_left_to_nftables() {
+    let world =
+        World::configured(Mode::Ebpf, |_| json!({"kubeLane": {"socketLB": {"maxAffinityClients": 1}}}));
+    let pods = [serving(&world.lab, 0, "a"), serving(&world.lab, 1, "b")];
+    let [first, second] = ["first", "second"].map(|name| world.lab.node(0).add_pod(name).unwrap());
+    let sticky = json!({"type": "ClusterIP", "sessionAffinity": "ClientIP"});
+    let hosts = [&pods[0].0, &pods[1].0];
+    world.put_spec("sticky", &[Port::new("TCP", 80, 8080)], 10, &endpoints(&hosts), sticky);
+    assert!(until_met(&first, vip(10), answered_in(Mode::Ebpf)).at_socket);
+    let met = meet(&second, vip(10));
+    assert!(answered_in(Mode::Nftables)(&met), "{met:?}");
+    // nftables remembers as well.
+    (0..10).for_each(|_| assert_eq!(meet(&second, vip(10)).outcome.by(), met.outcome.by()));
+    assert!(meet(&first, vip(10)).at_socket);
+    let deadline = Instant::now() + SYNC;
+    while !world.agents[0].status(&[]).unwrap().1.contains("maxAffinityClients") {
+        assert!(Instant::now() < deadline, "{}", world.agents[0].status(&[]).unwrap().1);
+    }
+    let log = world.agents[0].log();
+    assert_eq!(log.matches("maxAffinityClients are remembered").count(), 1, "{log}");
+}

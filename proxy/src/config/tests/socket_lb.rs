@@ -8,7 +8,8 @@ fn the_socket_layer_has_a_section_and_flags() {
         "socket-lb",
         "mode: ebpf\nclusterCIDR: 10.0.0.0/8\nkubeLane:\n  cgroupRoot: /c\n  bpfRoot: /b\n  socketLB:\n    udp: true\n    \
          external: true\n    loopbackNodePorts: true\n    hostNamespaceOnly: true\n    \
-         leaveAlone: [/system.slice/a.service, ./b]\n    maxFrontends: 1\n    maxServicePorts: 2\n    maxEndpoints: 3\n",
+         leaveAlone: [/system.slice/a.service, ./b]\n    maxFrontends: 1\n    maxServicePorts: 2\n    maxEndpoints: 3\n    \
+         maxAffinityClients: 4\n",
     );
     let resolved = file.resolve(&[]).unwrap();
     let expected = SocketLb {
@@ -22,6 +23,7 @@ fn the_socket_layer_has_a_section_and_flags() {
         max_frontends: 1,
         max_service_ports: 2,
         max_endpoints: 3,
+        max_affinity_clients: 4,
     };
     assert_eq!((&resolved.config.socket_lb, resolved.warnings.as_slice()), (&expected, &[][..]));
     let read = ConfigFile::new("socket-lb-again", &resolved.to_yaml()).resolve(&[]).unwrap();
