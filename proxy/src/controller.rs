@@ -331,16 +331,17 @@ impl<D: Dataplane> Controller<D> {
     }
 
     /// What is known, and of a few Services in particular.
-    fn report(&self, about: About) -> Report {
+    fn report(&mut self, about: About) -> Report {
         let plans: Vec<_> = match about {
             About::These(keys) => keys.iter().filter_map(|key| self.planner.plan(key)).collect(),
             About::After(key) => self.planner.plans_after(key.as_ref()).take(PAGE).collect(),
         };
-        let known =
-            |plan: &Arc<Plan>| Known { plan: Arc::clone(plan), inspection: self.dataplane.inspect(plan) };
+        let dataplane = &mut self.dataplane;
+        let known = |plan: &Arc<Plan>| Known { plan: Arc::clone(plan), inspection: dataplane.inspect(plan) };
+        let services = plans.into_iter().map(known).collect();
         Report {
             count: self.planner.plans().len(),
-            services: plans.into_iter().map(known).collect(),
+            services,
             node: self.planner.node().cloned(),
             refused: self.refused.clone(),
             troubles: self.dataplane.troubles(),

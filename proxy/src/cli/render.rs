@@ -117,6 +117,6 @@ fn inspect(flags: &RenderFlags, network: &Network, planner: &Planner) -> impl Fn
     move |plan| {
         let ports = lowering.as_ref().and_then(|lowering| lowering.service(&plan.service));
         let answers = ports.into_iter().flatten().map(|port| port.answers.into());
-        Inspection { answers: answers.collect(), counts: Vec::new() }
+        Inspection { answers: answers.collect(), ..Inspection::default() }
     }
 }

@@ -172,6 +172,7 @@ fn agent(
         let settings = nftables::Settings {
             detector: settings::detector(&config.network.detector),
             masquerade_all: config.masquerade_all,
+            count_connections: config.count_connections,
         };
         let nftables = Nftables::open(settings)?;
         let foreign = ready::readable(nftables.descriptor()?)?;

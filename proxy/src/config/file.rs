@@ -81,6 +81,7 @@ section! {
         log_level: Option<String>,
         #[serde(rename = "conntrackCleanSCTP")]
         conntrack_clean_sctp: Option<bool>,
+        count_connections: Option<bool>,
         cgroup_root: Option<PathBuf>,
         bpf_root: Option<PathBuf>,
         #[serde(rename = "socketLB", deserialize_with = "null_as_default")]

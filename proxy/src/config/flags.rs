@@ -67,6 +67,10 @@ pub struct RunFlags {
     /// Masquerade every connection to a cluster IP
     #[arg(long, value_parser = go_bool(), num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     masquerade_all: Option<bool>,
+    /// Count new connections to each endpoint, and refused ones, in nftables, too (kube-lane status): each element that
+    /// counts takes memory on every processor, and loads more slowly
+    #[arg(long, value_parser = go_bool(), num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    count_connections: Option<bool>,
     /// Least time between two commits; commits are not delayed unless this is set
     #[arg(long, value_name = "DURATION")]
     iptables_min_sync_period: Option<GoDuration>,
@@ -289,6 +293,7 @@ impl RunFlags {
         let (own, flags) = (&mut file.kube_lane, flags.kube_lane);
         own.manifests = flags.manifests.or(own.manifests.take());
         own.conntrack_clean_sctp = flags.conntrack_clean_sctp.or(own.conntrack_clean_sctp);
+        own.count_connections = flags.count_connections.or(own.count_connections);
         own.cgroup_root = flags.cgroup_root.or(own.cgroup_root.take());
         own.bpf_root = flags.bpf_root.or(own.bpf_root.take());
         own.socket_lb = std::mem::take(&mut own.socket_lb).under(flags.socket_lb);
@@ -375,6 +380,7 @@ impl RunFlags {
         prune(&mut options);
         file.logging.options = (options != json!({})).then_some(options);
         file.kube_lane.manifests = self.manifests.as_ref().map(PathBuf::from);
+        file.kube_lane.count_connections = self.count_connections;
         file.kube_lane.log_level = self.log.log_level.clone();
         file
     }

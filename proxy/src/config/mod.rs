@@ -50,6 +50,8 @@ pub struct Config {
     pub socket_lb: SocketLb,
     /// Masquerade every connection to a cluster IP.
     pub masquerade_all: bool,
+    /// Count in nftables, too, how many connections each backend gets (`kubeLane.countConnections`).
+    pub count_connections: bool,
     /// The least time between two commits; zero: commit at once.
     pub min_sync_period: Duration,
     /// Where `/healthz` and `/livez` are served; `None`: nowhere.

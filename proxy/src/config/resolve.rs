@@ -265,6 +265,7 @@ pub(super) fn resolve(
         network,
         socket_lb,
         masquerade_all,
+        count_connections: file.kube_lane.count_connections.unwrap_or_default(),
         min_sync_period: file.nftables.min_sync_period.unwrap_or_default().0,
         healthz_address: (!overrides.no_healthz).then_some(healthz_address),
         metrics_address: (!overrides.no_metrics).then_some(metrics_address),

@@ -17,18 +17,41 @@ pub struct Inspection {
     pub answers: Vec<Box<[Answer]>>,
     /// What was counted, by port as in the plan; empty where nothing is counted.
     pub counts: Vec<Counts>,
+    /// It was counted at the socket alone: what nftables answers is not in it.
+    pub at_socket_alone: bool,
 }
 
-/// What was counted of a port at the socket, since its ids were given out.
+/// What was counted of a port.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     /// New connections (for UDP: first datagrams of a client) to each backend.
     pub connections: BTreeMap<AddressPort, u64>,
-    /// Connections that were refused, since there was no endpoint.
+    /// Connections that were refused, since there was no endpoint; in nftables each attempt of a client counts.
     pub refused: u64,
 }
 
+impl Counts {
+    /// Adds what was counted elsewhere.
+    pub fn add(&mut self, other: &Self) {
+        for (backend, connections) in &other.connections {
+            *self.connections.entry(*backend).or_default() += connections;
+        }
+        self.refused += other.refused;
+    }
+}
+
 impl Inspection {
+    /// Adds what nftables counted, by port as in the plan.
+    pub(super) fn add(&mut self, counts: Vec<Counts>) {
+        self.at_socket_alone = false;
+        self.counts.resize(self.counts.len().max(counts.len()), Counts::default());
+        self.counts.iter_mut().zip(&counts).for_each(|(all, counts)| all.add(counts));
+    }
+
+    fn at_socket(&self) -> &'static str {
+        if self.at_socket_alone { " at the socket" } else { "" }
+    }
+
     fn answer(&self, port: usize, frontend: usize) -> Option<&Answer> {
         self.answers.get(port)?.get(frontend)
     }
@@ -69,11 +92,11 @@ impl Notes for Inspection {
 
     fn backend(&self, port: usize, backend: &Backend) -> Option<String> {
         let connections = self.connections(port, backend.address)?;
-        Some(format!("{connections} new at the socket"))
+        Some(format!("{connections} new{}", self.at_socket()))
     }
 
     fn port(&self, port: usize) -> Option<String> {
         let refused = self.counts.get(port)?.refused;
-        (refused > 0).then(|| format!("{refused} refused at the socket"))
+        (refused > 0).then(|| format!("{refused} refused{}", self.at_socket()))
     }
 }

@@ -92,9 +92,13 @@ impl Dataplane for Layers {
         }
     }
 
-    fn inspect(&self, plan: &Plan) -> Inspection {
+    fn inspect(&mut self, plan: &Plan) -> Inspection {
         let in_place = self.front.as_ref().filter(|front| front.socket.is_in_place());
-        in_place.map(|front| front.socket.inspect(&plan.service)).unwrap_or_default()
+        let mut inspection = in_place.map(|front| front.socket.inspect(&plan.service)).unwrap_or_default();
+        if let Some(counts) = self.nftables.counts(plan) {
+            inspection.add(counts);
+        }
+        inspection
     }
 
     fn troubles(&self) -> Vec<String> {

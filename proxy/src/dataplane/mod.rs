@@ -118,7 +118,7 @@ pub trait Dataplane {
     fn catch_up(&mut self) {}
 
     /// What is known of a Service beyond its plan, for people.
-    fn inspect(&self, _plan: &Plan) -> Inspection {
+    fn inspect(&mut self, _plan: &Plan) -> Inspection {
         Inspection::default()
     }
 

@@ -164,7 +164,7 @@ pub(super) fn node() -> NodePlan {
 }
 
 pub(super) fn settings() -> Settings {
-    Settings { detector: Detector::PodCidrs, masquerade_all: false }
+    Settings { detector: Detector::PodCidrs, masquerade_all: false, ..Settings::default() }
 }
 
 pub(super) fn batch(services: Vec<(ServiceKey, Option<Arc<Plan>>)>) -> Batch {

@@ -27,6 +27,7 @@ use super::kernel::Kernel;
 use super::object::{Kind, Object, Scope};
 use super::rules::{Chain, Keys};
 use super::schema::Set;
+use super::shared::only_in;
 use crate::model::input::{Family, Protocol};
 use crate::model::plan::{
     AddressPort, Backend, Frontend, FrontendAddress, FrontendKind, Plan, PortPlan, Verdict,
@@ -80,6 +81,16 @@ impl<'a> Port<'a> {
         Object { kind, family: self.plan.family, port: Arc::clone(&self.name) }
     }
 
+    /// Those in one of its sets, in order.
+    pub(crate) fn members(&self, scope: Scope) -> Vec<AddressPort> {
+        self.backends(scope).iter().map(|backend| backend.address).collect()
+    }
+
+    /// The set of these.
+    pub(crate) fn members_set(&self, scope: Scope) -> Object {
+        self.object(Kind::Members(scope))
+    }
+
     /// The ports that a set's backends listen on: one for nearly every Service.
     pub(crate) fn targets(&self, scope: Scope) -> BTreeSet<u16> {
         self.backends(scope).iter().map(|backend| backend.address.port).collect()
@@ -100,7 +111,7 @@ impl<'a> Port<'a> {
         for scope in self.scopes() {
             objects.insert(self.object(Kind::Consult(scope)));
             objects.extend(self.maps(scope));
-            objects.insert(self.object(Kind::Members(scope)));
+            objects.insert(self.members_set(scope));
         }
         objects
     }
@@ -151,7 +162,7 @@ impl<'a> Port<'a> {
             Expr::DestinationPort { reg },
             Expr::Compare { reg, bytes: target.to_be_bytes().into(), invert: false },
         ]);
-        let members = LookupIn::Named(self.object(Kind::Members(scope)).name());
+        let members = LookupIn::Named(self.members_set(scope).name());
         rule.extend([
             keys.destination(reg),
             Expr::DestinationPort { reg: keys.after_address() },
@@ -231,11 +242,13 @@ pub(crate) struct Change {
     pub(crate) removed: Vec<Place>,
     /// Objects to remove, in this order: chains before, sets and maps once the rules are written.
     pub(crate) dropped: Vec<Object>,
+    /// Sets to remove before they are created anew, and the chain that names them.
+    pub(crate) replaced: Vec<Object>,
     /// Objects to create, where they do not exist.
     pub(crate) created: Vec<Object>,
     /// Chains to fill with these rules, whatever they held.
     pub(crate) rules: Vec<(Object, Chain)>,
-    /// Who is no longer, and who is from now on, a member; `None`: the set's content is not known, and is replaced.
+    /// Who is no longer, and who is from now on, a member; `None`: whoever it is, all of the set is replaced.
     pub(crate) members: Vec<(Object, Option<Vec<AddressPort>>, Vec<AddressPort>)>,
     /// Elements to add, after everything else.
     pub(crate) added: Vec<Element>,
@@ -308,13 +321,27 @@ impl Change {
             let chain = Chain { name: object.to_string(), base: None, rules };
             self.rules.push((object, chain));
         }
+        // Members of both sets count the same connections, if they begin to count at the same time.
+        let anew = kernel.counts() && old.is_some_and(|old| old.uses != new.uses);
         for scope in new.scopes() {
-            let members = new.object(Kind::Members(scope));
-            let known = old.filter(|old| old.uses.contains(&scope)).map(|old| old.backends(scope));
-            let (left, joined) = difference(known.unwrap_or_default(), new.backends(scope));
-            let is_found = known.is_none() && kernel.holds_object(&members);
-            if is_found || !(left.is_empty() && joined.is_empty()) {
-                self.members.push((members, (!is_found).then_some(left), joined));
+            let members = new.members_set(scope);
+            let backends = new.members(scope);
+            let known = old.filter(|old| old.uses.contains(&scope)).map(|old| old.members(scope));
+            let known = known.or_else(|| kernel.members(&members).map(<[_]>::to_vec));
+            if kernel.is_outdated(&members) {
+                let learn = new.object(Kind::Learn);
+                self.replaced.extend(kernel.holds_object(&learn).then_some(learn));
+                self.replaced.push(members.clone());
+                self.members.push((members, Some(Vec::new()), backends));
+            } else if known.is_some() && anew || known.is_none() && kernel.holds_object(&members) {
+                self.members.push((members, None, backends));
+            } else {
+                let known = known.unwrap_or_default();
+                let only = |these: &[_], those: &[_]| only_in(these, those).copied().collect::<Vec<_>>();
+                let (left, joined) = (only(&known, &backends), only(&backends, &known));
+                if !(left.is_empty() && joined.is_empty()) {
+                    self.members.push((members, Some(left), joined));
+                }
             }
         }
         let sources = sources(old, new, kernel);

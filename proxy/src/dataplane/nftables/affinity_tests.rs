@@ -49,7 +49,7 @@ fn mixed(timeout: u32, cluster: &[u8], local: &[u8]) -> Arc<Plan> {
 }
 
 fn change(previous: Option<&Arc<Plan>>, next: Option<&Arc<Plan>>) -> Change {
-    Change::between(previous, next, &Empty)
+    Change::between(previous, next, &Empty::default())
 }
 
 fn names(objects: &[Object]) -> Vec<String> {
@@ -95,7 +95,7 @@ fn rules_do_not_depend_on_endpoints() {
     assert_eq!(sources(&change), ["aff/default/web/tcp/http/8080"]);
     assert_eq!(change.members[0].1.as_deref(), Some(&[backend(0).address][..]));
     assert_eq!(Change { reviews: vec![], members: vec![], ..change }, Change::default());
-    let more = super::Change::between(Some(&after), Some(&before), &Empty);
+    let more = super::Change::between(Some(&after), Some(&before), &Empty::default());
     assert_eq!(more.members[0].2, [backend(0).address]);
     assert_eq!(
         Change { members: vec![], ..more },

@@ -10,9 +10,10 @@ use nix::errno::Errno;
 
 use super::element::{Element, Key, Place, ranges};
 use super::kernel::{Empty, Kernel};
-use super::lower::{Lowered, lower};
+use super::lower::{Applied, Lowered, lower};
 use super::message::{ELEMENTS_PER_MESSAGE, Transaction};
 use super::netlink::{CommitError, Refusal};
+use super::readings::Readings;
 use super::remembered::Edits;
 use super::schema::Set;
 use super::shared::Shared;
@@ -164,7 +165,7 @@ impl Nftables {
             let (previous, plan) = (self.applied.get(key), plan.as_ref());
             let lowered = match self.state.found() {
                 Some(found) => lower(previous, plan, found),
-                None => lower(previous, plan, &Empty),
+                None => lower(previous, plan, &Empty { counts: self.settings.count_connections }),
             };
             let edits = match plan {
                 Some(plan) => self.review(plan, &lowered.affinity)?,
@@ -187,8 +188,8 @@ impl Nftables {
         let mut apart = false;
         while !part.is_empty() {
             let refused = match self.try_part(&part, apart, outcome) {
-                Ok(()) => {
-                    self.take_over(part);
+                Ok(gone) => {
+                    self.take_over(part, &gone);
                     return Ok(());
                 }
                 Err((CommitError::TooLarge, _)) if part.len() > 1 => {
@@ -222,13 +223,14 @@ impl Nftables {
     }
 
     /// Sends what a part means: all removals first. Shared elements go with the Services that gain or lose them.
-    /// `apart`: no message is of several Services. With an error comes who owns each refused message.
+    /// `apart`: no message is of several Services. Hands back what the elements that go had counted; with an error comes
+    /// who owns each refused message.
     fn try_part(
         &mut self,
         part: &[Staged<'_>],
         apart: bool,
         outcome: &mut Outcome,
-    ) -> Result<(), (CommitError, Vec<Option<Owner>>)> {
+    ) -> Result<Readings, (CommitError, Vec<Option<Owner>>)> {
         let owner = |position| if apart { Owner::Service(position) } else { Owner::Part };
         let (lost, gained) = self.shared.preview(&shared_delta(part));
         let (clear, gained) = self.against_found(&gained);
@@ -272,8 +274,8 @@ impl Nftables {
         (clear, add)
     }
 
-    /// A part is committed: it is what is programmed now.
-    fn take_over(&mut self, part: Vec<Staged<'_>>) {
+    /// A part is committed, with which these elements went: it is what is programmed now.
+    fn take_over(&mut self, part: Vec<Staged<'_>>, gone: &Readings) {
         self.shared.commit(&shared_delta(&part));
         for Staged { key, plan, lowered, .. } in part {
             let reviews = &lowered.affinity.reviews;
@@ -290,6 +292,8 @@ impl Nftables {
                 lowered.added.iter().for_each(|element| found.settle(&element.place));
                 lowered.shared.gained.iter().for_each(|shared| found.settle(&shared.place()));
             }
+            let previous = self.applied.get(key).map(Applied::plan);
+            self.carried.change(key, previous.map(AsRef::as_ref), plan.map(AsRef::as_ref), gone);
             match lowered.applied {
                 Some(applied) => self.applied.insert(key.clone(), applied),
                 None => self.applied.remove(key),
@@ -316,24 +320,25 @@ impl Nftables {
         Ok(())
     }
 
-    /// Commits a transaction that removes and adds so many elements; an empty one is not sent.
+    /// Commits a transaction that removes and adds so many elements; an empty one is not sent. Hands back what those that
+    /// went had counted.
     pub(super) fn send(
         &mut self,
         transaction: &mut Transaction<Owner>,
         removed: usize,
         added: usize,
         outcome: &mut Outcome,
-    ) -> Result<(), CommitError> {
+    ) -> Result<Readings, CommitError> {
         if transaction.messages() == 0 {
-            return Ok(());
+            return Ok(Readings::default());
         }
-        self.netlink.commit(transaction)?;
+        let gone = self.netlink.commit(transaction)?;
         self.committed();
         outcome.removed += removed;
         outcome.added += added;
         outcome.messages += transaction.messages();
         outcome.bytes += transaction.len();
-        Ok(())
+        Ok(gone)
     }
 }
 
@@ -417,7 +422,7 @@ fn write_removals(transaction: &mut Transaction<Owner>, places: &[Place], owner:
     }
 }
 
-fn write_additions<'a>(
+pub(super) fn write_additions<'a>(
     transaction: &mut Transaction<Owner>,
     elements: impl IntoIterator<Item = &'a Element>,
     owner: Owner,

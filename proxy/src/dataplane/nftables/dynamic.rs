@@ -8,8 +8,9 @@ use nftnl::{Chain, MsgType};
 use super::affinity::Change;
 use super::element::Key;
 use super::expr::c_name;
-use super::message::{ELEMENTS_PER_MESSAGE, RawElement, RawSet, SetInfo, Transaction, table};
+use super::message::{ELEMENTS_PER_MESSAGE, RawElement, RawSet, Transaction, table};
 use super::object::{Kind, Object};
+use super::parse::SetInfo;
 use super::remembered::{Edits, Entry};
 use super::schema::{Field, byte_order, len_of, type_of};
 use crate::model::plan::AddressPort;
@@ -47,6 +48,12 @@ impl<Owner: Copy> Transaction<Owner> {
         let (dropped_chains, dropped_sets): (Vec<_>, Vec<_>) = change.dropped.iter().partition(is_chain);
         let (chains, sets): (Vec<_>, Vec<_>) = change.created.iter().partition(is_chain);
         dropped_chains.into_iter().for_each(|object| self.drop_object(object, owner));
+        for object in &change.replaced {
+            match object.kind.is_chain() {
+                true => self.empty_chain(&object.name(), object.family, owner),
+                false => self.drop_object(object, owner),
+            }
+        }
         for object in sets {
             self.create_set(object, owner);
         }
@@ -59,7 +66,13 @@ impl<Owner: Copy> Transaction<Owner> {
             self.rules(&Chain::new(c_name(&object.name()), &table), rules, object.family, owner);
         }
         // Not before: a chain that stays may have named it until now.
-        dropped_sets.into_iter().for_each(|object| self.drop_object(object, owner));
+        for object in dropped_sets {
+            if self.counting && matches!(object.kind, Kind::Members(_)) {
+                // The kernel tells what goes, not what goes with its set.
+                self.whole_set(libc::NFT_MSG_DELSETELEM, &object.name(), object.family, owner);
+            }
+            self.drop_object(object, owner);
+        }
         for (object, left, joined) in &change.members {
             match left {
                 Some(left) => self.members(libc::NFT_MSG_DELSETELEM, object, left, owner),
@@ -85,10 +98,9 @@ impl<Owner: Copy> Transaction<Owner> {
     /// their rules names; none of these names another chain.
     pub(crate) fn drop_object(&mut self, object: &Object, owner: Owner) {
         if object.kind.is_chain() {
+            self.empty_chain(&object.name(), object.family, owner);
             let table = table(object.family);
-            let chain = Chain::new(c_name(&object.name()), &table);
-            self.object(&nftnl::Rule::new(&chain), MsgType::Del, owner);
-            self.object(&chain, MsgType::Del, owner);
+            self.object(&Chain::new(c_name(&object.name()), &table), MsgType::Del, owner);
         } else {
             self.whole_set(libc::NFT_MSG_DELSET, &object.name(), object.family, owner);
         }
@@ -107,6 +119,9 @@ impl<Owner: Copy> Transaction<Owner> {
             raw.u32(sys::NFTNL_SET_DATA_LEN, len_of(&DATA, family) as u32);
         }
         raw.bytes(sys::NFTNL_SET_USERDATA, &byte_order(key, has_data));
+        if self.counting && matches!(object.kind, Kind::Members(_)) {
+            raw.counter();
+        }
         self.build_set(&raw, family, owner);
     }
 

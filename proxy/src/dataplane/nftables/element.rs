@@ -161,6 +161,11 @@ impl Key {
         self.as_bytes().starts_with(other.as_bytes())
     }
 
+    /// The backend that it is, where it is one.
+    pub(crate) fn to_backend(self) -> Option<AddressPort> {
+        Data::from_kernel(self.as_bytes())?.to_backend().map(AddressPort::from)
+    }
+
     /// The bytes, padding included.
     pub(crate) fn as_bytes(&self) -> &[u8] {
         &self.bytes[..usize::from(self.len)]

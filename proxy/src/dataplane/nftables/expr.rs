@@ -184,6 +184,11 @@ impl Builder {
     }
 }
 
+/// A counter, for whoever frees it.
+pub(crate) fn counter() -> NonNull<sys::nftnl_expr> {
+    Builder::new(c"counter").0
+}
+
 /// A name of ours as a C string; our names hold no NUL.
 pub(crate) fn c_name(name: &str) -> CString {
     CString::new(name).unwrap_or_default()

@@ -72,7 +72,7 @@ impl Node {
     fn apply(&mut self, services: &[(ServiceKey, Option<Arc<Plan>>)]) {
         let lowered: Vec<_> = services
             .iter()
-            .map(|(key, plan)| (key, lower(self.applied.get(key), plan.as_ref(), &Empty)))
+            .map(|(key, plan)| (key, lower(self.applied.get(key), plan.as_ref(), &Empty::default())))
             .collect();
         let (lost, gained) = self.settle(lowered.iter().map(|(_, lowered)| lowered));
         self.kernel.remove(lost.iter().chain(lowered.iter().flat_map(|(_, lowered)| &lowered.removed)));

@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 
 use super::element::Place;
 use super::object::Object;
+use crate::model::plan::AddressPort;
 
 /// What the kernel was found to hold and nobody has claimed, when Services are taken over from an earlier run.
 pub(crate) trait Kernel {
@@ -17,10 +18,26 @@ pub(crate) trait Kernel {
     fn ranges(&self, vip: Place) -> impl Iterator<Item = Place>;
     /// Whether there is this chain, map or set of a port with affinity.
     fn holds_object(&self, object: &Object) -> bool;
+    /// Who is in this set of members; `None`: it is not there, or nobody has looked.
+    fn members(&self, _set: &Object) -> Option<&[AddressPort]> {
+        None
+    }
+    /// Whether there is this set of members, and it has to be made anew since it counts and should not, or the reverse.
+    fn is_outdated(&self, _set: &Object) -> bool {
+        false
+    }
+    /// Whether elements count: those whose counters begin to mean something else are written anew.
+    fn counts(&self) -> bool {
+        false
+    }
 }
 
 /// A kernel that holds nothing.
-pub(crate) struct Empty;
+#[derive(Default)]
+pub(crate) struct Empty {
+    /// Elements count.
+    pub(crate) counts: bool,
+}
 
 impl Kernel for Empty {
     fn holds(&self, _: &Place) -> bool {
@@ -37,5 +54,9 @@ impl Kernel for Empty {
 
     fn ranges(&self, _: Place) -> impl Iterator<Item = Place> {
         std::iter::empty()
+    }
+
+    fn counts(&self) -> bool {
+        self.counts
     }
 }

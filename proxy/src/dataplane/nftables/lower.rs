@@ -49,6 +49,24 @@ impl Applied {
         &self.plan
     }
 
+    /// The elements that count its new connections and refusals, but for ports with session affinity, whose members
+    /// count.
+    pub(crate) fn counters(&self) -> Vec<Place> {
+        let mut places = Vec::new();
+        for port in self.ports() {
+            for frontend in &port.plan.frontends {
+                let at = Target::new(port.plan, frontend);
+                let shape = Shape::new(frontend, port.plan, port.slots);
+                places.extend(shape.is_in(at.reject).then_some(at.refusals()));
+                if port.plan.affinity.is_none() {
+                    let sets = BASES.into_iter().zip(shape.endpoints);
+                    places.extend(sets.flat_map(|(first, order)| (first..first + order.len()).map(|i| at.slot(i))));
+                }
+            }
+        }
+        places
+    }
+
     fn ports(&self) -> impl Iterator<Item = AppliedPort<'_>> {
         let mut rest = &*self.slots;
         self.plan.ports.iter().enumerate().map(move |(index, plan)| {
@@ -86,6 +104,10 @@ pub(crate) fn lower(previous: Option<&Applied>, next: Option<&Arc<Plan>>, kernel
             let same = old.filter(|old| old.plan == port);
             let order = same.map_or_else(|| order(old, port, kernel), |same| same.slots.0.to_vec());
             let comment = comment(&plan.port_name(port));
+            // With affinity the members count, also those whom nobody draws.
+            let counts_otherwise = |old: &PortPlan, new: &PortPlan| {
+                kernel.counts() && old.affinity.is_some() != new.affinity.is_some()
+            };
             for frontend in &port.frontends {
                 let before = frontends.remove(&identity(port, frontend));
                 if same.is_some() {
@@ -96,10 +118,10 @@ pub(crate) fn lower(previous: Option<&Applied>, next: Option<&Arc<Plan>>, kernel
                 let before = before.map(|(old, f)| (old, Shape::new(f, old.plan, old.slots)));
                 match before {
                     None => change.lower(Shape::default(), after, &mut lowered),
-                    Some((old, before)) if old.plan.name == port.name => {
+                    Some((old, before)) if old.plan.name == port.name && !counts_otherwise(old.plan, port) => {
                         change.lower(before, after, &mut lowered);
                     }
-                    // A comment cannot be changed in place.
+                    // A comment cannot be changed in place, nor a counter.
                     Some((_, before)) => {
                         change.lower(before, Shape::default(), &mut lowered);
                         change.lower(Shape::default(), after, &mut lowered);
@@ -318,30 +340,42 @@ impl<'a> Shape<'a> {
 }
 
 /// Where a frontend's elements are.
-struct Target {
+pub(crate) struct Target {
     family: Family,
     key: Key,
     slots: Set,
     more: Set,
+    reject: Set,
 }
 
 impl Target {
-    fn new(port: &PortPlan, frontend: &Frontend) -> Self {
+    /// Where those of this frontend are.
+    pub(crate) fn new(port: &PortPlan, frontend: &Frontend) -> Self {
         let (family, protocol) = (port.family, port.protocol);
         match frontend.at {
             FrontendAddress::Vip(address) => {
                 let key = Key::vip(address.socket(), protocol);
-                Self { family, key, slots: Set::Endpoints, more: Set::More }
+                Self { family, key, slots: Set::Endpoints, more: Set::More, reject: Set::VipsReject }
             }
             FrontendAddress::NodePort(port) => {
                 let key = Key::nodeport(port, protocol);
-                Self { family, key, slots: Set::NpEndpoints, more: Set::NpMore }
+                Self { family, key, slots: Set::NpEndpoints, more: Set::NpMore, reject: Set::NpsReject }
             }
         }
     }
 
     fn place(&self, set: Set, key: Key) -> Place {
         Place { family: self.family, set, key }
+    }
+
+    /// Where it is refused.
+    pub(crate) fn refusals(&self) -> Place {
+        self.place(self.reject, self.key)
+    }
+
+    /// The beginning of all its slots' keys.
+    pub(crate) fn slots(&self) -> Place {
+        self.place(self.slots, self.key)
     }
 
     fn slot(&self, slot: u32) -> Place {

@@ -152,7 +152,7 @@ fn named(lowered: &Lowered, address: &str) -> Vec<String> {
 fn each_kind_of_frontend_has_its_sets() {
     let (all, near) = ([1, 2, 3].map(backend), [backend(2)]);
     let verdicts = [Verdict::Local, Verdict::Local, Verdict::Cluster, Verdict::Local].map(Some);
-    let lowered = lower(None, Some(&everywhere(verdicts, all, near, Some(&["10.0.0.0/8"]))), &Empty);
+    let lowered = lower(None, Some(&everywhere(verdicts, all, near, Some(&["10.0.0.0/8"]))), &Empty::default());
     let places = |address: &str| named(&lowered, &format!(" {address} ")).join("\n");
     // The cluster IP has the Local set in its first slots.
     assert_eq!(
@@ -186,11 +186,11 @@ fn a_policy_changes_in_place() {
     let verdicts = |external| [Verdict::Cluster, external, external, external].map(Some);
     let cluster = everywhere(verdicts(Verdict::Cluster), all, [], None);
     let local = everywhere(verdicts(Verdict::Local), all, near, None);
-    let first = lower(None, Some(&cluster), &Empty).applied.unwrap();
-    let lowered = lower(Some(&first), Some(&local), &Empty);
+    let first = lower(None, Some(&cluster), &Empty::default()).applied.unwrap();
+    let lowered = lower(Some(&first), Some(&local), &Empty::default());
     // Of two VIPs and a NodePort: one local slot and one name each; the VIPs are always masqueraded no more.
     assert_eq!((lowered.added.len(), lowered.removed.len()), (6, 2), "{lowered:?}");
-    let back = lower(lowered.applied.as_ref(), Some(&cluster), &Empty);
+    let back = lower(lowered.applied.as_ref(), Some(&cluster), &Empty::default());
     assert_eq!((back.added.len(), back.removed.len()), (2, 6), "{back:?}");
 }
 
@@ -201,9 +201,9 @@ fn only_the_ranges_that_change_are_written() {
         everywhere(verdicts, [backend(1)], [], Some(ranges))
     };
     let first = service(&["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"]);
-    let first = lower(None, Some(&first), &Empty).applied.unwrap();
+    let first = lower(None, Some(&first), &Empty::default()).applied.unwrap();
     let next = service(&["10.0.0.0/9", "172.16.0.0/12", "192.168.0.0/16"]);
-    let lowered = lower(Some(&first), Some(&next), &Empty);
+    let lowered = lower(Some(&first), Some(&next), &Empty::default());
     let removed: Vec<_> = lowered.removed.iter().map(ToString::to_string).collect();
     assert_eq!(removed, ["ranges { 203.0.113.1 . 6 . 80 . 10.0.0.0/8 }"]);
     assert_eq!(named(&lowered, "203"), ["ranges { 203.0.113.1 . 6 . 80 . 10.0.0.0/9 }"]);
@@ -214,7 +214,7 @@ fn what_an_earlier_run_left_of_a_frontend_goes_when_it_is_claimed() {
     let verdicts = [Verdict::Local, Verdict::Local, Verdict::Local, Verdict::Local].map(Some);
     let before = everywhere(verdicts, (0..9).map(backend), (0..3).map(backend), Some(&["10.0.0.0/8"]));
     let mut kernel = Model::default();
-    kernel.apply(&lower(None, Some(&before), &Empty));
+    kernel.apply(&lower(None, Some(&before), &Empty::default()));
     let verdicts = [Verdict::Cluster, Verdict::Cluster, Verdict::Reject, Verdict::Cluster].map(Some);
     let after = everywhere(verdicts, (2..5).map(backend), [], Some(&["10.0.0.0/9"]));
     let lowered = lower(None, Some(&after), &kernel);
@@ -222,7 +222,7 @@ fn what_an_earlier_run_left_of_a_frontend_goes_when_it_is_claimed() {
     assert!(lowered.removed.iter().all(|place| kernel.0.remove(place).is_some()));
     kernel.0.extend(lowered.added.iter().map(|element| (element.place, element.data.clone())));
     let mut fresh = Model::default();
-    fresh.apply(&lower(None, Some(&after), &Empty));
+    fresh.apply(&lower(None, Some(&after), &Empty::default()));
     assert_eq!(meaning(&kernel), meaning(&fresh));
 }
 
@@ -250,10 +250,10 @@ fn any_history_ends_where_a_fresh_start_does() {
             Arc::make_mut(&mut next).ports[0].name = "renamed".into();
         }
         let next = (random(20) > 0).then_some(next);
-        let lowered = lower(applied.as_ref(), next.as_ref(), &Empty);
+        let lowered = lower(applied.as_ref(), next.as_ref(), &Empty::default());
         kernel.apply(&lowered);
         let mut fresh = Model::default();
-        fresh.apply(&lower(None, next.as_ref(), &Empty));
+        fresh.apply(&lower(None, next.as_ref(), &Empty::default()));
         assert_eq!(meaning(&kernel), meaning(&fresh), "step {step}");
         assert_eq!(kernel.0.len(), fresh.0.len(), "step {step}");
         applied = lowered.applied;
@@ -262,22 +262,22 @@ fn any_history_ends_where_a_fresh_start_does() {
 
 #[test]
 fn one_change_costs_a_few_elements_at_any_size() {
-    let first = lower(None, Some(&plan((0..5000).map(backend), false)), &Empty).applied.unwrap();
+    let first = lower(None, Some(&plan((0..5000).map(backend), false)), &Empty::default()).applied.unwrap();
     let replaced = plan((1..5000).chain([6000]).map(backend), false);
-    let lowered = lower(Some(&first), Some(&replaced), &Empty);
+    let lowered = lower(Some(&first), Some(&replaced), &Empty::default());
     assert_eq!((lowered.removed.len(), lowered.added.len()), (1, 1));
     let fewer = plan((1..5000).map(backend), false);
-    let lowered = lower(Some(&first), Some(&fewer), &Empty);
+    let lowered = lower(Some(&first), Some(&fewer), &Empty::default());
     assert_eq!((lowered.removed.len(), lowered.added.len()), (2, 1), "the last takes the gap");
     let more = plan((0..5001).map(backend), false);
-    let lowered = lower(Some(&first), Some(&more), &Empty);
+    let lowered = lower(Some(&first), Some(&more), &Empty::default());
     assert_eq!((lowered.removed.len(), lowered.added.len()), (0, 1));
 }
 
 #[test]
 fn an_equal_plan_costs_nothing() {
-    let first = lower(None, Some(&plan((0..9).map(backend), true)), &Empty).applied.unwrap();
-    let lowered = lower(Some(&first), Some(&plan((0..9).map(backend), true)), &Empty);
+    let first = lower(None, Some(&plan((0..9).map(backend), true)), &Empty::default()).applied.unwrap();
+    let lowered = lower(Some(&first), Some(&plan((0..9).map(backend), true)), &Empty::default());
     assert!(lowered.removed.is_empty() && lowered.added.is_empty());
     assert!(lowered.shared.lost.is_empty() && lowered.shared.gained.is_empty());
 }
@@ -299,7 +299,7 @@ fn slots_are_dense_through_any_history() {
     for _ in 0..2000 {
         let wanted: Vec<_> = (0..20).filter(|_| random(2) == 0).map(backend).collect();
         let next = (random(20) != 0).then(|| plan(wanted.iter().copied(), random(2) == 0));
-        let lowered = lower(applied.as_ref(), next.as_ref(), &Empty);
+        let lowered = lower(applied.as_ref(), next.as_ref(), &Empty::default());
         kernel.apply(&lowered);
         let mut backends = kernel.backends();
         backends.sort();
@@ -313,18 +313,18 @@ fn slots_are_dense_through_any_history() {
 #[test]
 fn a_service_that_goes_leaves_nothing() {
     let mut kernel = Model::default();
-    let first = lower(None, Some(&plan((0..7).map(backend), true)), &Empty);
+    let first = lower(None, Some(&plan((0..7).map(backend), true)), &Empty::default());
     kernel.apply(&first);
-    kernel.apply(&lower(first.applied.as_ref(), None, &Empty));
+    kernel.apply(&lower(first.applied.as_ref(), None, &Empty::default()));
     assert!(kernel.0.is_empty());
 }
 
 #[test]
 fn a_renamed_port_gets_its_new_comment() {
-    let first = lower(None, Some(&plan([backend(1)], false)), &Empty).applied.unwrap();
+    let first = lower(None, Some(&plan([backend(1)], false)), &Empty::default()).applied.unwrap();
     let mut renamed = Plan::clone(&plan([backend(1)], false));
     renamed.ports[0].name = "web".into();
-    let lowered = lower(Some(&first), Some(&Arc::new(renamed)), &Empty);
+    let lowered = lower(Some(&first), Some(&Arc::new(renamed)), &Empty::default());
     assert_eq!(lowered.removed.len(), lowered.added.len());
     assert!(lowered.added.iter().all(|element| element.comment.as_deref() == Some("default/web:web")));
 }

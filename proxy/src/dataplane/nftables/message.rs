@@ -10,7 +10,7 @@ use nftnl::nftnl_sys::{self as sys, libc};
 use nftnl::{MsgType, NlMsg, ProtoFamily, Rule, Table, nft_nlmsg_maxsize};
 
 use super::element::{Data, Element, Key, Place};
-use super::expr::{ANONYMOUS_SET, Expr, InRule, LookupIn, c_name};
+use super::expr::{ANONYMOUS_SET, Expr, InRule, LookupIn, c_name, counter};
 use super::rules::Chain;
 use super::schema::{Field, Set, TABLE, len_of, protocols_userdata, type_of};
 use crate::model::input::{Family, Protocol};
@@ -24,7 +24,7 @@ pub(crate) const ELEMENTS_PER_MESSAGE: usize = 200;
 const ANONYMOUS_SETS: u32 = 0x1_0000;
 
 /// Type, length, value of a comment (`NFTNL_UDATA_SET_ELEM_COMMENT`).
-const COMMENT_UDATA: u8 = 0;
+pub(super) const COMMENT_UDATA: u8 = 0;
 
 /// The messages of one transaction: all of it takes effect, or nothing.
 pub(crate) struct Transaction<Owner> {
@@ -33,6 +33,8 @@ pub(crate) struct Transaction<Owner> {
     owners: Vec<Owner>,
     scratch: Scratch,
     first_seq: u32,
+    /// Elements count: sets that can are made so, and what an element counted is told when it goes.
+    pub(super) counting: bool,
 }
 
 /// Where libnftnl writes one message: room for the largest, aligned for `nlmsghdr`. Allocated when it is first written
@@ -50,9 +52,9 @@ impl Scratch {
 }
 
 impl<Owner: Copy> Transaction<Owner> {
-    /// An empty transaction; its messages are numbered from `first_seq`.
-    pub(crate) fn new(first_seq: u32, scratch: Scratch) -> Self {
-        let mut transaction = Self { buffer: Vec::new(), owners: Vec::new(), scratch, first_seq };
+    /// An empty transaction; its messages are numbered from `first_seq`. `counting`: elements are to count.
+    pub(crate) fn new(first_seq: u32, scratch: Scratch, counting: bool) -> Self {
+        let mut transaction = Self { buffer: Vec::new(), owners: Vec::new(), scratch, first_seq, counting };
         transaction.frame(sys::nftnl_batch_begin);
         transaction
     }
@@ -142,6 +144,9 @@ impl<Owner: Copy> Transaction<Owner> {
             raw.bytes(sys::NFTNL_SET_DESC_CONCAT, &lengths);
         }
         raw.bytes(sys::NFTNL_SET_USERDATA, &set.userdata(family));
+        if self.counting && set.counts() {
+            raw.counter();
+        }
         self.build_set(&raw, family, owner);
     }
 
@@ -153,11 +158,17 @@ impl<Owner: Copy> Transaction<Owner> {
         self.take_scratch();
     }
 
+    /// Removes all rules of a chain.
+    pub(super) fn empty_chain(&mut self, name: &str, family: Family, owner: Owner) {
+        let table = table(family);
+        // A rule without a handle stands for all of the chain.
+        self.object(&Rule::new(&nftnl::Chain::new(c_name(name), &table)), MsgType::Del, owner);
+    }
+
     /// Adds the rules of a chain, in place of all that it has. With the first rule that needs it comes an anonymous
     /// set.
     pub(crate) fn rules(&mut self, chain: &nftnl::Chain<'_>, spec: &Chain, family: Family, owner: Owner) {
-        // A rule without a handle stands for all of the chain.
-        self.object(&Rule::new(chain), MsgType::Del, owner);
+        self.empty_chain(&spec.name, family, owner);
         for expressions in &spec.rules {
             let needs_protocols = |e: &Expr| matches!(e, Expr::Lookup { set: LookupIn::Protocols, .. });
             let anonymous_set = ANONYMOUS_SETS + self.messages() as u32;
@@ -211,7 +222,7 @@ impl<Owner: Copy> Transaction<Owner> {
         self.build_elements(libc::NFT_MSG_NEWSETELEM, &raw, family, owner);
     }
 
-    /// Removes elements, all of one set.
+    /// Removes elements, all of one set. The kernel tells what they had counted.
     pub(crate) fn remove<'a>(
         &mut self,
         set: Set,
@@ -223,7 +234,8 @@ impl<Owner: Copy> Transaction<Owner> {
         for place in places {
             raw.add(RawElement::of(&place.key));
         }
-        self.build_elements(libc::NFT_MSG_DELSETELEM, &raw, family, owner);
+        let flags = if self.counting && set.counts() { libc::NLM_F_ECHO } else { 0 };
+        self.build_elements_with(libc::NFT_MSG_DELSETELEM, flags, &raw, family, owner);
     }
 
     pub(super) fn build_elements(&mut self, kind: i32, raw: &RawSet, family: Family, owner: Owner) {
@@ -246,9 +258,11 @@ impl<Owner: Copy> Transaction<Owner> {
         self.take_scratch();
     }
 
-    /// Asks the kernel to remove a set or map, or (`NFT_MSG_DELSETELEM`) all that is in it.
+    /// Asks the kernel to remove a set or map, or (`NFT_MSG_DELSETELEM`) all that is in it; where elements count, it
+    /// tells what these had counted.
     pub(super) fn whole_set(&mut self, kind: i32, name: &str, family: Family, owner: Owner) {
-        let header = self.header(kind, family, 0);
+        let echo = self.counting && kind == libc::NFT_MSG_DELSETELEM;
+        let header = self.header(kind, family, if echo { libc::NLM_F_ECHO } else { 0 });
         let raw = RawSet::new(name, family);
         // SAFETY: as in `build_set`.
         unsafe { sys::nftnl_set_nlmsg_build_payload(header, raw.0.as_ptr()) };
@@ -284,154 +298,50 @@ pub(crate) fn protocol_family(family: Family) -> ProtoFamily {
     }
 }
 
-/// A request for all sets of a table, or for all elements of one: its bytes.
-pub(crate) fn dump_request(kind: i32, family: Family, set: Option<&str>, seq: u32) -> Vec<u8> {
-    let mut transaction = Transaction::<()>::new(seq, Scratch::default());
+/// What a request asks for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Wanted<'a> {
+    /// All sets of the table.
+    Sets,
+    /// All elements of a set.
+    Elements(&'a str),
+    /// The elements of a set under these keys, at most [`ELEMENTS_PER_MESSAGE`].
+    These(&'a str, &'a [Key]),
+}
+
+/// A request: its bytes.
+pub(crate) fn request(wanted: Wanted<'_>, family: Family, seq: u32) -> Vec<u8> {
+    let mut transaction = Transaction::<()>::new(seq, Scratch::default(), false);
     transaction.buffer.clear();
-    let header = transaction.header(kind, family, libc::NLM_F_DUMP);
-    let raw = match set {
-        Some(set) => RawSet::new(set, family),
-        None => RawSet::all(family),
+    let (kind, flags, raw) = match wanted {
+        Wanted::Sets => (libc::NFT_MSG_GETSET, libc::NLM_F_DUMP, RawSet::all(family)),
+        Wanted::Elements(set) => (libc::NFT_MSG_GETSETELEM, libc::NLM_F_DUMP, RawSet::new(set, family)),
+        Wanted::These(set, keys) => {
+            let raw = RawSet::new(set, family);
+            keys.iter().for_each(|key| raw.add(RawElement::of(key)));
+            (libc::NFT_MSG_GETSETELEM, libc::NLM_F_ACK, raw)
+        }
     };
+    let header = transaction.header(kind, family, flags);
     // SAFETY: as in `Transaction::build_set`.
     unsafe {
         (*header).nlmsg_seq = seq;
-        match set {
-            Some(_) => sys::nftnl_set_elems_nlmsg_build_payload(header, raw.0.as_ptr()),
-            None => sys::nftnl_set_nlmsg_build_payload(header, raw.0.as_ptr()),
+        match wanted {
+            Wanted::Sets => sys::nftnl_set_nlmsg_build_payload(header, raw.0.as_ptr()),
+            Wanted::Elements(_) | Wanted::These(..) => {
+                sys::nftnl_set_elems_nlmsg_build_payload(header, raw.0.as_ptr());
+            }
         }
     }
     transaction.take_scratch();
     transaction.buffer
 }
 
-/// What the kernel says of a set: its name, flags, and the lengths of its key and data.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct SetInfo {
-    /// Its name.
-    pub(crate) name: String,
-    /// `NFT_SET_*`.
-    pub(crate) flags: u32,
-    /// Bytes of a key.
-    pub(crate) key_len: u32,
-    /// Bytes of data; 0 for a set.
-    pub(crate) data_len: u32,
-}
-
-/// Parses one message of a dump of sets; only those of our table.
-pub(crate) fn parse_set(message: &[u8]) -> Option<SetInfo> {
-    let raw = RawSet::alloc();
-    let header = aligned_header(message)?;
-    // SAFETY: `message` holds a whole netlink message, which `aligned_header` has checked.
-    if unsafe { sys::nftnl_set_nlmsg_parse(header, raw.0.as_ptr()) } < 0 {
-        return None;
-    }
-    let text = |attribute: u32| {
-        // SAFETY: libnftnl yields null or a C string that lives as long as the set.
-        unsafe {
-            let text = sys::nftnl_set_get_str(raw.0.as_ptr(), attribute as u16);
-            (!text.is_null()).then(|| CStr::from_ptr(text).to_string_lossy().into_owned())
-        }
-    };
-    // SAFETY: the set is valid; an attribute that is not there reads as 0.
-    let number = |attribute: u32| unsafe { sys::nftnl_set_get_u32(raw.0.as_ptr(), attribute as u16) };
-    (text(sys::NFTNL_SET_TABLE)? == TABLE).then_some(())?;
-    Some(SetInfo {
-        name: text(sys::NFTNL_SET_NAME)?,
-        flags: number(sys::NFTNL_SET_FLAGS),
-        key_len: number(sys::NFTNL_SET_KEY_LEN),
-        data_len: number(sys::NFTNL_SET_DATA_LEN),
-    })
-}
-
-/// An element as the kernel says it.
-pub(crate) struct Held<'a> {
-    /// Its key; `None` where it is longer than any of ours (somebody else's doing).
-    pub(crate) key: Option<Key>,
-    /// What it maps to, likewise.
-    pub(crate) data: Option<Data>,
-    /// Its comment.
-    pub(crate) comment: Option<&'a [u8]>,
-    /// For how long it lives after it was added or refreshed; zero: for ever.
-    pub(crate) timeout: Duration,
-    /// How long from now it lives.
-    pub(crate) expires: Duration,
-}
-
-/// Parses one message of a dump of elements, and calls `each` with every one.
-pub(crate) fn parse_elements(message: &[u8], mut each: impl FnMut(Held<'_>)) {
-    let raw = RawSet::alloc();
-    let Some(header) = aligned_header(message) else { return };
-    // SAFETY: as in `parse_set`.
-    if unsafe { sys::nftnl_set_elems_nlmsg_parse(header, raw.0.as_ptr()) } < 0 {
-        return;
-    }
-    // SAFETY: the iterator lives no longer than the set; what `get` yields is copied or used before either goes.
-    unsafe {
-        let elements = sys::nftnl_set_elems_iter_create(raw.0.as_ptr());
-        if elements.is_null() {
-            return;
-        }
-        loop {
-            let element = sys::nftnl_set_elems_iter_next(elements);
-            if element.is_null() {
-                break;
-            }
-            let get = |attribute: u32| {
-                let mut len = 0u32;
-                let start = sys::nftnl_set_elem_get(element, attribute as u16, &mut len).cast::<u8>();
-                (!start.is_null()).then(|| std::slice::from_raw_parts(start, len as usize))
-            };
-            // `nftnl_set_elem_get_u32` would read through null where an element has no flags.
-            let flags = get(sys::NFTNL_SET_ELEM_FLAGS).and_then(|flags| flags.first_chunk());
-            let flags = flags.map_or(0, |flags| u32::from_ne_bytes(*flags));
-            let end = flags & libc::NFT_SET_ELEM_INTERVAL_END as u32 != 0;
-            let last = get(sys::NFTNL_SET_ELEM_KEY_END);
-            let key = get(sys::NFTNL_SET_ELEM_KEY).and_then(|key| Key::from_kernel(key, last, end));
-            let verdict = || {
-                let code = get(sys::NFTNL_SET_ELEM_VERDICT)?.first_chunk().map(|c| i32::from_ne_bytes(*c))?;
-                let chain = sys::nftnl_set_elem_get_str(element, sys::NFTNL_SET_ELEM_CHAIN as u16);
-                let chain = (!chain.is_null()).then(|| CStr::from_ptr(chain).to_string_lossy().into())?;
-                Some(if code == libc::NFT_JUMP { Data::Jump(chain) } else { Data::Goto(chain) })
-            };
-            let data = get(sys::NFTNL_SET_ELEM_DATA).and_then(Data::from_kernel).or_else(verdict);
-            let comment = get(sys::NFTNL_SET_ELEM_USERDATA).and_then(comment_of);
-            let duration = |attribute: u32| {
-                let bytes = get(attribute).and_then(|bytes| bytes.first_chunk());
-                bytes.map_or(Duration::ZERO, |bytes| Duration::from_millis(u64::from_ne_bytes(*bytes)))
-            };
-            let (timeout, expires) =
-                (duration(sys::NFTNL_SET_ELEM_TIMEOUT), duration(sys::NFTNL_SET_ELEM_EXPIRATION));
-            each(Held { key, data, comment, timeout, expires });
-        }
-        sys::nftnl_set_elems_iter_destroy(elements);
-    }
-}
-
-/// The text in an element's user data, without its NUL.
-fn comment_of(userdata: &[u8]) -> Option<&[u8]> {
-    match userdata {
-        [COMMENT_UDATA, len, text @ ..] => text.get(..usize::from(*len).checked_sub(1)?),
-        _ => None,
-    }
-}
-
-/// The header of a message, where the message is whole and aligned as libmnl needs it.
-fn aligned_header(message: &[u8]) -> Option<*const libc::nlmsghdr> {
-    let header = message.as_ptr().cast::<libc::nlmsghdr>();
-    if !header.is_aligned() || message.len() < size_of::<libc::nlmsghdr>() {
-        return None;
-    }
-    // SAFETY: aligned, and the slice is long enough for a header.
-    let len = unsafe { (*header).nlmsg_len } as usize;
-    (len <= message.len()).then_some(header)
-}
-
 /// An owned `nftnl_set`; the elements added to it are freed with it.
 pub(super) struct RawSet(NonNull<sys::nftnl_set>);
 
 impl RawSet {
-    fn alloc() -> Self {
+    pub(super) fn alloc() -> Self {
         // SAFETY: no preconditions; the result is checked for null.
         match NonNull::new(unsafe { sys::nftnl_set_alloc() }) {
             Some(set) => Self(set),
@@ -477,6 +387,25 @@ impl RawSet {
                 value.len() as u32,
             );
         }
+    }
+
+    /// Makes each of its elements count the packets that find it.
+    pub(super) fn counter(&self) {
+        // SAFETY: both are valid; the set owns the expression from here on, which libnftnl takes as it is, whatever its
+        // length.
+        unsafe {
+            sys::nftnl_set_set_data(
+                self.0.as_ptr(),
+                sys::NFTNL_SET_EXPR as u16,
+                counter().as_ptr().cast_const().cast(),
+                0,
+            );
+        }
+    }
+
+    /// The set itself, for as long as this lives.
+    pub(super) fn as_ptr(&self) -> *mut sys::nftnl_set {
+        self.0.as_ptr()
     }
 
     pub(super) fn add(&self, element: RawElement) {

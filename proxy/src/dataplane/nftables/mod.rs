@@ -9,13 +9,15 @@
 //! | `element`, `lower`, `shared` | a Service's part: elements, and what a change adds and removes (pure) |
 //! | `affinity`, `object`, `dynamic` | session affinity: a port's own chains and maps (pure), and their messages |
 //! | `remembered`, `recall` | what these maps remember: what to change (pure), and reading them |
-//! | `message`, `netlink` | transactions as netlink messages, the socket, refusals |
+//! | `readings`, `counters` | what elements have counted, and whose that is (pure) |
+//! | `message`, `parse`, `netlink` | transactions as netlink messages, what the kernel says, the socket, refusals |
 //! | `kernel`, `observe`, `monitor` | reading the truth back, noticing foreign changes |
 //! | `probe` | trying the ruleset where nobody is affected |
 //! | `commit` | one batch: parts, refusals, retries |
 
 mod affinity;
 mod commit;
+mod counters;
 mod dynamic;
 mod element;
 mod expr;
@@ -28,7 +30,9 @@ mod monitor;
 mod netlink;
 mod object;
 mod observe;
+mod parse;
 mod probe;
+mod readings;
 mod recall;
 mod remembered;
 mod rules;
@@ -41,22 +45,25 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use nftnl::MsgType;
+use nftnl::nftnl_sys::libc;
 use nix::errno::Errno;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
-use self::commit::Owner;
+use self::commit::{Owner, write_additions};
+use self::counters::Carried;
 use self::element::Place;
 use self::expr::c_name;
 use self::lower::Applied;
-use self::message::{Transaction, table};
+use self::message::{ELEMENTS_PER_MESSAGE, Transaction, Wanted, table};
 use self::monitor::Monitor;
 use self::netlink::Netlink;
-use self::observe::{Found, TableState};
+use self::readings::Readings;
+use self::observe::{Found, Outdated, TableState};
 pub use self::probe::{ProbeError, try_ruleset};
 use self::rules::{Detection, Policy};
 use self::schema::Set;
 use self::shared::SharedCounts;
-use super::{Batch, Dataplane, Outcome};
+use super::{Batch, Counts, Dataplane, Outcome};
 use crate::model::input::{Family, ServiceKey};
 use crate::model::plan::{NodePlan, Plan};
 
@@ -67,6 +74,9 @@ pub struct Settings {
     pub detector: Detector,
     /// Masquerade everybody who dials a cluster IP.
     pub masquerade_all: bool,
+    /// Count new connections to each backend, and refusals. It costs memory on each processor for each element that
+    /// counts, and slows loading.
+    pub count_connections: bool,
 }
 
 impl Settings {
@@ -125,6 +135,7 @@ pub struct Nftables {
     /// What is programmed, by Service.
     applied: BTreeMap<ServiceKey, Applied>,
     shared: SharedCounts,
+    carried: Carried,
     node: NodePlan,
     /// Ports with affinity whose maps are to be looked through once more: a packet that was led to a backend before
     /// that left may be remembered after.
@@ -170,7 +181,7 @@ impl Nftables {
     /// # Errors
     /// [`NftablesError::Socket`].
     pub fn open(settings: Settings) -> Result<Self, NftablesError> {
-        let netlink = Netlink::open()?;
+        let netlink = Netlink::open(settings.count_connections)?;
         let monitor = Monitor::open(netlink.port())?;
         Ok(Self {
             netlink,
@@ -178,6 +189,7 @@ impl Nftables {
             settings,
             applied: BTreeMap::new(),
             shared: SharedCounts::default(),
+            carried: Carried::default(),
             node: NodePlan::default(),
             recheck: Vec::new(),
             node_places: BTreeMap::new(),
@@ -216,7 +228,11 @@ impl Nftables {
             if pod_cidrs {
                 self.pod_cidrs.insert(family);
             }
-            ruleset(&mut transaction, family, &self.settings, pod_cidrs);
+            let outdated = found.take_outdated(family);
+            if !outdated.sets.is_empty() {
+                info!(?family, counting = self.settings.count_connections, "sets are made anew for their counters");
+            }
+            ruleset(&mut transaction, family, &self.settings, pod_cidrs, &outdated);
         }
         let outcome =
             Outcome { messages: transaction.messages(), bytes: transaction.len(), ..Outcome::default() };
@@ -226,6 +242,23 @@ impl Nftables {
         self.committed();
         self.state = State::Adopted(found);
         Ok(outcome)
+    }
+
+    /// What was counted of a Service, by port of its plan; `None` where nothing counts, or it cannot be read.
+    pub(super) fn counts(&mut self, plan: &Plan) -> Option<Vec<Counts>> {
+        let applied = self.applied.get(&plan.service).filter(|_| self.settings.count_connections)?;
+        let mut readings = Readings::default();
+        for ((family, set), keys) in counters::counters(applied) {
+            for keys in keys.chunks(ELEMENTS_PER_MESSAGE) {
+                let read = self.netlink.read(family, Wanted::These(&set, keys), |message| readings.take(message));
+                if let Err(error) = read {
+                    debug!(service = %plan.service, set = &*set, %error, "counters cannot be read");
+                    return None;
+                }
+            }
+        }
+        let total = |port| self.carried.total(applied.plan(), port, &readings);
+        Some(plan.ports.iter().map(total).collect())
     }
 
     /// A transaction of ours took effect.
@@ -331,14 +364,30 @@ impl Dataplane for Nftables {
     }
 }
 
-/// Puts the constant part of one family's table into a transaction: what exists stays, rules are written anew.
-/// `pod_cidrs`: whether the family's set of them has any.
-fn ruleset(transaction: &mut Transaction<Owner>, family: Family, settings: &Settings, pod_cidrs: bool) {
+/// Puts the constant part of one family's table into a transaction: what exists stays, but for sets that are outdated;
+/// rules are written anew. `pod_cidrs`: whether the family's set of them has any.
+fn ruleset(
+    transaction: &mut Transaction<Owner>,
+    family: Family,
+    settings: &Settings,
+    pod_cidrs: bool,
+    outdated: &Outdated,
+) {
     let owner = Owner::Ruleset;
     let table = table(family);
     transaction.object(&table, MsgType::Add, owner);
+    // A set goes only when no rule names it.
+    for chain in &outdated.chains {
+        transaction.empty_chain(chain, family, owner);
+    }
+    for (set, _) in &outdated.sets {
+        transaction.whole_set(libc::NFT_MSG_DELSET, set.name(), family, owner);
+    }
     for set in Set::ALL {
         transaction.set(set, family, owner);
+    }
+    for (_, elements) in &outdated.sets {
+        write_additions(transaction, elements, owner);
     }
     let specs = rules::chains(family, &settings.policy(pod_cidrs));
     let chains: Vec<_> = specs.iter().map(|spec| chain(spec, &table)).collect();
@@ -376,12 +425,13 @@ fn chain<'a>(spec: &rules::Chain, table: &'a nftnl::Table) -> nftnl::Chain<'a> {
 /// # Errors
 /// [`NftablesError`].
 pub fn cleanup() -> Result<(), NftablesError> {
-    let mut netlink = Netlink::open()?;
+    let mut netlink = Netlink::open(false)?;
     let mut transaction = netlink.begin::<Owner>();
     for family in Family::ALL {
         // Adding it first makes the removal succeed also where there is none.
         transaction.object(&table(family), MsgType::Add, Owner::Ruleset);
         transaction.object(&table(family), MsgType::Del, Owner::Ruleset);
     }
-    netlink.commit(&mut transaction).map_err(|error| commit::fatal(error, NftablesError::Ruleset))
+    netlink.commit(&mut transaction).map_err(|error| commit::fatal(error, NftablesError::Ruleset))?;
+    Ok(())
 }

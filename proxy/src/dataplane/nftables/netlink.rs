@@ -11,7 +11,8 @@ use nftnl::nftnl_sys::libc;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv};
 
-use super::message::{Scratch, Transaction, dump_request, protocol_family};
+use super::message::{Scratch, Transaction, Wanted, protocol_family, request};
+use super::readings::Readings;
 use super::schema::TABLE;
 pub(crate) use crate::dataplane::netlink::{HEADER, Header, attribute, messages, set_option};
 use crate::model::input::Family;
@@ -65,16 +66,19 @@ pub(crate) struct Netlink {
     read: Box<[u64]>,
     /// For the next transaction.
     scratch: Scratch,
+    /// Elements count.
+    counting: bool,
 }
 
 impl Netlink {
-    /// Opens the socket.
+    /// Opens the socket; `counting`: elements are to count.
     ///
     /// # Errors
     /// When the kernel has no nf_netlink, or the process may not open it.
-    pub(crate) fn open() -> io::Result<Self> {
+    pub(crate) fn open(counting: bool) -> io::Result<Self> {
         let socket = mnl::Socket::new(mnl::Bus::Netfilter)?;
-        let netlink = Self { socket, seq: 1, read: vec![0; READ_WORDS].into(), scratch: Scratch::default() };
+        let (read, scratch) = (vec![0; READ_WORDS].into(), Scratch::default());
+        let netlink = Self { socket, seq: 1, read, scratch, counting };
         // The forced sizes need CAP_NET_ADMIN, as everything here does.
         netlink.option(libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, SEND_BUFFER)?;
         netlink.option(libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, RECEIVE_BUFFER)?;
@@ -89,6 +93,11 @@ impl Netlink {
         self.socket.portid()
     }
 
+    /// Whether elements count.
+    pub(crate) fn counting(&self) -> bool {
+        self.counting
+    }
+
     fn fd(&self) -> RawFd {
         // SAFETY: the socket is open; mnl_socket_get_fd only reads it.
         unsafe { mnl::mnl_sys::mnl_socket_get_fd(self.socket.as_raw_socket()) }
@@ -100,17 +109,17 @@ impl Netlink {
 
     /// Starts a transaction.
     pub(crate) fn begin<Owner: Copy>(&mut self) -> Transaction<Owner> {
-        Transaction::new(self.seq, std::mem::take(&mut self.scratch))
+        Transaction::new(self.seq, std::mem::take(&mut self.scratch), self.counting)
     }
 
-    /// Sends a transaction; returns when the kernel has taken or refused it.
+    /// Sends a transaction; returns when the kernel has taken or refused it, with what removed elements had counted.
     ///
     /// # Errors
     /// [`CommitError`]; the kernel's state is then as before.
     pub(crate) fn commit<Owner: Copy>(
         &mut self,
         transaction: &mut Transaction<Owner>,
-    ) -> Result<(), CommitError> {
+    ) -> Result<Readings, CommitError> {
         let (bytes, next) = transaction.finish();
         self.seq = next;
         let sent = self.socket.send(bytes);
@@ -121,17 +130,20 @@ impl Netlink {
             Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => return Err(CommitError::TooLarge),
             Err(error) => return Err(CommitError::Io(error)),
         }
-        // nf_tables works through a batch inside of the send: every refusal is waiting by now.
-        let refusals = self.drain_refusals().map_err(CommitError::Io)?;
-        if refusals.is_empty() { Ok(()) } else { Err(CommitError::Refused(refusals)) }
+        // nf_tables works through a batch inside of the send: every answer is waiting by now.
+        let (refusals, readings) = self.drain().map_err(CommitError::Io)?;
+        if refusals.is_empty() { Ok(readings) } else { Err(CommitError::Refused(refusals)) }
     }
 
-    fn drain_refusals(&mut self) -> io::Result<Vec<Refusal>> {
-        let mut refusals = Vec::new();
+    fn drain(&mut self) -> io::Result<(Vec<Refusal>, Readings)> {
+        let (mut refusals, mut readings) = (Vec::new(), Readings::default());
         loop {
             match self.receive(MsgFlags::MSG_DONTWAIT) {
-                Ok(bytes) => messages(bytes, |message| refusals.extend(refusal(message))),
-                Err(Errno::EAGAIN) => return Ok(refusals),
+                Ok(bytes) => messages(bytes, |message| match refusal(message) {
+                    Some(refusal) => refusals.push(refusal),
+                    None => readings.take(message),
+                }),
+                Err(Errno::EAGAIN) => return Ok((refusals, readings)),
                 Err(Errno::EINTR) => {}
                 // More refusals than room: those that were kept are reported, the others when these are left out.
                 Err(Errno::ENOBUFS) if !refusals.is_empty() => {}
@@ -146,20 +158,20 @@ impl Netlink {
         Ok(&bytes_of(&mut self.read)[..len])
     }
 
-    /// Reads all sets of a table (`set` is `None`) or all elements of one; calls `each` with every message.
+    /// Reads what is wanted; calls `each` with every message.
     ///
     /// # Errors
-    /// `ENOENT` where the table or set does not exist; `EINTR` where it changed meanwhile and must be read again.
-    pub(crate) fn dump(
+    /// `ENOENT` where the table, the set or an element does not exist; `EINTR` where it changed meanwhile and must be
+    /// read again.
+    pub(crate) fn read(
         &mut self,
         family: Family,
-        set: Option<&str>,
+        wanted: Wanted<'_>,
         mut each: impl FnMut(&[u8]),
     ) -> Result<(), Errno> {
-        let kind = if set.is_some() { libc::NFT_MSG_GETSETELEM } else { libc::NFT_MSG_GETSET };
         let seq = self.seq;
         self.seq = self.seq.wrapping_add(1);
-        self.request(&dump_request(kind, family, set, seq), seq, &mut each)
+        self.request(&request(wanted, family, seq), seq, &mut each)
     }
 
     /// The number of the kernel's current ruleset generation.

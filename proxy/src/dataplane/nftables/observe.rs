@@ -12,9 +12,10 @@ use tracing::warn;
 
 use super::element::{Data, Element, Place};
 use super::kernel::Kernel;
-use super::message::{SetInfo, parse_elements, parse_set};
+use super::message::Wanted;
 use super::netlink::Netlink;
 use super::object::{Kind, Object};
+use super::parse::{SetInfo, parse_elements, parse_set};
 use super::remembered::Entry;
 use super::schema::{Set, len_of};
 use crate::model::input::Family;
@@ -31,6 +32,13 @@ pub(crate) struct Found {
     ranges: BTreeSet<Place>,
     /// The objects of ports with affinity, likewise.
     objects: BTreeSet<Object>,
+    /// Of these, the sets of members whose content was read: where elements count.
+    members: BTreeMap<Object, Vec<AddressPort>>,
+    /// Of these, the sets of members that count and should not, or the reverse.
+    outdated_members: BTreeSet<Object>,
+    /// What has to be made anew of each table since its elements count and should not, or the reverse.
+    outdated: BTreeMap<Family, Outdated>,
+    counting: bool,
     /// Comments are compared, not kept.
     hasher: RandomState,
 }
@@ -39,6 +47,15 @@ pub(crate) struct Found {
 struct Held {
     data: Option<Data>,
     comment: u64,
+}
+
+/// What of a table is made anew, with all that it holds.
+#[derive(Debug, Default)]
+pub(crate) struct Outdated {
+    /// The sets, and their elements.
+    pub(crate) sets: Vec<(Set, Vec<Element>)>,
+    /// The chains that may name them.
+    pub(crate) chains: Vec<String>,
 }
 
 /// The state of one of our tables.
@@ -75,15 +92,18 @@ impl Found {
     /// # Errors
     /// When the kernel cannot be read.
     pub(crate) fn read(&mut self, netlink: &mut Netlink, family: Family) -> Result<TableState, Errno> {
+        self.counting = netlink.counting();
         let mut infos = Vec::new();
         match again(|| {
             infos.clear();
-            netlink.dump(family, None, |message| infos.extend(parse_set(message)))
+            netlink.read(family, Wanted::Sets, |message| infos.extend(parse_set(message)))
         }) {
             Ok(()) => {}
             Err(Errno::ENOENT) => return Ok(TableState::Absent),
             Err(errno) => return Err(errno),
         }
+        let counting = self.counting;
+        let counts_wrongly = |set: Set, info: &SetInfo| info.counts != (counting && set.counts());
         if Set::ALL
             .iter()
             .any(|set| infos.iter().any(|info| info.name == set.name() && !fits(*set, family, info)))
@@ -97,22 +117,48 @@ impl Found {
         self.objects.extend(infos.iter().filter_map(named));
         let chains = again(|| netlink.chains(family))?;
         self.objects.extend(chains.iter().filter_map(|name| Object::named(name, family, true)));
+        let mut outdated = Outdated::default();
         for info in &infos {
-            let Some(set) = Set::named(&info.name) else { continue };
-            self.read_set(netlink, family, set)?;
+            if let Some(set) = Set::named(&info.name) {
+                let elements = self.read_set(netlink, family, set, counts_wrongly(set, info))?;
+                outdated.sets.extend(elements.map(|elements| (set, elements)));
+            } else if let Some(object) = named(info).filter(|object| matches!(object.kind, Kind::Members(_))) {
+                if info.counts != self.counting {
+                    self.outdated_members.insert(object);
+                } else if self.counting {
+                    self.members.insert(object.clone(), members(netlink, &object)?);
+                }
+            }
+        }
+        if !outdated.sets.is_empty() {
+            outdated.chains.extend(chains.into_iter().filter(|name| Object::named(name, family, true).is_none()));
+            self.outdated.insert(family, outdated);
         }
         let complete = Set::ALL.iter().all(|set| infos.iter().any(|info| info.name == set.name()));
         Ok(if complete { TableState::Current } else { TableState::Absent })
     }
 
-    fn read_set(&mut self, netlink: &mut Netlink, family: Family, set: Set) -> Result<(), Errno> {
+    /// Reads the elements of a set; hands them back, too, where it is `outdated`.
+    fn read_set(
+        &mut self,
+        netlink: &mut Netlink,
+        family: Family,
+        set: Set,
+        outdated: bool,
+    ) -> Result<Option<Vec<Element>>, Errno> {
         let (elements, ranges, hasher) = (&mut self.elements, &mut self.ranges, &self.hasher);
+        let mut copies = Vec::new();
         again(|| {
-            netlink.dump(family, Some(set.name()), |message| {
+            copies.clear();
+            netlink.read(family, Wanted::Elements(set.name()), |message| {
                 parse_elements(message, |element| match element.key {
                     Some(key) => {
                         let place = Place { family, set, key };
                         let comment = hasher.hash_one(element.comment);
+                        if outdated {
+                            let comment = element.comment.map(|text| String::from_utf8_lossy(text).into());
+                            copies.push(Element { place, data: element.data.clone(), comment });
+                        }
                         elements.insert(place, Held { data: element.data, comment });
                         if set.has_ranges() {
                             ranges.insert(place);
@@ -121,7 +167,13 @@ impl Found {
                     None => warn!(set = set.name(), "an element of a strange size is left alone"),
                 });
             })
-        })
+        })?;
+        Ok(outdated.then_some(copies))
+    }
+
+    /// What has to be made anew of a table.
+    pub(crate) fn take_outdated(&mut self, family: Family) -> Outdated {
+        self.outdated.remove(&family).unwrap_or_default()
     }
 
     /// Whether the kernel holds exactly this element.
@@ -143,6 +195,8 @@ impl Found {
     /// Somebody applied owns this object from now on, or it is gone.
     pub(crate) fn settle_object(&mut self, object: &Object) {
         self.objects.remove(object);
+        self.members.remove(object);
+        self.outdated_members.remove(object);
     }
 
     /// The objects that nobody has claimed, in an order in which they can be removed.
@@ -176,6 +230,18 @@ impl Kernel for Found {
         self.objects.contains(object)
     }
 
+    fn members(&self, set: &Object) -> Option<&[AddressPort]> {
+        self.members.get(set).map(Vec::as_slice)
+    }
+
+    fn is_outdated(&self, set: &Object) -> bool {
+        self.outdated_members.contains(set)
+    }
+
+    fn counts(&self) -> bool {
+        self.counting
+    }
+
     fn ranges(&self, vip: Place) -> impl Iterator<Item = Place> {
         let of_vip = move |place: &&Place| place.family == vip.family && place.key.starts_with(&vip.key);
         self.ranges.range(Place { set: Set::Ranges, ..vip }..).take_while(of_vip).copied()
@@ -197,7 +263,7 @@ pub(crate) fn entries(netlink: &mut Netlink, map: &Object) -> Result<Vec<Entry>,
     let mut entries = BTreeMap::new();
     again(|| {
         entries.clear();
-        netlink.dump(map.family, Some(&map.name()), |message| {
+        netlink.read(map.family, Wanted::Elements(&map.name()), |message| {
             parse_elements(message, |element| {
                 let address = element.data.as_ref().and_then(Data::to_address);
                 if let Some((client, ip)) = element.key.zip(address) {
@@ -209,6 +275,18 @@ pub(crate) fn entries(netlink: &mut Netlink, map: &Object) -> Result<Vec<Entry>,
         })
     })?;
     Ok(entries.into_values().collect())
+}
+
+/// Who is in a set of members, in order.
+fn members(netlink: &mut Netlink, set: &Object) -> Result<Vec<AddressPort>, Errno> {
+    let mut members = BTreeSet::new();
+    again(|| {
+        members.clear();
+        netlink.read(set.family, Wanted::Elements(&set.name()), |message| {
+            parse_elements(message, |element| members.extend(element.key.and_then(|key| key.to_backend())));
+        })
+    })?;
+    Ok(members.into_iter().collect())
 }
 
 /// Repeats a dump that was interrupted by a change.

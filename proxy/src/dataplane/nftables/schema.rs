@@ -194,6 +194,12 @@ impl Set {
         }
     }
 
+    /// Whether its elements can count the packets that find them: a connection's first one, drawing its backend, or one
+    /// that is refused.
+    pub(crate) fn counts(self) -> bool {
+        matches!(self, Self::Endpoints | Self::NpEndpoints | Self::VipsReject | Self::NpsReject)
+    }
+
     /// Whether its elements are the starts and ends of ranges, which depend on each other.
     pub(crate) fn is_interval(self) -> bool {
         matches!(self, Self::ServiceCidrs | Self::PodCidrs)

@@ -267,6 +267,7 @@ impl Socket {
         Inspection {
             answers: ports.iter().map(|port| port.answers.into()).collect(),
             counts: ports.iter().map(counts).collect(),
+            at_socket_alone: true,
         }
     }
 
