@@ -472,6 +472,18 @@ fn conntrack_has_the_defaults_of_kube_proxy() {
 }
 
 #[test]
+fn nothing_is_counted_unless_asked_for() {
+    assert!(!config(&[]).count_connections);
+    assert!(config(&["--count-connections"]).count_connections);
+    let file = ConfigFile::fields("count", "clusterCIDR: 10.0.0.0/8\nkubeLane: {countConnections: true}\n");
+    let resolved = file.resolve(&[]).unwrap();
+    assert!(resolved.config.count_connections && resolved.warnings.is_empty(), "{:?}", resolved.warnings);
+    assert!(!file.resolve(&["--count-connections=false"]).unwrap().config.count_connections);
+    let read = ConfigFile::new("count-again", &resolved.to_yaml()).resolve(&[]).unwrap();
+    assert_eq!(read.config, resolved.config);
+}
+
+#[test]
 fn actions() {
     for (args, action) in [
         (&[][..], Action::Run),

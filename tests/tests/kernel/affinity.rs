@@ -168,7 +168,8 @@ fn node() -> NodePlan {
 }
 
 fn open() -> Nftables {
-    Nftables::open(Settings { detector: Detector::PodCidrs, masquerade_all: false, ..Settings::default() }).unwrap()
+    Nftables::open(Settings { detector: Detector::PodCidrs, masquerade_all: false, ..Settings::default() })
+        .unwrap()
 }
 
 /// A duration as nft prints it: `59m58s120ms`.

@@ -67,7 +67,8 @@ fn case(seed: u64) {
 }
 
 fn opened() -> Nftables {
-    Nftables::open(Settings { detector: Detector::PodCidrs, masquerade_all: false, ..Settings::default() }).unwrap()
+    Nftables::open(Settings { detector: Detector::PodCidrs, masquerade_all: false, ..Settings::default() })
+        .unwrap()
 }
 
 fn apply_changes(dataplane: &mut Nftables, planner: &mut Planner) {

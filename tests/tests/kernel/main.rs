@@ -6,6 +6,8 @@ mod affinity;
 #[cfg(test)]
 mod conntrack;
 #[cfg(test)]
+mod counters;
+#[cfg(test)]
 mod foreign;
 #[cfg(test)]
 mod health;

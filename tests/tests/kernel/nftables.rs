@@ -3,20 +3,29 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use kube_lane::dataplane::nftables::cleanup;
+use kube_lane::dataplane::nftables::{Nftables, Settings, cleanup};
 use kube_lane::dataplane::{Batch, Dataplane};
 use kube_lane::model::input::ServiceKey;
 use kube_lane::model::plan::{FrontendAddress, NodePlan, Plan, Verdict};
 
 use crate::plans::{
     EVERYTHING, Outside, RANGES, apply, in_namespace, listing, named, nft, node, opened, reached, rules,
-    service, slotless, sorted,
+    service, settings, slotless, sorted, with_affinity,
 };
 
 #[test]
 fn what_nft_lists_nft_takes_back() {
-    in_namespace(|| {
-        let mut dataplane = opened();
+    takes_back(false);
+}
+
+#[test]
+fn with_counters_too() {
+    takes_back(true);
+}
+
+fn takes_back(count_connections: bool) {
+    in_namespace(move || {
+        let mut dataplane = Nftables::open(Settings { count_connections, ..settings() }).unwrap();
         let long = |c: &str| c.repeat(63);
         let mut longest = Plan::clone(service(4, 2).1.as_deref().unwrap());
         longest.service = ServiceKey::new(&long("n"), &long("s"));
@@ -31,25 +40,34 @@ fn what_nft_lists_nft_takes_back() {
             longest,
             reached(5, 4, local),
             reached(6, 4, ranged),
+            with_affinity(service(7, 3)),
         ];
-        let outcome = apply(&mut dataplane, services);
+        let outcome = apply(&mut dataplane, services.clone());
         assert!(outcome.failed.is_empty(), "{outcome:?}");
         let before = listing();
+        let counted = if count_connections { " counter packets 0 bytes 0" } else { "" };
         assert!(
-            before.contains("10.96.0.1 . tcp . 80 . 4 comment \"default/svc-1:http\" : 10.1.0.5 . 8080"),
+            before.contains(&format!(
+                "10.96.0.1 . tcp . 80 . 4{counted} comment \"default/svc-1:http\" : 10.1.0.5 . 8080"
+            )),
             "{before}"
         );
         for there in [
             "203.0.0.6 . tcp . 80 . 10.0.0.0/9 comment \"default/svc-6:http\"",
             "203.0.0.6 . tcp . 80 . 198.51.100.7 comment",
             "fd00:203::6 . tcp . 80 . fd00::/32 comment",
-            "203.0.0.5 . tcp . 80 . 65537 comment \"default/svc-5:http\" : 10.1.0.4 . 8080",
+            &format!(
+                "203.0.0.5 . tcp . 80 . 65537{counted} comment \"default/svc-5:http\" : 10.1.0.4 . 8080"
+            ),
         ] {
             assert!(before.contains(there), "{there}\n{before}");
         }
         nft(&["flush", "ruleset"], None);
         nft(&["-f", "-"], Some(&before));
         assert_eq!(sorted(&before), sorted(&listing()));
+        let again =
+            apply(&mut Nftables::open(Settings { count_connections, ..settings() }).unwrap(), services);
+        assert_eq!((again.added, again.removed), (0, 0), "it is ours");
     });
 }
 

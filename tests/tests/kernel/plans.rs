@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::thread;
@@ -84,6 +85,13 @@ pub(super) fn named(name: &str, number: u16, endpoints: &[u16]) -> (ServiceKey, 
     let plan =
         Plan { service: service.clone(), ports: ports.into(), health_check: None, warnings: [].into() };
     (service, Some(Arc::new(plan)))
+}
+
+/// The same with session affinity.
+pub(super) fn with_affinity((key, plan): (ServiceKey, Option<Arc<Plan>>)) -> (ServiceKey, Option<Arc<Plan>>) {
+    let mut plan = Plan::clone(plan.as_deref().unwrap());
+    plan.ports.iter_mut().for_each(|port| port.affinity = NonZeroU32::new(100));
+    (key, Some(Arc::new(plan)))
 }
 
 /// How a Service of every kind looks from outside; the same number gives the same addresses.

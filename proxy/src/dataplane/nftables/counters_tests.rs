@@ -36,7 +36,11 @@ fn plan(name: &str, affinity: bool, cluster: &[u8], local: &[u8]) -> Arc<Plan> {
         draining: [].into(),
         frontends: [
             Frontend { at: vip, kind: FrontendKind::ClusterIp, verdict },
-            Frontend { at: FrontendAddress::NodePort(30080), kind: FrontendKind::NodePort, verdict: external },
+            Frontend {
+                at: FrontendAddress::NodePort(30080),
+                kind: FrontendKind::NodePort,
+                verdict: external,
+            },
         ]
         .into(),
     };
@@ -89,9 +93,10 @@ impl Node {
 
     /// New connections to a backend, by the cluster IP: so many drawn, and so many led back.
     fn connect(&mut self, backend: u8, drawn: u64, back: u64) {
-        let slots = self.elements.iter_mut().filter(|(place, (to, _))| {
-            place.set == Set::Endpoints && *to == Some(address(backend))
-        });
+        let slots = self
+            .elements
+            .iter_mut()
+            .filter(|(place, (to, _))| place.set == Set::Endpoints && *to == Some(address(backend)));
         let (_, (_, count)) = slots.into_iter().next().unwrap();
         *count += drawn;
         let members = self.members.values_mut().filter_map(|members| members.get_mut(&address(backend)));

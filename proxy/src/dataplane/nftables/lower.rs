@@ -60,7 +60,9 @@ impl Applied {
                 places.extend(shape.is_in(at.reject).then_some(at.refusals()));
                 if port.plan.affinity.is_none() {
                     let sets = BASES.into_iter().zip(shape.endpoints);
-                    places.extend(sets.flat_map(|(first, order)| (first..first + order.len()).map(|i| at.slot(i))));
+                    places.extend(
+                        sets.flat_map(|(first, order)| (first..first + order.len()).map(|i| at.slot(i))),
+                    );
                 }
             }
         }
@@ -118,7 +120,9 @@ pub(crate) fn lower(previous: Option<&Applied>, next: Option<&Arc<Plan>>, kernel
                 let before = before.map(|(old, f)| (old, Shape::new(f, old.plan, old.slots)));
                 match before {
                     None => change.lower(Shape::default(), after, &mut lowered),
-                    Some((old, before)) if old.plan.name == port.name && !counts_otherwise(old.plan, port) => {
+                    Some((old, before))
+                        if old.plan.name == port.name && !counts_otherwise(old.plan, port) =>
+                    {
                         change.lower(before, after, &mut lowered);
                     }
                     // A comment cannot be changed in place, nor a counter.

@@ -152,7 +152,8 @@ fn named(lowered: &Lowered, address: &str) -> Vec<String> {
 fn each_kind_of_frontend_has_its_sets() {
     let (all, near) = ([1, 2, 3].map(backend), [backend(2)]);
     let verdicts = [Verdict::Local, Verdict::Local, Verdict::Cluster, Verdict::Local].map(Some);
-    let lowered = lower(None, Some(&everywhere(verdicts, all, near, Some(&["10.0.0.0/8"]))), &Empty::default());
+    let lowered =
+        lower(None, Some(&everywhere(verdicts, all, near, Some(&["10.0.0.0/8"]))), &Empty::default());
     let places = |address: &str| named(&lowered, &format!(" {address} ")).join("\n");
     // The cluster IP has the Local set in its first slots.
     assert_eq!(

@@ -57,9 +57,9 @@ use self::lower::Applied;
 use self::message::{ELEMENTS_PER_MESSAGE, Transaction, Wanted, table};
 use self::monitor::Monitor;
 use self::netlink::Netlink;
-use self::readings::Readings;
 use self::observe::{Found, Outdated, TableState};
 pub use self::probe::{ProbeError, try_ruleset};
+use self::readings::Readings;
 use self::rules::{Detection, Policy};
 use self::schema::Set;
 use self::shared::SharedCounts;
@@ -230,7 +230,11 @@ impl Nftables {
             }
             let outdated = found.take_outdated(family);
             if !outdated.sets.is_empty() {
-                info!(?family, counting = self.settings.count_connections, "sets are made anew for their counters");
+                info!(
+                    ?family,
+                    counting = self.settings.count_connections,
+                    "sets are made anew for their counters"
+                );
             }
             ruleset(&mut transaction, family, &self.settings, pod_cidrs, &outdated);
         }
@@ -250,7 +254,8 @@ impl Nftables {
         let mut readings = Readings::default();
         for ((family, set), keys) in counters::counters(applied) {
             for keys in keys.chunks(ELEMENTS_PER_MESSAGE) {
-                let read = self.netlink.read(family, Wanted::These(&set, keys), |message| readings.take(message));
+                let read =
+                    self.netlink.read(family, Wanted::These(&set, keys), |message| readings.take(message));
                 if let Err(error) = read {
                     debug!(service = %plan.service, set = &*set, %error, "counters cannot be read");
                     return None;

@@ -122,7 +122,8 @@ impl Found {
             if let Some(set) = Set::named(&info.name) {
                 let elements = self.read_set(netlink, family, set, counts_wrongly(set, info))?;
                 outdated.sets.extend(elements.map(|elements| (set, elements)));
-            } else if let Some(object) = named(info).filter(|object| matches!(object.kind, Kind::Members(_))) {
+            } else if let Some(object) = named(info).filter(|object| matches!(object.kind, Kind::Members(_)))
+            {
                 if info.counts != self.counting {
                     self.outdated_members.insert(object);
                 } else if self.counting {
@@ -131,7 +132,9 @@ impl Found {
             }
         }
         if !outdated.sets.is_empty() {
-            outdated.chains.extend(chains.into_iter().filter(|name| Object::named(name, family, true).is_none()));
+            outdated
+                .chains
+                .extend(chains.into_iter().filter(|name| Object::named(name, family, true).is_none()));
             self.outdated.insert(family, outdated);
         }
         let complete = Set::ALL.iter().all(|set| infos.iter().any(|info| info.name == set.name()));

@@ -34,7 +34,11 @@ pub enum ProbeError {
 pub fn try_ruleset() -> Result<(), ProbeError> {
     let attempt = || {
         unshare(CloneFlags::CLONE_NEWNET)?;
-        let settings = Settings { detector: Detector::InterfacePrefix("pod".into()), masquerade_all: true, ..Settings::default() };
+        let settings = Settings {
+            detector: Detector::InterfacePrefix("pod".into()),
+            masquerade_all: true,
+            ..Settings::default()
+        };
         Nftables::open(settings)?.apply(&Batch::default())?;
         Ok(())
     };

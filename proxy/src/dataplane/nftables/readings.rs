@@ -29,9 +29,8 @@ impl Readings {
     /// Takes a message of the kernel, if it is about elements.
     pub(crate) fn take(&mut self, message: &[u8]) {
         let elements = [libc::NFT_MSG_NEWSETELEM, libc::NFT_MSG_DELSETELEM];
-        let is_kind = |kind: i32, header: &Header| {
-            i32::from(header.kind) == libc::NFNL_SUBSYS_NFTABLES << 8 | kind
-        };
+        let is_kind =
+            |kind: i32, header: &Header| i32::from(header.kind) == libc::NFNL_SUBSYS_NFTABLES << 8 | kind;
         if !Header::of(message).is_some_and(|header| elements.iter().any(|kind| is_kind(*kind, &header))) {
             return;
         }
@@ -41,10 +40,11 @@ impl Readings {
             if let Some(set) = Set::named(element.set) {
                 let backend = element.data.as_ref().and_then(Data::to_backend).map(AddressPort::from);
                 self.put(Place { family, set, key }, backend, packets);
-            } else if let Some(object) = Object::named(element.set, family, false) {
-                if let Some(member) = key.to_backend().filter(|_| matches!(object.kind, Kind::Members(_))) {
-                    self.put_member(&object, member, packets);
-                }
+            } else if let Some(object) = Object::named(element.set, family, false)
+                && matches!(object.kind, Kind::Members(_))
+                && let Some(member) = key.to_backend()
+            {
+                self.put_member(&object, member, packets);
             }
         });
     }
