@@ -176,6 +176,11 @@ pub struct NodePlan {
 }
 
 impl Plan {
+    /// Of these ports, with no health check and nothing to warn of.
+    pub fn new(service: ServiceKey, ports: impl Into<Box<[PortPlan]>>) -> Self {
+        Self { service, ports: ports.into(), health_check: None, warnings: [].into() }
+    }
+
     /// `namespace/name:port` of one of its ports, as kube-proxy writes it in comments and logs.
     pub fn port_name(&self, port: &PortPlan) -> String {
         if port.name.is_empty() {
@@ -183,5 +188,34 @@ impl Plan {
         } else {
             format!("{}:{}", self.service, port.name)
         }
+    }
+}
+
+impl PortPlan {
+    /// A port that nobody dials and nobody serves, to be filled in.
+    pub fn new(family: Family, protocol: Protocol, name: impl Into<Arc<str>>) -> Self {
+        Self {
+            family,
+            protocol,
+            name: name.into(),
+            affinity: None,
+            source_ranges: None,
+            backends: [].into(),
+            local_backends: [].into(),
+            draining: [].into(),
+            frontends: [].into(),
+        }
+    }
+}
+
+impl Frontend {
+    /// A cluster IP.
+    pub fn cluster_ip(at: impl Into<AddressPort>, verdict: Verdict) -> Self {
+        Self { at: FrontendAddress::Vip(at.into()), kind: FrontendKind::ClusterIp, verdict }
+    }
+
+    /// A NodePort.
+    pub fn nodeport(port: u16, verdict: Verdict) -> Self {
+        Self { at: FrontendAddress::NodePort(port), kind: FrontendKind::NodePort, verdict }
     }
 }

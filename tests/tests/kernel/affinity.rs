@@ -89,7 +89,7 @@ impl World {
             .collect();
         ports.sort_by_key(|port| (port.family, port.protocol));
         let service = ServiceKey::new("default", "web");
-        Arc::new(Plan { service, ports: ports.into(), health_check: None, warnings: [].into() })
+        Arc::new(Plan::new(service, ports))
     }
 
     fn port(&self, wanted: &Wanted, family: Family, protocol: Protocol) -> PortPlan {
@@ -101,31 +101,19 @@ impl World {
             backends.sort();
             backends.into()
         };
-        let vip = |ip| FrontendAddress::Vip(SocketAddr::new(ip, 80).into());
+        let load_balancer = FrontendAddress::Vip(lb(family).into());
         let external = wanted.external;
         PortPlan {
-            family,
-            protocol,
-            name: "http".into(),
             affinity: wanted.timeout.and_then(NonZeroU32::new),
-            source_ranges: None,
             backends: backends(&wanted.cluster),
             local_backends: backends(&wanted.local),
-            draining: [].into(),
             frontends: [
-                Frontend {
-                    at: vip(cluster_ip(family)),
-                    kind: FrontendKind::ClusterIp,
-                    verdict: wanted.cluster_ip,
-                },
-                Frontend { at: vip(lb_ip(family)), kind: FrontendKind::LoadBalancer, verdict: external },
-                Frontend {
-                    at: FrontendAddress::NodePort(30080),
-                    kind: FrontendKind::NodePort,
-                    verdict: external,
-                },
+                Frontend::cluster_ip(vip(family), wanted.cluster_ip),
+                Frontend { at: load_balancer, kind: FrontendKind::LoadBalancer, verdict: external },
+                Frontend::nodeport(30080, external),
             ]
             .into(),
+            ..PortPlan::new(family, protocol, "http")
         }
     }
 
@@ -475,12 +463,7 @@ fn what_nft_lists_with_affinity_nft_takes_back() {
     odd.service = ServiceKey::new(&"n".repeat(63), &"s".repeat(63));
     for port in &mut odd.ports {
         port.name = "Ä odd\"name".repeat(9).into();
-        port.frontends = [Frontend {
-            at: FrontendAddress::NodePort(30081),
-            kind: FrontendKind::NodePort,
-            verdict: Verdict::Cluster,
-        }]
-        .into();
+        port.frontends = [Frontend::nodeport(30081, Verdict::Cluster)].into();
     }
     let odd = (odd.service.clone(), Some(Arc::new(odd)));
     let outcome = world.dataplane.apply(&Batch { services: vec![odd], ..Batch::default() }).unwrap();
@@ -556,12 +539,7 @@ fn a_service_whose_objects_the_kernel_refuses_is_named_and_left_out() {
         let stranger = if port.family == Family::V4 { Family::V6 } else { Family::V4 };
         port.local_backends[0].address = at(&world.pods[0].0, stranger, 8080);
         let address = of(port.family, topology::service_cidrs().map(|cidr| cidr.iter().nth(11).unwrap()));
-        port.frontends = [Frontend {
-            at: FrontendAddress::Vip(SocketAddr::new(address, 80).into()),
-            kind: FrontendKind::ClusterIp,
-            verdict: Verdict::Local,
-        }]
-        .into();
+        port.frontends = [Frontend::cluster_ip(SocketAddr::new(address, 80), Verdict::Local)].into();
     }
     let good = world.plan(&Wanted::new(HOUR));
     let services =

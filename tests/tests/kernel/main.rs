@@ -38,4 +38,6 @@ mod socket_upgrade;
 #[cfg(test)]
 mod status;
 #[cfg(test)]
+mod systemd;
+#[cfg(test)]
 mod world;

@@ -66,24 +66,13 @@ pub(super) fn named(name: &str, number: u16, endpoints: &[u16]) -> (ServiceKey, 
         let verdict = if endpoints.is_empty() { Verdict::Reject } else { Verdict::Cluster };
         let vip = address([10, 96, high, low], format!("fd00:96::{number:x}"), 80);
         PortPlan {
-            family,
-            protocol: Protocol::Tcp,
-            name: "http".into(),
-            affinity: None,
-            source_ranges: None,
             backends: backends.collect(),
-            local_backends: [].into(),
-            draining: [].into(),
-            frontends: [
-                Frontend { at: FrontendAddress::Vip(vip.into()), kind: FrontendKind::ClusterIp, verdict },
-                Frontend { at: FrontendAddress::NodePort(number), kind: FrontendKind::NodePort, verdict },
-            ]
-            .into(),
+            frontends: [Frontend::cluster_ip(vip, verdict), Frontend::nodeport(number, verdict)].into(),
+            ..PortPlan::new(family, Protocol::Tcp, "http")
         }
     });
     let service = ServiceKey::new("default", name);
-    let plan =
-        Plan { service: service.clone(), ports: ports.into(), health_check: None, warnings: [].into() };
+    let plan = Plan::new(service.clone(), ports);
     (service, Some(Arc::new(plan)))
 }
 

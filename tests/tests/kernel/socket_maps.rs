@@ -20,9 +20,7 @@ use kube_lane::dataplane::socket::answers::{Clients, Limit, Policy};
 use kube_lane::dataplane::socket::write::Sizes;
 use kube_lane::dataplane::socket::{Options, Room, Socket, SocketError, cleanup, probe};
 use kube_lane::model::input::{Family, Protocol, ServiceKey};
-use kube_lane::model::plan::{
-    Backend, Frontend, FrontendAddress, FrontendKind, NodePlan, Plan, PortPlan, Verdict,
-};
+use kube_lane::model::plan::{Backend, Frontend, NodePlan, Plan, PortPlan, Verdict};
 use kube_lane_common::{AffinityKey, Frontend as Leads, FrontendKey, LAYOUT, Remembered, maps, programs};
 use kube_lane_lab::{Dial, Echo, Host, Lab, Load, Outcome, Pod, Proto};
 
@@ -150,20 +148,13 @@ pub(super) fn plan(name: &str, vip: SocketAddr, backends: &[SocketAddr]) -> (Ser
         backends.iter().map(|address| Backend { address: (*address).into(), local: true }).collect();
     backends.sort();
     let verdict = if backends.is_empty() { Verdict::Reject } else { Verdict::Cluster };
-    let at = FrontendAddress::Vip(vip.into());
     let port = PortPlan {
-        family: Family::V4,
-        protocol: Protocol::Tcp,
-        name: "http".into(),
-        affinity: None,
-        source_ranges: None,
         backends: backends.into(),
-        local_backends: [].into(),
-        draining: [].into(),
-        frontends: [Frontend { at, kind: FrontendKind::ClusterIp, verdict }].into(),
+        frontends: [Frontend::cluster_ip(vip, verdict)].into(),
+        ..PortPlan::new(Family::V4, Protocol::Tcp, "http")
     };
     let key = ServiceKey::new("default", name);
-    let plan = Plan { service: key.clone(), ports: [port].into(), health_check: None, warnings: [].into() };
+    let plan = Plan::new(key.clone(), [port]);
     (key, Some(Arc::new(plan)))
 }
 

@@ -73,6 +73,8 @@ impl Need {
                         program("openssl", "openssl"),
                         program("curl", "curl"),
                         program("bind9-dnsutils", "dig"),
+                        // Runs the units of `deploy/systemd`.
+                        program("systemd", "systemd-analyze"),
                     ]
                 }
             }

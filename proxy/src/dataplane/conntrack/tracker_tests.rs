@@ -8,7 +8,7 @@ use super::tracker::{Filter, Flow, Tracker};
 use crate::dataplane::{Batch, Outcome};
 use crate::model::input::{Family, Protocol, ServiceKey};
 use crate::model::plan::{
-    AddressPort, Backend, Frontend, FrontendAddress, FrontendKind, NodePlan, Plan, PortPlan, Verdict,
+    AddressPort, Backend, Frontend, FrontendAddress, NodePlan, Plan, PortPlan, Verdict,
 };
 
 const VIP: &str = "10.96.0.1:53";
@@ -29,22 +29,14 @@ fn service(name: &str, endpoints: &[&str], draining: &[&str]) -> Plan {
     let mut backends: Box<[_]> =
         endpoints.iter().map(|text| Backend { address: at(text), local: false }).collect();
     backends.sort();
-    let frontends = [
-        Frontend { at: FrontendAddress::Vip(at(VIP)), kind: FrontendKind::ClusterIp, verdict },
-        Frontend { at: FrontendAddress::NodePort(NODE_PORT), kind: FrontendKind::NodePort, verdict },
-    ];
+    let frontends = [Frontend::cluster_ip(at(VIP), verdict), Frontend::nodeport(NODE_PORT, verdict)];
     let port = PortPlan {
-        family: Family::V4,
-        protocol: Protocol::Udp,
-        name: "dns".into(),
-        affinity: None,
-        source_ranges: None,
         backends,
-        local_backends: Box::default(),
         draining: draining.iter().map(|text| at(text)).collect(),
         frontends: frontends.into(),
+        ..PortPlan::new(Family::V4, Protocol::Udp, "dns")
     };
-    Plan { service: key(name), ports: [port].into(), health_check: None, warnings: Box::default() }
+    Plan::new(key(name), [port])
 }
 
 fn batch(services: impl IntoIterator<Item = (&'static str, Option<Plan>)>) -> Batch {

@@ -13,31 +13,19 @@ fn backend(n: u8) -> Backend {
 
 /// A port with cluster IP and NodePort; `verdicts` are theirs.
 fn port(timeout: u32, verdicts: [Verdict; 2], cluster: &[u8], local: &[u8]) -> PortPlan {
-    let vip = FrontendAddress::Vip("10.96.0.1:80".parse::<SocketAddr>().unwrap().into());
+    let vip = SocketAddr::from(([10, 96, 0, 1], 80));
     PortPlan {
-        family: Family::V4,
-        protocol: Protocol::Tcp,
-        name: "http".into(),
         affinity: NonZeroU32::new(timeout),
-        source_ranges: None,
         backends: cluster.iter().copied().map(backend).collect(),
         local_backends: local.iter().copied().map(backend).collect(),
-        draining: [].into(),
-        frontends: [
-            Frontend { at: vip, kind: FrontendKind::ClusterIp, verdict: verdicts[0] },
-            Frontend {
-                at: FrontendAddress::NodePort(30080),
-                kind: FrontendKind::NodePort,
-                verdict: verdicts[1],
-            },
-        ]
-        .into(),
+        frontends: [Frontend::cluster_ip(vip, verdicts[0]), Frontend::nodeport(30080, verdicts[1])].into(),
+        ..PortPlan::new(Family::V4, Protocol::Tcp, "http")
     }
 }
 
 fn plan(port: PortPlan) -> Arc<Plan> {
     let service = ServiceKey::new("default", "web");
-    Arc::new(Plan { service, ports: [port].into(), health_check: None, warnings: [].into() })
+    Arc::new(Plan::new(service, [port]))
 }
 
 fn single(timeout: u32, backends: &[u8]) -> Arc<Plan> {

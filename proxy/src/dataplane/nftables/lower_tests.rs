@@ -19,25 +19,17 @@ fn plan(backends: impl IntoIterator<Item = Backend>, nodeport: bool) -> Arc<Plan
     let mut backends: Vec<_> = backends.into_iter().collect();
     backends.sort();
     let verdict = if backends.is_empty() { Verdict::Reject } else { Verdict::Cluster };
-    let vip = FrontendAddress::Vip("10.96.0.1:80".parse::<SocketAddr>().unwrap().into());
-    let mut frontends = vec![Frontend { at: vip, kind: FrontendKind::ClusterIp, verdict }];
+    let mut frontends = vec![Frontend::cluster_ip(SocketAddr::from(([10, 96, 0, 1], 80)), verdict)];
     if nodeport {
-        let at = FrontendAddress::NodePort(30080);
-        frontends.push(Frontend { at, kind: FrontendKind::NodePort, verdict });
+        frontends.push(Frontend::nodeport(30080, verdict));
     }
     let port = PortPlan {
-        family: Family::V4,
-        protocol: Protocol::Tcp,
-        name: "http".into(),
-        affinity: None,
-        source_ranges: None,
         backends: backends.into(),
-        local_backends: [].into(),
-        draining: [].into(),
         frontends: frontends.into(),
+        ..PortPlan::new(Family::V4, Protocol::Tcp, "http")
     };
     let service = crate::model::input::ServiceKey::new("default", "web");
-    Arc::new(Plan { service, ports: [port].into(), health_check: None, warnings: [].into() })
+    Arc::new(Plan::new(service, [port]))
 }
 
 /// A model of the kernel: applies what is lowered, and refuses what the kernel refuses.

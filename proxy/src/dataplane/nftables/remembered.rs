@@ -100,7 +100,7 @@ mod tests {
 
     use super::*;
     use crate::model::input::{Family, Protocol, ServiceKey};
-    use crate::model::plan::{Backend, Frontend, FrontendAddress, FrontendKind, Plan, PortPlan, Verdict};
+    use crate::model::plan::{Backend, Frontend, Plan, PortPlan, Verdict};
 
     fn address(n: u8) -> SocketAddr {
         SocketAddr::from(([10, 1, 0, n], 8080))
@@ -111,28 +111,19 @@ mod tests {
         let backends = |set: &[u8]| {
             set.iter().map(|n| Backend { address: address(*n).into(), local: false }).collect::<Box<[_]>>()
         };
-        let vip = FrontendAddress::Vip(SocketAddr::from(([10, 96, 0, 1], 80)).into());
         let port = PortPlan {
-            family: Family::V4,
-            protocol: Protocol::Tcp,
-            name: "".into(),
             affinity: NonZeroU32::new(timeout),
-            source_ranges: None,
             backends: backends(cluster),
             local_backends: backends(local),
-            draining: [].into(),
             frontends: [
-                Frontend { at: vip, kind: FrontendKind::ClusterIp, verdict: Verdict::Cluster },
-                Frontend {
-                    at: FrontendAddress::NodePort(1),
-                    kind: FrontendKind::NodePort,
-                    verdict: nodeport,
-                },
+                Frontend::cluster_ip(SocketAddr::from(([10, 96, 0, 1], 80)), Verdict::Cluster),
+                Frontend::nodeport(1, nodeport),
             ]
             .into(),
+            ..PortPlan::new(Family::V4, Protocol::Tcp, "")
         };
         let service = ServiceKey::new("default", "web");
-        Plan { service, ports: [port].into(), health_check: None, warnings: [].into() }
+        Plan::new(service, [port])
     }
 
     /// A client of this number, led to the backend, so many seconds after its last connection.

@@ -33,15 +33,10 @@ impl FoundPort {
             members.map(|(member, _)| plan::Backend { address: member.address, local: false }).collect()
         };
         PortPlan {
-            family: claims.family,
-            protocol: claims.protocol,
-            name: Arc::clone(&claims.name),
-            affinity: None,
-            source_ranges: None,
             backends: backends(0),
             local_backends: backends(1),
-            draining: [].into(),
             frontends: self.frontends.iter().map(frontend).collect(),
+            ..PortPlan::new(claims.family, claims.protocol, Arc::clone(&claims.name))
         }
     }
 }

@@ -32,22 +32,17 @@ fn external_ip(verdict: Verdict) -> Frontend {
 }
 
 fn nodeport(verdict: Verdict) -> Frontend {
-    Frontend { at: FrontendAddress::NodePort(30_080), kind: FrontendKind::NodePort, verdict }
+    Frontend::nodeport(30_080, verdict)
 }
 
 /// A TCP port with one local endpoint.
 fn port(frontends: impl Into<Box<[Frontend]>>) -> PortPlan {
     let backends = [Backend { address: address("10.244.1.2:8080"), local: true }];
     PortPlan {
-        family: Family::V4,
-        protocol: Protocol::Tcp,
-        name: "http".into(),
-        affinity: None,
-        source_ranges: None,
         backends: backends.into(),
         local_backends: backends.into(),
-        draining: [].into(),
         frontends: frontends.into(),
+        ..PortPlan::new(Family::V4, Protocol::Tcp, "http")
     }
 }
 

@@ -20,8 +20,19 @@ pub enum SocketError {
     /// The object does not have what this agent asks for: they are of different builds.
     #[error("the eBPF object has no {0}")]
     Missing(&'static str),
-    /// The kernel refuses a program: its verifier says why.
-    #[error("the kernel refuses the program {name}")]
+    /// The kernel refuses a program.
+    #[error("the kernel refuses the program {name} ({reason})")]
+    Refused {
+        /// The program.
+        name: &'static str,
+        /// What its verifier says.
+        reason: String,
+        /// What the kernel says.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A program cannot be loaded.
+    #[error("cannot load the program {name}")]
     Load {
         /// The program.
         name: &'static str,

@@ -9,6 +9,7 @@ use aya::programs::{CgroupSockAddr, ProgramError, ProgramType};
 use aya::sys::{BpfHelper, is_helper_supported};
 use aya::{Ebpf, EbpfLoader};
 use kube_lane_common::programs;
+use tracing::debug;
 
 use super::SocketError;
 use super::cgroup::Cgroup;
@@ -152,7 +153,21 @@ fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), SocketError> 
 }
 
 fn load_error(name: &'static str, source: ProgramError) -> SocketError {
-    SocketError::Load { name, source: Box::new(source) }
+    match source {
+        ProgramError::LoadError { io_error: source, verifier_log } => {
+            let log = verifier_log.to_string();
+            debug!(program = name, "{log}");
+            SocketError::Refused { name, reason: reason(&log).to_owned(), source }
+        }
+        source => SocketError::Load { name, source: Box::new(source) },
+    }
+}
+
+/// Why a verifier refused a program: the end of what it says, before its statistics.
+fn reason(log: &str) -> &str {
+    const STATISTICS: [&str; 3] = ["verification time ", "stack depth ", "processed "];
+    let is_reason = |line: &&str| !line.is_empty() && !STATISTICS.iter().any(|words| line.starts_with(words));
+    log.lines().rev().map(str::trim).find(is_reason).unwrap_or("its verifier says nothing")
 }
 
 /// Puts a program in the place of its predecessor; where there is none at this hook of this cgroup, attaches it.
@@ -191,5 +206,18 @@ fn attach_type(name: &str) -> u32 {
         programs::GETPEERNAME6 => 30,
         // The kernel refuses what has another hook than its object says.
         _ => u32::MAX,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_verifier_is_quoted_where_it_says_why() {
+        let log = "0: R1=ctx() R10=fp0\n537: (63) *(u32 *)(r10 -112) = r1\nattempt to corrupt spilled pointer on stack\n\
+                   verification time 6063 usec\nstack depth 136\nprocessed 371 insns (limit 1000000)\n";
+        assert_eq!(reason(log), "attempt to corrupt spilled pointer on stack");
+        assert_eq!(reason(""), "its verifier says nothing");
     }
 }

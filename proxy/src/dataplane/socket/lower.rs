@@ -297,12 +297,7 @@ impl Lowering {
                 ports.push(Port::found(id, &found));
             }
         }
-        let plan = Plan {
-            service: plan.service.clone(),
-            ports: plans.into(),
-            health_check: None,
-            warnings: [].into(),
-        };
+        let plan = Plan::new(plan.service.clone(), plans);
         (!ports.is_empty()).then(|| Service {
             key: plan.service.clone(),
             plan: Arc::new(plan),

@@ -13,9 +13,7 @@ use super::memory_tests::{Memory, Outcome, Reader};
 use super::write::{Found, Sizes, Write};
 use crate::dataplane::Batch;
 use crate::model::input::{Family, Protocol, ServiceKey};
-use crate::model::plan::{
-    AddressPort, Backend, Frontend, FrontendAddress, FrontendKind, NodePlan, Plan, PortPlan, Verdict,
-};
+use crate::model::plan::{AddressPort, Backend, Frontend, FrontendKind, NodePlan, Plan, PortPlan, Verdict};
 
 const AMPLE: Sizes = Sizes { frontends: 100, ports: 50, slots: 1 << 15, backends: 25_000 };
 const POLICY: Policy = Policy {
@@ -38,13 +36,11 @@ fn pod(n: u32) -> Backend {
 }
 
 fn cluster_ip(vip: &str) -> Frontend {
-    let at = FrontendAddress::Vip(address(vip));
-    Frontend { at, kind: FrontendKind::ClusterIp, verdict: Verdict::Cluster }
+    Frontend::cluster_ip(address(vip), Verdict::Cluster)
 }
 
 fn nodeport(number: u16) -> Frontend {
-    let at = FrontendAddress::NodePort(number);
-    Frontend { at, kind: FrontendKind::NodePort, verdict: Verdict::Cluster }
+    Frontend::nodeport(number, Verdict::Cluster)
 }
 
 fn port(frontends: &[Frontend], backends: impl IntoIterator<Item = Backend>) -> PortPlan {
@@ -55,22 +51,15 @@ fn port(frontends: &[Frontend], backends: impl IntoIterator<Item = Backend>) -> 
         false => *frontend,
     };
     PortPlan {
-        family: Family::V4,
-        protocol: Protocol::Tcp,
-        name: "http".into(),
-        affinity: None,
-        source_ranges: None,
         frontends: frontends.iter().map(verdict).collect(),
         backends: backends.into(),
-        local_backends: [].into(),
-        draining: [].into(),
+        ..PortPlan::new(Family::V4, Protocol::Tcp, "http")
     }
 }
 
 fn plan(name: &str, port: PortPlan) -> (ServiceKey, Option<Arc<Plan>>) {
     let service = ServiceKey::new("demo", name);
-    let plan =
-        Plan { service: service.clone(), ports: [port].into(), health_check: None, warnings: [].into() };
+    let plan = Plan::new(service.clone(), [port]);
     (service, Some(Arc::new(plan)))
 }
 
