@@ -29,6 +29,7 @@ use super::{SocketError, available, settings, sys};
 use crate::dataplane::Batch;
 use crate::dataplane::inspection::{Counts, Inspection};
 use crate::model::input::ServiceKey;
+use crate::model::plan::Plan;
 
 /// So long after a client found no room to be remembered in there is said to be room again.
 const FORGETFUL: Duration = Duration::from_secs(60);
@@ -157,6 +158,12 @@ impl Socket {
         let returned = self.grace.returned();
         self.reclaim(returned);
         self.node_changed |= batch.node.is_some();
+        let room = self.room_for(batch.services.iter().filter_map(|(_, plan)| plan.as_deref()));
+        if room != self.maps.room() {
+            // Else all of it would be tried in vain first, as all that was listed when the agent started. Where there is
+            // no such room now, the Services that then find none try once more.
+            let _ = self.rebuild(room);
+        }
         let mut writes = self.lower(&batch);
         if self.broken {
             self.rebuild(self.maps.room())?;
@@ -223,14 +230,19 @@ impl Socket {
         if self.full.iter().any(|(service, _)| self.lowering.is_full(service)) {
             let everything = self.lowering.everything();
             let plans = everything.services.iter().filter_map(|(_, plan)| plan.as_deref());
-            let room = self.maps.room();
-            let larger = room.for_plans(plans).at_most(self.place.most).at_least(room);
-            if larger != room {
-                writes += self.rebuild(larger)?;
+            let room = self.room_for(plans);
+            if room != self.maps.room() {
+                writes += self.rebuild(room)?;
                 self.settle()?;
             }
         }
         Ok(writes)
+    }
+
+    /// The room that there is, or what these Services alone need, as far as the maps may grow.
+    fn room_for<'a>(&self, plans: impl Iterator<Item = &'a Plan>) -> Room {
+        let room = self.maps.room();
+        room.for_plans(plans).at_most(self.place.most).at_least(room)
     }
 
     /// Puts maps, larger ones where they are too small, and programs in place, under what was applied.
