@@ -1,5 +1,6 @@
 //! The scenarios: what has to work on every kernel, each in a lab of its own. A scenario that fails panics.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::net::SocketAddr;
 use std::process::Command;
@@ -8,7 +9,7 @@ use std::time::{Duration, Instant};
 use kube_lane_lab::{Dial, Echo, Flow, Host, Outcome, Pod, Proto, topology};
 use kube_lane_tests::agent;
 use kube_lane_tests::objects::Port;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::sockets;
 use crate::world::{World, answered, at, endpoints, serving, vips, web_ports};
@@ -26,6 +27,7 @@ pub(crate) const ALL: &[Scenario] = &[
     ("policies_and_source_ranges_hold", policies_and_source_ranges_hold),
     ("nft_takes_its_listing_back", nft_takes_its_listing_back),
     ("a_restart_changes_nothing", a_restart_changes_nothing),
+    ("connections_are_counted", connections_are_counted),
     ("cleanup_leaves_nothing", cleanup_leaves_nothing),
     ("the_kernel_takes_all_that_check_tries", sockets::the_kernel_takes_all_that_check_tries),
     (
@@ -272,6 +274,62 @@ fn a_restart_changes_nothing() {
         assert_eq!(agent.metric(metric).unwrap(), 0.0, "{metric}\n{}", agent.log());
     }
     assert_eq!(ruleset(&world), before);
+}
+
+/// How many connections by TCP and IPv4 each endpoint of Service 10 had; `None` where they are not counted.
+fn counted(world: &World) -> BTreeMap<String, Option<u64>> {
+    let (_, text) = world.agents[0].status(&["default/web", "-o=json"]).unwrap();
+    let status: Value = serde_json::from_str(&text).unwrap();
+    let ports = status["services"][0]["ports"].as_array().unwrap();
+    let port = ports.iter().find(|port| port["protocol"] == "TCP" && port["family"] == "IPv4").unwrap();
+    let count =
+        |backend: &Value| (backend["address"].as_str().unwrap().to_owned(), backend["connections"].as_u64());
+    port["backends"].as_array().unwrap().iter().map(count).collect()
+}
+
+fn connections_are_counted() {
+    let mut world = World::new(&["--count-connections"]);
+    let pods = ["a", "b", "c"].map(|name| serving(&world.lab, 1, name));
+    let all = pods.each_ref().map(|(pod, _)| pod);
+    let client = world.lab.node(0).add_pod("client").unwrap();
+    let to = places()[0];
+    world.put("web", &web_ports(), 10, &endpoints(&all));
+    dial_until(&world, &client, Proto::Tcp, to, answered);
+    let mut expected = counted(&world);
+    let dial = |expected: &mut BTreeMap<String, Option<u64>>| {
+        let tally = client.dial_many(Proto::Tcp, to, 12).unwrap();
+        assert_eq!(tally.failures(), 0, "{tally:?}");
+        for pod in all {
+            let count = tally.answered.get(pod.name()).map_or(0, |count| *count as u64);
+            let had = expected.get_mut(&at(pod.v4(), 8080).to_string()).and_then(Option::as_mut);
+            had.map_or_else(|| assert_eq!(count, 0), |had| *had += count);
+        }
+    };
+    dial(&mut expected);
+    assert_eq!(counted(&world), expected);
+
+    drop(world.agents.remove(0));
+    let agent = world.start_agent(0, &["--count-connections"]);
+    world.agents.insert(0, agent);
+    world.agents[0].wait_synced(PATIENCE).unwrap();
+    assert_eq!(counted(&world), expected, "a restart keeps them");
+    // One of them moves into its slot.
+    world.put("web", &web_ports(), 10, &endpoints(&all[1..]));
+    expected.remove(&at(all[0].v4(), 8080).to_string());
+    let deadline = Instant::now() + PATIENCE;
+    while counted(&world).len() != expected.len() {
+        assert!(Instant::now() < deadline, "{}", world.agents[0].log());
+    }
+    dial(&mut expected);
+    assert_eq!(counted(&world), expected);
+
+    let counting = ruleset(&world);
+    drop(world.agents.remove(0));
+    let mut agent = world.start_agent(0, &[]);
+    agent.wait_synced(PATIENCE).unwrap();
+    assert!(counting.contains("counter") && !ruleset(&world).contains("counter"), "{counting}");
+    let tally = client.dial_many(Proto::Tcp, to, 12).unwrap();
+    assert_eq!(tally.failures(), 0, "{tally:?}");
 }
 
 fn cleanup_leaves_nothing() {

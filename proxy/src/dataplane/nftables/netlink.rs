@@ -137,16 +137,21 @@ impl Netlink {
 
     fn drain(&mut self) -> io::Result<(Vec<Refusal>, Readings)> {
         let (mut refusals, mut readings) = (Vec::new(), Readings::default());
+        let mut overrun = false;
         loop {
             match self.receive(MsgFlags::MSG_DONTWAIT) {
                 Ok(bytes) => messages(bytes, |message| match refusal(message) {
                     Some(refusal) => refusals.push(refusal),
                     None => readings.take(message),
                 }),
+                // More answers than room. Of refusals those that were kept are reported, the others when these are left
+                // out; a reading shows that nothing was refused, and the others' counts are lost.
+                Err(Errno::ENOBUFS) => overrun = true,
+                Err(Errno::EAGAIN) if overrun && refusals.is_empty() && readings.is_empty() => {
+                    return Err(Errno::ENOBUFS.into());
+                }
                 Err(Errno::EAGAIN) => return Ok((refusals, readings)),
                 Err(Errno::EINTR) => {}
-                // More refusals than room: those that were kept are reported, the others when these are left out.
-                Err(Errno::ENOBUFS) if !refusals.is_empty() => {}
                 Err(errno) => return Err(errno.into()),
             }
         }
