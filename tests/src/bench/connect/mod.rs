@@ -188,7 +188,10 @@ pub(super) fn write_table(dir: &Path) -> Result<()> {
 
 /// Everything at one number of Services.
 fn measure(source: &Source, size: usize, args: &Args) -> Result<Vec<Measurement>> {
-    let chosen = |way: &Way| args.only.is_empty() || args.only.contains(way);
+    let chosen = |way: &Way| {
+        let most = way.kube_proxy().map_or(usize::MAX, Proxy::most_services);
+        size <= most && (args.only.is_empty() || args.only.contains(way))
+    };
     let mut sites = Vec::new();
     let mut failed = Vec::new();
     for way in Way::value_variants().iter().copied().filter(chosen) {
