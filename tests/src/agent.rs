@@ -45,6 +45,17 @@ pub fn places(host: &Host) -> [String; 2] {
     ]
 }
 
+/// Runs `kube-lane cleanup` on a host, or another `way` to say it: whether it succeeds, and what it says.
+///
+/// # Errors
+/// When it cannot be started.
+pub fn clean_up(host: &Host, way: &str) -> Result<(bool, String)> {
+    let mut command = Command::new(binary()?);
+    command.arg(way).args(places(host));
+    let output = host.run(move || command.output())??;
+    Ok((output.status.success(), String::from_utf8(output.stderr)?))
+}
+
 impl Agent {
     /// Starts the agent on a host with these arguments; its log is appended to `log`. Returns at once.
     ///

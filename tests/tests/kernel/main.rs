@@ -4,6 +4,8 @@
 #[cfg(test)]
 mod affinity;
 #[cfg(test)]
+mod bare;
+#[cfg(test)]
 mod conntrack;
 #[cfg(test)]
 mod counters;

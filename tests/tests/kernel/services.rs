@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use kube_lane_lab::{Dial, Host, Lab, Load, Outcome, Pod, Proto, topology};
-use kube_lane_tests::agent::Agent;
+use kube_lane_tests::agent::{self, Agent};
 use kube_lane_tests::objects::Port;
 use nix::sys::signal::Signal;
 use serde_json::json;
@@ -320,19 +320,13 @@ fn beside_an_agent_no_other_starts_and_nothing_is_cleaned_up() {
     let status = second.process().wait_timeout(SYNC).unwrap().expect("it ends");
     assert!(!status.success() && second.log().contains(&named), "{}", second.log());
 
-    let clean_up = |argument: &'static str| {
-        let binary = kube_lane_tests::agent::binary().unwrap();
-        let output = move || std::process::Command::new(binary).arg(argument).output();
-        let output = world.lab.node(0).run(output).unwrap().unwrap();
-        (output.status.success(), String::from_utf8(output.stderr).unwrap())
-    };
-    for argument in ["cleanup", "--cleanup"] {
-        let (success, said) = clean_up(argument);
+    for way in ["cleanup", "--cleanup"] {
+        let (success, said) = agent::clean_up(world.lab.node(0), way).unwrap();
         assert!(!success && said.contains(&named), "{said}");
     }
     assert!(answered(&world.lab.node(0).dial(Proto::Tcp, vip).unwrap()));
     drop(world.agents.remove(0));
-    let (success, said) = clean_up("cleanup");
+    let (success, said) = agent::clean_up(world.lab.node(0), "cleanup").unwrap();
     assert!(success, "{said}");
     assert!(!answered(&world.lab.node(0).dial_with(Dial::new(Proto::Tcp, vip).timeout(QUIET)).unwrap()));
 }
@@ -340,7 +334,7 @@ fn beside_an_agent_no_other_starts_and_nothing_is_cleaned_up() {
 #[test]
 fn a_node_is_prepared_without_an_agent() {
     let lab = Lab::builder().build().unwrap();
-    let binary = kube_lane_tests::agent::binary().unwrap();
+    let binary = agent::binary().unwrap();
     let prepare = move || {
         let arguments = ["--init-only", "--manifests=/tmp", "--conntrack-tcp-timeout-close-wait=90s"];
         let output = std::process::Command::new(binary).args(arguments).output()?;

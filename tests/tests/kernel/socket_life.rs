@@ -1,6 +1,5 @@
 //! The socket layer through changes: of endpoints, of agents, of what others attach, of room.
 
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use kube_lane_lab::{Dial, Flow, Host, Load, Outcome, Pod, Proto};
@@ -9,6 +8,7 @@ use kube_lane_tests::objects::{Endpoint, Port};
 use nix::sys::signal::Signal;
 use serde_json::json;
 
+use super::bare::attached;
 use super::foreign::Foreign;
 use super::world::{
     Mode, QUIET, SYNC, World, answered, answered_in, at, endpoints, meet, serving, until, until_met, vip,
@@ -201,26 +201,12 @@ fn what_others_attached_stays_and_works() {
 
     drop(world.agents.remove(0));
     let node = world.lab.node(0);
-    assert!(attached(node).len() > 1, "{:?}", attached(node));
-    clean_up(node);
-    assert_eq!(attached(node).len(), 1, "only the foreign one stays: {:?}", attached(node));
+    assert!(attached(node.cgroup()).len() > 1, "{:?}", attached(node.cgroup()));
+    let (success, said) = agent::clean_up(node, "cleanup").unwrap();
+    assert!(success, "{said}");
+    assert_eq!(attached(node.cgroup()).len(), 1, "only the foreign one stays: {:?}", attached(node.cgroup()));
     assert!(!node.bpf_root().exists() || node.bpf_root().read_dir().unwrap().next().is_none());
     assert!(matches!(meet(&client, other).outcome, Outcome::Failed(_)));
-}
-
-/// Runs `kube-lane cleanup` on a node.
-fn clean_up(node: &Host) {
-    let mut cleanup = Command::new(agent::binary().unwrap());
-    cleanup.arg("cleanup").args(agent::places(node));
-    let output = node.run(move || cleanup.output()).unwrap().unwrap();
-    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
-    assert!(output.status.success(), "{text}");
-}
-
-/// The programs that are attached to a node's cgroup, as bpftool lists them.
-fn attached(node: &Host) -> Vec<String> {
-    let output = Command::new("bpftool").args(["cgroup", "show"]).arg(node.cgroup()).output().unwrap();
-    String::from_utf8(output.stdout).unwrap().lines().skip(1).map(str::to_owned).collect()
 }
 
 #[test]

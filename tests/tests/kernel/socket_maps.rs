@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::net::{SocketAddr, TcpStream};
 use std::num::NonZeroU32;
+use std::ops::Deref;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -22,33 +23,29 @@ use kube_lane::dataplane::socket::{Options, Room, Socket, SocketError, cleanup, 
 use kube_lane::model::input::{Family, Protocol, ServiceKey};
 use kube_lane::model::plan::{Backend, Frontend, NodePlan, Plan, PortPlan, Verdict};
 use kube_lane_common::{AffinityKey, Frontend as Leads, FrontendKey, LAYOUT, Remembered, maps, programs};
-use kube_lane_lab::{Dial, Echo, Host, Lab, Load, Outcome, Pod, Proto};
+use kube_lane_lab::{Dial, Load, Outcome, Pod, Proto};
 
+use super::bare::{Bare, attached};
 use super::world::{at, vips};
 
 /// Nobody answers after so long.
 const QUIET: Duration = Duration::from_millis(250);
 const SMALL: Room = Room { services: Sizes { frontends: 16, ports: 8, slots: 64, backends: 16 }, clients: 8 };
 
-/// A node whose sockets are answered, a client pod, and two pods that serve.
-struct Stage {
-    client: Pod,
-    a: Pod,
-    b: Pod,
-    _echoes: Vec<Echo>,
-    lab: Lab,
+/// A node whose sockets are answered.
+struct Stage(Bare);
+
+impl Deref for Stage {
+    type Target = Bare;
+
+    fn deref(&self) -> &Bare {
+        &self.0
+    }
 }
 
 impl Stage {
     fn new() -> Self {
-        let lab = Lab::builder().build().unwrap();
-        let [client, a, b] = ["client", "a", "b"].map(|name| lab.node(0).add_pod(name).unwrap());
-        let echoes = [&a, &b].map(|pod| pod.serve(Proto::Tcp, 8080).unwrap()).into();
-        Self { client, a, b, _echoes: echoes, lab }
-    }
-
-    fn node(&self) -> &Host {
-        self.lab.node(0)
+        Self(Bare::new())
     }
 
     fn root(&self) -> PathBuf {
@@ -118,13 +115,6 @@ fn names(folder: &Path) -> Vec<String> {
     let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     names
-}
-
-fn attached(cgroup: &Path) -> Vec<(String, String)> {
-    let output = Command::new("bpftool").args(["cgroup", "show"]).arg(cgroup).output().unwrap();
-    let lines = String::from_utf8(output.stdout).unwrap();
-    let words = lines.lines().skip(1).map(|line| line.split_whitespace().collect::<Vec<_>>());
-    words.map(|words| (words[0].to_owned(), words[words.len() - 1].to_owned())).collect()
 }
 
 fn vip(number: u8) -> SocketAddr {

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use kube_lane_common::{LAYOUT, maps, programs};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
+use super::bare;
 use super::world::{Mode, SYNC, World, answered_in, at, endpoints, serving, until_met, vips, web_ports};
 
 /// How often the agent has said this.
@@ -27,9 +28,7 @@ fn wait_said(world: &World, what: &str, times: usize) {
 
 /// How many programs are attached to the first node's cgroup.
 fn attached(world: &World) -> usize {
-    let mut show = Command::new("bpftool");
-    let output = show.args(["cgroup", "show"]).arg(world.lab.node(0).cgroup()).output().unwrap();
-    String::from_utf8(output.stdout).unwrap().lines().skip(1).count()
+    bare::attached(world.lab.node(0).cgroup()).len()
 }
 
 fn detach(link: &Path) {

@@ -336,9 +336,7 @@ fn cleanup_leaves_nothing() {
     let mut world = World::new(&[]);
     let _serving = fill(&world);
     drop(world.agents.remove(0));
-    let mut cleanup = Command::new(agent::binary().unwrap());
-    cleanup.arg("cleanup");
-    let output = world.lab.node(0).run(move || cleanup.output()).unwrap().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let (success, said) = agent::clean_up(world.lab.node(0), "cleanup").unwrap();
+    assert!(success, "{said}");
     assert_eq!(ruleset(&world), "");
 }

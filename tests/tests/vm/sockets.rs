@@ -94,10 +94,8 @@ pub(crate) fn cleanup_unloads_the_programs() {
     meet_until(&world, &client, led_to(pod.name()));
     drop(world.agents.remove(0));
     let node = world.lab.node(0);
-    let mut cleanup = Command::new(agent::binary().unwrap());
-    cleanup.arg("cleanup").args(agent::places(node));
-    let output = node.run(move || cleanup.output()).unwrap().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let (success, said) = agent::clean_up(node, "cleanup").unwrap();
+    assert!(success, "{said}");
     let dial = Dial::new(Proto::Tcp, at(vips(10)[0], 80)).timeout(ANSWER);
     let met = client.run(move || dial.meet()).unwrap();
     assert!(!met.at_socket && met.outcome.by().is_none(), "{met:?}");

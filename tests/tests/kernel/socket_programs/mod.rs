@@ -6,6 +6,7 @@ mod udp;
 
 use std::fs;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::ops::Deref;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -19,11 +20,12 @@ use kube_lane_common::{
     AffinityKey, Answered, Backend, Client, Frontend, FrontendKey, Member, Network4, Network6, Port,
     PortWord, Remembered, Set, Settings, Slot, maps, programs,
 };
-use kube_lane_lab::{Dial, Echo, Host, Lab, Node, Outcome, Pod, Proto};
+use kube_lane_lab::{Dial, Host, Outcome, Proto};
 use nix::libc;
 use nix::sys::time::TimeValLike;
 use nix::time::{ClockId, clock_gettime};
 
+use super::bare::Bare;
 use super::world::{at, vips};
 
 /// Nobody answers after so long.
@@ -128,14 +130,18 @@ impl Programs {
     }
 }
 
-/// A node with the programs on its cgroup, where pods are answered at cluster IPs; a client pod and two that serve.
+/// A node with the programs on its cgroup, where pods are answered at cluster IPs.
 struct Stage {
     programs: Programs,
-    client: Pod,
-    a: Pod,
-    b: Pod,
-    _echoes: Vec<Echo>,
-    lab: Lab,
+    bare: Bare,
+}
+
+impl Deref for Stage {
+    type Target = Bare;
+
+    fn deref(&self) -> &Bare {
+        &self.bare
+    }
 }
 
 impl Stage {
@@ -144,18 +150,10 @@ impl Stage {
     }
 
     fn with(refuse: bool) -> Self {
-        let lab = Lab::builder().build().unwrap();
-        let [client, a, b] = ["client", "a", "b"].map(|name| lab.node(0).add_pod(name).unwrap());
-        let serve = |pod: &Pod| [Proto::Tcp, Proto::Udp].map(|proto| pod.serve(proto, TARGET).unwrap());
-        let echoes = [&a, &b].into_iter().flat_map(serve).collect();
-        let programs = Programs::attach(lab.node(0).cgroup(), refuse);
-        let mut stage = Self { programs, client, a, b, _echoes: echoes, lab };
+        let bare = Bare::new();
+        let mut stage = Self { programs: Programs::attach(bare.node().cgroup(), refuse), bare };
         stage.answer(PODS);
         stage
-    }
-
-    fn node(&self) -> &Node {
-        self.lab.node(0)
     }
 
     /// Answers so, with no pods' network.

@@ -92,9 +92,8 @@ fn grace_period() {
 /// which has turns of this length: until the client is led to the other, or the time is over. Tells whom the client met,
 /// and how many turns there were.
 fn turns(wait: impl Fn(), length: Duration, at_most: Duration) -> (Report, usize) {
-    let stage = Stage::new();
+    let Stage { mut programs, bare: stage } = Stage::new();
     let [stays, ours, theirs] = [1, 2, 3].map(|number| service(number)[0]);
-    let mut programs = stage.programs;
     let arrays = Arrays::of(&programs);
     let policy = Policy { detector: Clients::Interface, ..Policy::default() };
     let (mut lowering, _) = Lowering::adopt(policy, Found::default(), ROOM);

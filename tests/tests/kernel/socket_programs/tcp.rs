@@ -129,30 +129,30 @@ fn clients_come_back_to_the_backend_they_had() {
     let had = ask(&stage.client, to).0;
     let id = 1 + pods.iter().position(|pod| **pod == had).unwrap() as u32;
     assert_eq!(stage.client.dial_many(Proto::Tcp, to, 20).unwrap().answered[&had], 20);
-    assert_eq!(stage.programs.remembered(&stage.client, 1).unwrap().backend(), id);
+    assert_eq!(stage.programs.remembered(&stage.bare.client, 1).unwrap().backend(), id);
 
     // Long ago, but not too long.
     let other = 3 - id;
-    stage.programs.remember(&stage.client, 1, Remembered::new(other, seconds() - 9));
+    stage.programs.remember(&stage.bare.client, 1, Remembered::new(other, seconds() - 9));
     assert_eq!(ask(&stage.client, to).0, pods[other as usize - 1]);
-    let refreshed = stage.programs.remembered(&stage.client, 1).unwrap();
+    let refreshed = stage.programs.remembered(&stage.bare.client, 1).unwrap();
     assert!(seconds() - refreshed.seconds() < 5, "{refreshed:?}");
 
     // Too long ago: whoever is picked.
     let met: BTreeSet<_> = (0..40)
         .map(|_| {
-            stage.programs.remember(&stage.client, 1, Remembered::new(other, seconds() - 20));
+            stage.programs.remember(&stage.bare.client, 1, Remembered::new(other, seconds() - 20));
             ask(&stage.client, to).0
         })
         .collect();
     assert_eq!(met.len(), 2);
 
     // What has left the set is not met again, and forgotten.
-    stage.programs.remember(&stage.client, 1, Remembered::new(1, seconds()));
+    stage.programs.remember(&stage.bare.client, 1, Remembered::new(1, seconds()));
     stage.programs.set(Set::cluster_of(1), &[2]);
     stage.programs.retire(1);
     assert_eq!(ask(&stage.client, to).0, "b");
-    assert_eq!(stage.programs.remembered(&stage.client, 1).unwrap().backend(), 2);
+    assert_eq!(stage.programs.remembered(&stage.bare.client, 1).unwrap().backend(), 2);
 }
 
 #[test]
@@ -160,8 +160,8 @@ fn who_cannot_be_remembered_is_left_alone() {
     let mut stage = Stage::new();
     let to = lead_to_both(&mut stage, 10);
     // The map has room for two clients.
-    stage.programs.remember(&stage.a, 1, Remembered::new(1, seconds()));
-    stage.programs.remember(&stage.b, 1, Remembered::new(1, seconds()));
+    stage.programs.remember(&stage.bare.a, 1, Remembered::new(1, seconds()));
+    stage.programs.remember(&stage.bare.b, 1, Remembered::new(1, seconds()));
     assert_eq!(stage.meets(&stage.client, to), Outcome::TimedOut);
     assert_eq!(stage.programs.connections([1, 2]), [0, 0]);
     assert_eq!(stage.meets(&stage.b, to).by(), Some("a"));
