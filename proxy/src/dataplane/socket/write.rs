@@ -1,4 +1,4 @@
-//! What passes between the pure half of the socket layer (`lower`) and the half that does system calls (`maps`).
+//! What passes between the pure half of the socket layer (`lower`) and the half that does system calls (`kernel`).
 //!
 //! Owns words only.
 

@@ -8,9 +8,9 @@ use std::net::IpAddr;
 
 use kube_lane_common::{Frontend, FrontendKey, Member, Set, Slot};
 
+use super::super::write::{Sizes, Write};
 use super::ids::{Ids, Range, Ranges, Retired};
 use super::members::Both;
-use super::write::{Sizes, Write};
 
 /// What the maps hold.
 #[derive(Debug)]

@@ -5,13 +5,13 @@
 
 use kube_lane_common::{Backend, Frontend, FrontendKey, Member, Port as PortNumber, PortWord, Set};
 
+use super::super::answers::{Answer, Why};
+use super::super::write::Write;
 use super::addresses::key;
 use super::adopt::FoundPort;
-use super::answers::{Answer, Why};
 use super::ids::Range;
 use super::image::{Change, Edit, Placed};
 use super::members::{self, Both, Difference, members};
-use super::write::Write;
 use crate::model::plan::{self, FrontendKind, PortPlan, Verdict};
 
 /// A port as it is in the maps; the default: it is not there.

@@ -4,8 +4,8 @@
 
 use kube_lane_common::{Answered, Settings};
 
+use super::super::answers::{Clients, Policy};
 use super::SocketError;
-use super::answers::{Clients, Policy};
 use super::maps::Maps;
 use super::sys::GracePeriod;
 use crate::model::plan::NodePlan;

@@ -9,10 +9,10 @@ use std::sync::Arc;
 
 use kube_lane_common::{Backend, Frontend, FrontendKey, Member, PortWord, Set, Slot, TCP, UDP};
 
+use super::super::write::{Found, Sizes, Write};
 use super::ids::{Ids, Range, Ranges, Retired};
 use super::image::{Edit, Image, Placed};
 use super::members::{self, Both};
-use super::write::{Found, Sizes, Write};
 use crate::model::plan::{self, AddressPort, FrontendAddress, FrontendKind, PortPlan, Verdict};
 
 /// A port of an earlier run that no Service has claimed yet.

@@ -10,8 +10,8 @@ use itertools::{EitherOrBoth, Itertools as _};
 use kube_lane_common::{Address, FrontendKey, Port};
 
 #[cfg(test)]
-use super::answers::Clashes;
-use super::answers::{Why, is_dialled_alike};
+use super::super::answers::Clashes;
+use super::super::answers::{Why, is_dialled_alike};
 use super::members::members;
 use crate::model::input::{Family, Protocol};
 use crate::model::plan::{AddressPort, FrontendAddress, NodePlan, Plan, PortPlan};

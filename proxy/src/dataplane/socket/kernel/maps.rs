@@ -14,12 +14,12 @@ use kube_lane_common::{
     Settings, Slot, maps,
 };
 
+use super::super::write::{Found, Sizes, Write};
 use super::SocketError;
 use super::hash::{Hash, open_map};
 use super::pins::MapFolder;
 use super::room::Room;
 use super::sys::Words;
-use super::write::{Found, Sizes, Write};
 
 /// `BPF_F_NO_PREALLOC`.
 const NO_PREALLOC: u32 = 1;

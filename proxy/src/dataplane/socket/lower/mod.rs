@@ -4,6 +4,19 @@
 //! between any two of them. Owns the ids. Never decides what is answered (`answers` does), never waits: what no map names
 //! any more is handed out as `Retired`, and used again when it is given back.
 
+mod addresses;
+mod adopt;
+#[cfg(test)]
+mod history_tests;
+mod ids;
+mod image;
+#[cfg(test)]
+mod lower_tests;
+mod members;
+#[cfg(test)]
+mod memory_tests;
+mod port;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::mem;
 use std::net::IpAddr;
@@ -12,13 +25,14 @@ use std::sync::Arc;
 use itertools::{EitherOrBoth, Itertools as _};
 use kube_lane_common::{FrontendKey, Set, Settings};
 
-use super::addresses::{Addresses, Handle, all_backends, key};
-use super::adopt::{FoundPort, adopt};
+use self::addresses::{Addresses, Handle, all_backends, key};
+use self::adopt::{FoundPort, adopt};
+use self::ids::Range;
+pub use self::ids::Retired;
+use self::image::{Edit, Image, Placed};
+use self::members::{Both, Difference, members};
+use self::port::{Next, Port};
 use super::answers::{Answer, Clashes, EndpointSet, Limit, Policy, Why, answers};
-use super::ids::{Range, Retired};
-use super::image::{Edit, Image, Placed};
-use super::members::{Both, Difference, members};
-use super::port::{Next, Port};
 use super::write::{Found, Sizes, Write};
 use crate::dataplane::Batch;
 use crate::model::input::{Family, ServiceKey};

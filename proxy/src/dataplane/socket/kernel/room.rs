@@ -2,7 +2,7 @@
 //!
 //! Pure. Memory is taken for all of it at once, so the maps begin small and grow.
 
-use super::write::Sizes;
+use super::super::write::Sizes;
 use crate::model::plan::Plan;
 
 /// How much all maps have room for.

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use kube_lane_common::{Backend, Frontend, FrontendKey, Member, PortWord, Set, Slot};
 
-use super::write::{Found, Sizes, Write};
+use super::super::write::{Found, Sizes, Write};
 
 /// The maps.
 #[derive(Clone, Debug, PartialEq)]

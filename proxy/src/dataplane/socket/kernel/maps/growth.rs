@@ -10,8 +10,8 @@ use kube_lane_common::maps;
 
 use super::{Maps, store};
 use crate::dataplane::socket::SocketError;
-use crate::dataplane::socket::hash::Hash;
-use crate::dataplane::socket::sys::Words;
+use crate::dataplane::socket::kernel::hash::Hash;
+use crate::dataplane::socket::kernel::sys::Words;
 
 /// Maps that others take the place of.
 #[derive(Debug)]

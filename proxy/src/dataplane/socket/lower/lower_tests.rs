@@ -6,11 +6,11 @@ use kube_lane_common::{
     Backend as MapBackend, Frontend as Word, FrontendKey, Member, Port as PortNumber, Set, Slot,
 };
 
+use super::super::answers::{Answer, Limit, Policy, Why};
+use super::super::write::{Found, Sizes, Write};
 use super::addresses::key;
-use super::answers::{Answer, Limit, Policy, Why};
-use super::lower::{Lowered, Lowering};
 use super::memory_tests::{Memory, Outcome, Reader};
-use super::write::{Found, Sizes, Write};
+use super::{Lowered, Lowering};
 use crate::dataplane::Batch;
 use crate::model::input::{Family, Protocol, ServiceKey};
 use crate::model::plan::{AddressPort, Backend, Frontend, FrontendKind, NodePlan, Plan, PortPlan, Verdict};
@@ -22,7 +22,7 @@ const POLICY: Policy = Policy {
     loopback_nodeports: false,
     host_namespace_only: false,
     leave_alone: false,
-    detector: super::answers::Clients::Interface,
+    detector: super::super::answers::Clients::Interface,
     masquerade_all: false,
 };
 

@@ -6,12 +6,12 @@ use std::sync::Arc;
 
 use kube_lane_common::FrontendKey;
 
+use super::super::answers::{Answer, Clients, EndpointSet, Policy, answers};
+use super::super::write::{Sizes, Write};
+use super::Lowering;
 use super::addresses::{Addresses, key};
-use super::answers::{Answer, Clients, EndpointSet, Policy, answers};
 use super::ids::Retired;
-use super::lower::Lowering;
 use super::memory_tests::{Memory, Outcome, Reader};
-use super::write::{Sizes, Write};
 use crate::dataplane::Batch;
 use crate::dataplane::history::{Random, each_seed, settings};
 use crate::model::input::{Protocol, ServiceKey};

@@ -1,0 +1,26 @@
+//! What is in the kernel: programs at their hooks, maps, pins; and the layer that keeps them as it is told.
+//!
+//! Owns all system calls of the socket layer. Never decides what is answered (`answers`), or how the maps say it (`lower`).
+
+mod affinity;
+mod cgroup;
+mod error;
+mod grace;
+mod hash;
+mod install;
+mod installed;
+mod layer;
+mod left_alone;
+mod maps;
+mod object;
+mod pins;
+mod probe;
+mod room;
+mod settings;
+mod sys;
+
+pub use self::error::SocketError;
+pub use self::layer::{Applied, Options, Socket, cleanup, withdraw};
+pub use self::object::{OBJECT, available};
+pub use self::probe::{Feature, probe};
+pub use self::room::Room;
