@@ -217,6 +217,13 @@ fn a_restart_keeps_counts_and_a_switch_of_the_option_keeps_everything_else() {
         }
         assert!(answered(&flow.ask()), "{round}");
     }
+    // An endpoint that leaves while no agent is there, and another one that is to move into its slot.
+    world.agents.remove(0);
+    world.put("web", &web_ports(), 10, &endpoints(&[b]));
+    let agent = world.start_agent(0, &[]);
+    world.agents.insert(0, agent);
+    world.agents[0].wait_synced(SYNC).unwrap();
+    assert_eq!(connections(&port(&world, "web", Proto::Tcp, "IPv4")), expected.of(&[b]));
     let report = load.stop();
     assert_eq!(report.tally.failures(), 0, "{report}");
     assert_eq!(leaks.count(), 0, "{report}");

@@ -310,8 +310,8 @@ pub(crate) enum Wanted<'a> {
 }
 
 /// A request: its bytes.
-pub(crate) fn request(wanted: Wanted<'_>, family: Family, seq: u32) -> Vec<u8> {
-    let mut transaction = Transaction::<()>::new(seq, Scratch::default(), false);
+pub(crate) fn request(wanted: Wanted<'_>, family: Family, seq: u32, scratch: &mut Scratch) -> Vec<u8> {
+    let mut transaction = Transaction::<()>::new(seq, std::mem::take(scratch), false);
     transaction.buffer.clear();
     let (kind, flags, raw) = match wanted {
         Wanted::Sets => (libc::NFT_MSG_GETSET, libc::NLM_F_DUMP, RawSet::all(family)),
@@ -334,6 +334,7 @@ pub(crate) fn request(wanted: Wanted<'_>, family: Family, seq: u32) -> Vec<u8> {
         }
     }
     transaction.take_scratch();
+    *scratch = transaction.release();
     transaction.buffer
 }
 

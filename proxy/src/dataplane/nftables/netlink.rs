@@ -176,7 +176,8 @@ impl Netlink {
     ) -> Result<(), Errno> {
         let seq = self.seq;
         self.seq = self.seq.wrapping_add(1);
-        self.request(&request(wanted, family, seq), seq, &mut each)
+        let request = request(wanted, family, seq, &mut self.scratch);
+        self.request(&request, seq, &mut each)
     }
 
     /// The number of the kernel's current ruleset generation.
