@@ -2,6 +2,7 @@
 //!
 //! Never beside an agent: that would put everything back, and meanwhile tell what is not so.
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
@@ -9,8 +10,8 @@ use clap::Args;
 use tracing::info;
 
 use super::instance;
-use crate::config::Roots;
-use crate::config::flags::LogFlags;
+use crate::config::flags::{LogFlags, RunFlags};
+use crate::config::{Environment, Roots};
 use crate::dataplane::{nftables, socket};
 use crate::observability::telemetry;
 
@@ -23,17 +24,29 @@ pub(super) struct CleanupFlags {
 }
 
 pub(super) fn run(flags: &CleanupFlags) -> anyhow::Result<ExitCode> {
-    remove(&flags.log, &flags.roots)
+    remove(&flags.log, &flags.roots.bpf_root())
 }
 
-pub(super) fn remove(log: &LogFlags, roots: &Roots) -> anyhow::Result<ExitCode> {
+/// `--cleanup`, which knows the configuration.
+pub(super) fn run_as_kube_proxy(flags: &RunFlags) -> anyhow::Result<ExitCode> {
+    let resolved = flags.resolve(&Environment::read())?;
+    remove(flags.log(), &resolved.config.socket_lb.bpf_root)
+}
+
+fn remove(log: &LogFlags, bpf_root: &Path) -> anyhow::Result<ExitCode> {
     telemetry::init(&log.logging())?;
     // Nor does one start meanwhile.
     let _only = instance::claim().context("nothing is removed")?;
     // What answers first goes first. One that cannot go does not keep the other.
-    let socket = socket::cleanup(&roots.bpf_root()).context("cleanup of the socket layer");
+    let socket = socket::cleanup(bpf_root).context("cleanup of the socket layer");
     nftables::cleanup().context("cleanup (it needs CAP_NET_ADMIN)")?;
-    socket?;
-    info!("removed everything of kube-lane; established connections end unless another proxy is in place");
+    if socket? {
+        info!(bpf_root = %bpf_root.display(), "removed the socket layer; its connections live on");
+    } else {
+        info!(bpf_root = %bpf_root.display(), "no socket layer is pinned here; one pinned elsewhere stays");
+    }
+    info!(
+        "removed everything of kube-lane in nftables; what it translated ends unless another proxy is in place"
+    );
     Ok(ExitCode::SUCCESS)
 }

@@ -21,7 +21,8 @@ mod version;
 
 const FLAGS_NOTE: &str = "Every other flag of kube-proxy 1.36 is accepted as well. Those that are set and have no \
 effect so far are named in one warning at the start. With --config, only --hostname-override, --master, --manifests, \
---conntrack-clean-sctp, --cgroup-root, --bpf-root, --socket-lb-* and the flags about logs still count.";
+--conntrack-clean-sctp, --count-connections, --cgroup-root, --bpf-root, --socket-lb-* and the flags about logs still \
+have an effect.";
 
 /// kube-lane: Kubernetes Services in nftables and eBPF, in place of kube-proxy
 #[derive(Debug, Parser)]
@@ -88,7 +89,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 fn run_or_act(flags: &RunFlags) -> anyhow::Result<ExitCode> {
     match flags.action() {
         Action::Version => version::run(),
-        Action::Cleanup => cleanup::remove(flags.log(), flags.roots()),
+        Action::Cleanup => cleanup::run_as_kube_proxy(flags),
         Action::WriteConfig(path) => run::write_config(flags, &path),
         Action::InitOnly => run::init_only(flags),
         Action::Run => run::run(flags),

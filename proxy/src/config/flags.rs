@@ -13,7 +13,7 @@ use super::duration::GoDuration;
 use super::error::ConfigError;
 use super::file::{KubeProxyConfiguration, LoggingSection, leaves, prune};
 use super::resolve::{Environment, Overrides, Resolved, resolve};
-use super::socket_lb::{Roots, SocketLbFlags};
+use super::socket_lb::SocketLbFlags;
 use super::values::{go_bool, not_empty};
 use super::{LogFormat, Logging, NetworkFlags, parse};
 use crate::address::parse_ip;
@@ -240,11 +240,6 @@ impl RunFlags {
     /// How `--cleanup` and other actions without a configuration log.
     pub fn log(&self) -> &LogFlags {
         &self.log
-    }
-
-    /// Where `--cleanup` looks for the socket layer.
-    pub fn roots(&self) -> &Roots {
-        self.socket_lb.roots()
     }
 
     /// Reads the configuration file, if one is named, and resolves it together with the flags.

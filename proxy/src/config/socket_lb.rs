@@ -128,10 +128,6 @@ impl AnswerFlags {
 }
 
 impl SocketLbFlags {
-    pub(super) fn roots(&self) -> &Roots {
-        &self.roots
-    }
-
     /// Puts the flags into the form of a file.
     pub(super) fn fill(&self, file: &mut KubeProxyConfiguration) {
         let own = &mut file.kube_lane;
@@ -202,7 +198,7 @@ impl SocketLb {
             let defaults = Self { cgroup_root: None, bpf_root: BPF_ROOT.into(), ..Self::default() };
             let written = Self { cgroup_root: None, bpf_root: BPF_ROOT.into(), ..self.clone() };
             if written != defaults {
-                warnings.push("kubeLane.socketLB counts only in mode (--proxy-mode) ebpf".to_owned());
+                warnings.push("kubeLane.socketLB has an effect only in mode (--proxy-mode) ebpf".to_owned());
             }
             return warnings;
         }

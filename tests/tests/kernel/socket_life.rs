@@ -1,5 +1,7 @@
 //! The socket layer through changes: of endpoints, of agents, of what others attach, of room.
 
+use std::fs;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use kube_lane_lab::{Dial, Flow, Host, Load, Outcome, Pod, Proto};
@@ -207,6 +209,35 @@ fn what_others_attached_stays_and_works() {
     assert_eq!(attached(node.cgroup()).len(), 1, "only the foreign one stays: {:?}", attached(node.cgroup()));
     assert!(!node.bpf_root().exists() || node.bpf_root().read_dir().unwrap().next().is_none());
     assert!(matches!(meet(&client, other).outcome, Outcome::Failed(_)));
+}
+
+#[test]
+fn kube_proxys_cleanup_knows_the_configuration() {
+    let mut world = World::in_mode(Mode::Ebpf);
+    let (pod, _echoes) = serving(&world.lab, 0, "server");
+    world.put("web", &web_ports(), 10, &endpoints(&[&pod]));
+    let met = until_met(&pod, vip(10), answered_in(Mode::Ebpf));
+    assert!(answered_in(Mode::Ebpf)(&met), "{met:?}\n{}", world.agents[0].log());
+    drop(world.agents.remove(0));
+
+    let node = world.lab.node(0);
+    let elsewhere = node.bpf_root().join("elsewhere");
+    for (root, found) in [(elsewhere, false), (node.bpf_root().to_owned(), true)] {
+        let config = json!({
+            "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
+            "kind": "KubeProxyConfiguration",
+            "kubeLane": {"bpfRoot": root},
+        });
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), config.to_string()).unwrap();
+        let mut command = Command::new(agent::binary().unwrap());
+        command.arg("--cleanup").arg("--config").arg(file.path());
+        let output = node.run(move || command.output()).unwrap().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success(), "{said}");
+        assert_eq!(said.contains("removed the socket layer"), found, "{said}");
+        assert_eq!(attached(node.cgroup()).is_empty(), found, "{said}");
+    }
 }
 
 #[test]

@@ -324,19 +324,19 @@ fn cleanup_leaves_nothing() {
     drop(stage.serve(&[&stage.a]));
     fs::create_dir_all(stage.root().join("v0/links")).unwrap();
     fs::create_dir(stage.root().join("another")).unwrap();
-    cleanup(&stage.root()).unwrap();
+    assert!(cleanup(&stage.root()).unwrap());
     assert_eq!(stage.attached(), []);
     assert_eq!(names(&stage.root()), ["another"], "what is not ours stays");
     assert_eq!(stage.meets(), None);
     fs::remove_dir(stage.root().join("another")).unwrap();
-    cleanup(&stage.root()).unwrap();
-    cleanup(&stage.root()).unwrap();
-    cleanup(Path::new("/nonexistent/kube-lane")).unwrap();
+    assert!(!cleanup(&stage.root()).unwrap(), "nothing is left");
+    assert!(!stage.root().exists());
+    assert!(!cleanup(Path::new("/nonexistent/kube-lane")).unwrap());
     // A folder elsewhere that happens to have such a name.
     let elsewhere = tempfile::tempdir().unwrap();
     fs::create_dir_all(elsewhere.path().join("v1/maps")).unwrap();
     fs::write(elsewhere.path().join("v1/maps/SETS"), "theirs").unwrap();
-    cleanup(elsewhere.path()).unwrap();
+    assert!(!cleanup(elsewhere.path()).unwrap());
     assert!(elsewhere.path().join("v1/maps/SETS").exists());
 }
 

@@ -378,10 +378,13 @@ pub fn withdraw(bpf_root: &Path) -> Result<(), SocketError> {
     versions.iter().filter(|version| !is_others(version)).try_for_each(Version::remove)
 }
 
-/// Detaches and removes all of ours below `bpf_root`, of every layout. Well where there is nothing.
+/// Detaches and removes all of ours below `bpf_root`, of every layout. Returns whether there was anything.
 ///
 /// # Errors
 /// Where something cannot be removed.
-pub fn cleanup(bpf_root: &Path) -> Result<(), SocketError> {
-    Pins::new(bpf_root).remove()
+pub fn cleanup(bpf_root: &Path) -> Result<bool, SocketError> {
+    let pins = Pins::new(bpf_root);
+    let found = !pins.versions()?.is_empty();
+    pins.remove()?;
+    Ok(found)
 }
