@@ -10,8 +10,8 @@ use clap::Args;
 use tracing::info;
 
 use super::instance;
+use crate::config::Roots;
 use crate::config::flags::{LogFlags, RunFlags};
-use crate::config::{Environment, Roots};
 use crate::dataplane::{nftables, socket};
 use crate::observability::telemetry;
 
@@ -29,8 +29,7 @@ pub(super) fn run(flags: &CleanupFlags) -> anyhow::Result<ExitCode> {
 
 /// `--cleanup`, which knows the configuration.
 pub(super) fn run_as_kube_proxy(flags: &RunFlags) -> anyhow::Result<ExitCode> {
-    let resolved = flags.resolve(&Environment::read())?;
-    remove(flags.log(), &resolved.config.socket_lb.bpf_root)
+    remove(flags.log(), &flags.bpf_root()?)
 }
 
 fn remove(log: &LogFlags, bpf_root: &Path) -> anyhow::Result<ExitCode> {

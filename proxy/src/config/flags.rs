@@ -3,7 +3,7 @@
 //! A flag only says which field of `KubeProxyConfiguration` it sets; what the field means is `resolve`'s.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::json;
@@ -13,7 +13,7 @@ use super::duration::GoDuration;
 use super::error::ConfigError;
 use super::file::{KubeProxyConfiguration, LoggingSection, leaves, prune};
 use super::resolve::{Environment, Overrides, Resolved, resolve};
-use super::socket_lb::SocketLbFlags;
+use super::socket_lb::{SocketLbFlags, bpf_root};
 use super::values::{go_bool, not_empty};
 use super::{LogFormat, Logging, NetworkFlags, parse};
 use crate::address::parse_ip;
@@ -242,6 +242,19 @@ impl RunFlags {
         &self.log
     }
 
+    /// Where `--cleanup` looks for the socket layer. Nothing else of a configuration has to be usable for that.
+    ///
+    /// # Errors
+    /// When the configuration file cannot be read or decoded.
+    pub fn bpf_root(&self) -> Result<PathBuf, ConfigError> {
+        let flag = self.to_file().kube_lane.bpf_root;
+        let root = match self.config.as_ref().filter(|path| flag.is_none() && !path.is_empty()) {
+            Some(path) => read(path.as_ref())?.file.kube_lane.bpf_root,
+            None => flag,
+        };
+        Ok(bpf_root(root))
+    }
+
     /// Reads the configuration file, if one is named, and resolves it together with the flags.
     ///
     /// # Errors
@@ -261,9 +274,7 @@ impl RunFlags {
 
     /// With a file, only the host name, the master, the logs and our own flags still count.
     fn resolve_file(&self, path: PathBuf, environment: &Environment) -> Result<Resolved, ConfigError> {
-        let text = std::fs::read_to_string(&path)
-            .map_err(|source| ConfigError::File { path: path.clone(), source })?;
-        let parse::Parsed { mut file, warnings } = parse::parse(&path, &text)?;
+        let parse::Parsed { mut file, warnings } = read(&path)?;
         let flags = self.to_file();
 
         let value = flags.to_value();
@@ -412,4 +423,10 @@ fn feature_gates(text: &str) -> Result<BTreeMap<String, bool>, String> {
             _ => Err(format!("{gate:?} is not written like Gate=true")),
         })
         .collect()
+}
+
+fn read(path: &Path) -> Result<parse::Parsed, ConfigError> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|source| ConfigError::File { path: path.to_owned(), source })?;
+    parse::parse(path, &text)
 }

@@ -102,10 +102,15 @@ pub struct Roots {
     bpf_root: Option<PathBuf>,
 }
 
+/// The folder of the pins: the one that is named, else the usual one.
+pub(super) fn bpf_root(named: Option<PathBuf>) -> PathBuf {
+    not_empty(named).unwrap_or_else(|| BPF_ROOT.into())
+}
+
 impl Roots {
     /// The folder of the pins.
     pub fn bpf_root(&self) -> PathBuf {
-        not_empty(self.bpf_root.clone()).unwrap_or_else(|| BPF_ROOT.into())
+        bpf_root(self.bpf_root.clone())
     }
 
     /// The cgroup, where one is named.
