@@ -345,6 +345,7 @@ impl<D: Dataplane> Controller<D> {
             node: self.planner.node().cloned(),
             refused: self.refused.clone(),
             troubles: self.dataplane.troubles(),
+            left_alone: self.dataplane.left_alone(),
         }
     }
 

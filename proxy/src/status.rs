@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Display, Formatter};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -56,6 +57,8 @@ pub struct Report {
     pub refused: BTreeMap<ServiceKey, String>,
     /// What is wrong with a layer in front of nftables.
     pub troubles: Vec<String>,
+    /// The cgroups that such a layer leaves alone, and whether each exists.
+    pub left_alone: Vec<(PathBuf, bool)>,
 }
 
 /// What is known of one Service.
@@ -110,6 +113,7 @@ impl Agent<'_> {
     fn to_json(self) -> Value {
         let Self { facts, health, report } = self;
         let refused = |(service, words)| json!({ "service": service, "words": words });
+        let left_alone = |(cgroup, exists): &(PathBuf, bool)| json!({ "cgroup": cgroup, "exists": exists });
         json!({
             "version": env!("CARGO_PKG_VERSION"),
             "nodeName": facts.node,
@@ -121,6 +125,7 @@ impl Agent<'_> {
             "services": report.count,
             "refused": report.refused.iter().map(refused).collect::<Vec<_>>(),
             "troubles": report.troubles,
+            "leftAlone": report.left_alone.iter().map(left_alone).collect::<Vec<_>>(),
             "node": report.node,
         })
     }
@@ -143,6 +148,10 @@ impl Display for Agent<'_> {
             writeln!(f, "  a change waits since {time:.0}")?;
         }
         report.troubles.iter().try_for_each(|trouble| writeln!(f, "  {trouble}"))?;
+        for (cgroup, exists) in &report.left_alone {
+            let absent = if *exists { "" } else { " (not there)" };
+            writeln!(f, "  left alone at the socket: {}{absent}", cgroup.display())?;
+        }
         for (service, words) in &report.refused {
             writeln!(f, "  the kernel refuses {service}: {words}")?;
         }
@@ -179,6 +188,7 @@ mod tests {
             node: Some(NodePlan::default()),
             refused,
             troubles: vec!["a map is full".into()],
+            left_alone: vec![("/cg/a".into(), true), ("/cg/b".into(), false)],
             ..Report::default()
         };
         let health = HealthState::default();
@@ -186,11 +196,13 @@ mod tests {
         assert_eq!(
             agent.to_string(),
             concat!("kube-lane v", env!("CARGO_PKG_VERSION"), ", node node-a, mode nftables\n").to_owned()
-                + "  not ebpf: no eBPF\n  2 Services, not all listed or programmed yet\n  a map is full\n  \
+                + "  not ebpf: no eBPF\n  2 Services, not all listed or programmed yet\n  a map is full\n  left alone at the \
+                   socket: /cg/a\n  left alone at the socket: /cg/b (not there)\n  \
                    the kernel refuses a/b: No space\nnode\n"
         );
         let json = agent.to_json();
         assert_eq!(json["refused"], json!([{"service": "a/b", "words": "No space"}]));
+        assert_eq!(json["leftAlone"][1], json!({"cgroup": "/cg/b", "exists": false}));
         assert_eq!((&json["mode"], &json["whyNotEbpf"]), (&json!("nftables"), &json!("no eBPF")));
     }
 }

@@ -12,10 +12,10 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tracing::{error, info, warn};
 
-use super::{instance, settings, sysctls};
+use super::{instance, rights, settings, sysctls};
 use crate::causes::with_causes;
 use crate::config::flags::RunFlags;
-use crate::config::{Api, Config, Environment, Mode};
+use crate::config::{Api, Config, Environment, Mode, Resolved};
 use crate::controller::Controller;
 use crate::dataplane::conntrack::Conntrack;
 use crate::dataplane::nftables::{self, Nftables};
@@ -28,6 +28,7 @@ use crate::observability::commits::Commits;
 use crate::observability::events::{Events, Reason};
 use crate::observability::flows::Flows;
 use crate::observability::local::NoLocalEndpoints;
+use crate::observability::socket::SocketLayer;
 use crate::observability::{metrics, telemetry};
 use crate::source::kube::{self, KubeSourceConfig};
 use crate::source::{host, manifest};
@@ -55,11 +56,12 @@ pub(super) fn run(flags: &RunFlags) -> anyhow::Result<ExitCode> {
     result.map(|()| ExitCode::SUCCESS)
 }
 
-/// Sets the node's sysctls, and finds out whether the kernel would have what `run` programs.
+/// Sets the node's sysctls, and has the kernel check the ruleset, for which it loads what modules that takes. `run` then
+/// needs fewer rights.
 pub(super) fn init_only(flags: &RunFlags) -> anyhow::Result<ExitCode> {
-    let config = configure(flags)?;
+    let config = say(flags.resolve_for_node(&Environment::read())?)?;
     sysctls::apply(&config.conntrack);
-    Nftables::open(nftables::Settings::default())?;
+    nftables::try_ruleset(&settings::nftables(&config)).context("the node cannot be prepared")?;
     info!("--init-only: the node is prepared");
     Ok(ExitCode::SUCCESS)
 }
@@ -77,7 +79,10 @@ pub(super) fn write_config(flags: &RunFlags, path: &Path) -> anyhow::Result<Exit
 
 /// Resolves the configuration, starts the logs and says what there is to say about it.
 fn configure(flags: &RunFlags) -> anyhow::Result<Config> {
-    let resolved = flags.resolve(&Environment::read())?;
+    say(flags.resolve(&Environment::read())?)
+}
+
+fn say(resolved: Resolved) -> anyhow::Result<Config> {
     telemetry::init(&resolved.config.logging)?;
     resolved.warnings.iter().for_each(|warning| warn!("{warning}"));
     Ok(resolved.config)
@@ -103,7 +108,9 @@ fn open_front(mut config: Config) -> (Config, Front) {
     match Socket::open(options) {
         Ok(socket) => (config, Ok(Some(socket))),
         Err(error) => {
-            let why = with_causes(&error);
+            let missing =
+                rights::rights(rights::EBPF).err().map(|missing| format!("capabilities {missing}: "));
+            let why = missing.unwrap_or_default() + &with_causes(&error);
             warn!(
                 "mode ebpf cannot be had: {why}; nftables alone serves (`kube-lane check --proxy-mode ebpf` tells more)"
             );
@@ -129,9 +136,9 @@ async fn serve(config: Config, front: Front, listener: Option<UnixListener>) -> 
     let servers = Servers::new(&config, &mut registry);
     let events = start_events(&config).await?;
     let (queries, asked) = mpsc::channel(1);
-    let (socket, why) = front.map_or_else(|why| (None, Some(why)), |socket| (socket, None));
+    let why = front.as_ref().err().cloned();
     let facts = Facts { node: config.node_name.clone(), mode: config.mode, why };
-    let agent = agent(config, socket, health, asked, events.clone(), &mut registry);
+    let agent = agent(config, front, health, asked, events.clone(), &mut registry);
     // Tasks of their own: a commit blocks this one.
     if let Some(listener) = listener {
         let answering = status::serve(listener, facts, health_state.clone(), queries);
@@ -155,7 +162,7 @@ async fn serve(config: Config, front: Front, listener: Option<UnixListener>) -> 
 /// The agent proper: sources, model, dataplane, and the controller that joins them.
 fn agent(
     config: Config,
-    socket: Option<Socket>,
+    front: Front,
     health: watch::Sender<HealthState>,
     queries: mpsc::Receiver<Query>,
     kubernetes: Events,
@@ -165,18 +172,17 @@ fn agent(
     let commits = Commits::register(registry);
     let flows = Flows::register(registry);
     let no_local_endpoints = NoLocalEndpoints::register(registry);
+    let is_wanted = !matches!(front, Ok(None));
+    let layer = is_wanted.then(|| SocketLayer::register(registry));
     async move {
         let (events, inbox) = mpsc::channel(EVENTS);
         let origins = start_sources(&config, events).await?;
         let planner = Planner::new(settings::planner(&config.node_name, origins, &config.network));
-        let settings = nftables::Settings {
-            detector: settings::detector(&config.network.detector),
-            masquerade_all: config.masquerade_all,
-            count_connections: config.count_connections,
-        };
-        let nftables = Nftables::open(settings)?;
+        let nftables = Nftables::open(settings::nftables(&config))?;
         let foreign = ready::readable(nftables.descriptor()?)?;
-        let dataplane = Layers::new(nftables, socket);
+        let socket = front.ok().flatten();
+        let told = move |in_place| layer.iter().for_each(|layer| layer.tell(in_place));
+        let dataplane = Layers::new(nftables, socket, told);
         let conntrack = Conntrack::spawn(config.conntrack.clean_sctp, move |looked| flows.looked(&looked))?;
         let on_nodeport_addresses = config.network.nodeport_addresses.is_some();
         let service_health = ServiceHealth::spawn(on_nodeport_addresses, health.subscribe(), kubernetes);

@@ -10,6 +10,9 @@ use clap::Args;
 
 use super::Output;
 use super::instance;
+use crate::causes::with_causes;
+use crate::config::SocketLb;
+use crate::dataplane::{nftables, socket};
 use crate::status::{Head, Request};
 
 /// A commit of very many Services may be under way.
@@ -35,9 +38,7 @@ pub(super) fn run(flags: &StatusFlags) -> anyhow::Result<ExitCode> {
         bail!("{odd:?} names no Service: write namespace/name");
     }
     let Some(mut stream) = instance::agent().context("cannot ask the agent")? else {
-        bail!(
-            "no kube-lane runs here (in this network namespace, as this user); what it left in the kernel is in force"
-        );
+        bail!(nobody());
     };
     stream.set_read_timeout(Some(PATIENCE))?;
     let request = Request {
@@ -65,4 +66,30 @@ pub(super) fn run(flags: &StatusFlags) -> anyhow::Result<ExitCode> {
         writeln!(io::stderr(), "the agent knows no Service {name}")?;
     }
     Ok(if head.unknown.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// What there is to say where no agent runs.
+fn nobody() -> String {
+    let bpf_root = SocketLb::default().bpf_root;
+    let tables = nftables::is_installed().map_err(|error| with_causes(&error));
+    let programs = socket::is_installed(&bpf_root).map_err(|error| with_causes(&error));
+    let root = bpf_root.display();
+    let left = match (tables, programs) {
+        (Ok(false), Ok(false)) => {
+            return format!(
+                "no kube-lane runs here, and nothing of it is in the kernel: no nftables tables in this network namespace, \
+                 no eBPF programs pinned in {root}. `kube-lane check` tells whether it can run on this node"
+            );
+        }
+        (Ok(true), Ok(false)) => "its nftables tables".to_owned(),
+        (Ok(false), Ok(true)) => format!("its eBPF programs, pinned in {root}"),
+        (Ok(true), Ok(true)) => format!("its nftables tables, and its eBPF programs, pinned in {root}"),
+        (Err(error), _) | (_, Err(error)) => {
+            return format!("no kube-lane runs here; what one may have left cannot be told: {error}");
+        }
+    };
+    format!(
+        "no kube-lane runs here (in this network namespace, as this user); what it left is in force and follows no change: \
+         {left}. Start it again, or remove that with `kube-lane cleanup`"
+    )
 }

@@ -4,6 +4,7 @@
 //! nftables. The socket layer leads nobody where nftables would not.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use tracing::{error, info, warn};
@@ -32,6 +33,8 @@ const NAMED: usize = 10;
 pub struct Layers {
     nftables: Nftables,
     front: Option<Front>,
+    /// Told whether the socket layer is in place.
+    told: Box<dyn Fn(bool)>,
 }
 
 /// The socket layer and how it fares.
@@ -50,8 +53,9 @@ struct Front {
 }
 
 impl Layers {
-    /// nftables, and the socket layer where there is one.
-    pub fn new(nftables: Nftables, socket: Option<Socket>) -> Self {
+    /// nftables, and the socket layer where there is one; `told` hears again and again whether that is in place.
+    pub fn new(nftables: Nftables, socket: Option<Socket>, told: impl Fn(bool) + 'static) -> Self {
+        told(socket.is_some());
         let look = Instant::now() + LOOK;
         let front = |socket| Front {
             socket,
@@ -61,7 +65,7 @@ impl Layers {
             look,
             due: None,
         };
-        Self { nftables, front: socket.map(front) }
+        Self { nftables, front: socket.map(front), told: Box::new(told) }
     }
 }
 
@@ -74,6 +78,7 @@ impl Dataplane for Layers {
         let is_empty = batch.node.is_none() && batch.services.is_empty() && !batch.sweep;
         if let Some(front) = self.front.as_mut().filter(|_| !is_empty) {
             outcome.socket = front.apply(batch, &outcome);
+            (self.told)(front.socket.is_in_place());
         }
         Ok(outcome)
     }
@@ -89,6 +94,7 @@ impl Dataplane for Layers {
     fn catch_up(&mut self) {
         if let Some(front) = &mut self.front {
             front.apply(&Batch::default(), &Outcome::default());
+            (self.told)(front.socket.is_in_place());
         }
     }
 
@@ -96,9 +102,13 @@ impl Dataplane for Layers {
         let in_place = self.front.as_ref().filter(|front| front.socket.is_in_place());
         let mut inspection = in_place.map(|front| front.socket.inspect(&plan.service)).unwrap_or_default();
         if let Some(counts) = self.nftables.counts(plan) {
-            inspection.add(counts);
+            inspection.in_nftables = counts;
         }
         inspection
+    }
+
+    fn left_alone(&self) -> Vec<(PathBuf, bool)> {
+        self.front.as_ref().map(|front| front.socket.left_alone()).unwrap_or_default()
     }
 
     fn troubles(&self) -> Vec<String> {

@@ -13,6 +13,7 @@ mod netlink;
 pub mod nftables;
 pub mod socket;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -120,6 +121,11 @@ pub trait Dataplane {
     /// What is known of a Service beyond its plan, for people.
     fn inspect(&mut self, _plan: &Plan) -> Inspection {
         Inspection::default()
+    }
+
+    /// The cgroups that a layer in front leaves alone, and whether each exists.
+    fn left_alone(&self) -> Vec<(PathBuf, bool)> {
+        Vec::new()
     }
 
     /// What is wrong with a layer in front, for people: a line each.

@@ -7,4 +7,5 @@ pub mod events;
 pub mod flows;
 pub mod local;
 pub mod metrics;
+pub mod socket;
 pub mod telemetry;

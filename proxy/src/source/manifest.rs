@@ -180,12 +180,12 @@ async fn scan(folder: &mut Option<Folder>, scope: Scope) -> Option<Vec<Event>> {
     .await
     .ok()?;
     *folder = Some(taken);
-    let Found { events, problems, recovered } = found;
+    let Found { events, problems, over } = found;
     for problem in problems {
         warn!("{problem}");
     }
-    for file in recovered {
-        info!("{}: good again, its new content is in force", file.display());
+    for words in over {
+        info!("{words}");
     }
     Some(events)
 }

@@ -247,6 +247,15 @@ fn socket_and_nftables_are_counted_together() {
     let layers: Vec<_> = counted["frontends"].as_array().unwrap().iter().map(|at| &at["layer"]).collect();
     assert_eq!(layers, ["socket", "nftables"], "{}", world.agents[0].log());
     assert_eq!(connections(&counted), tcp.of(&[a, b]));
+    let part = |name: &str| {
+        counted["backends"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|backend| backend[name].as_u64().unwrap())
+            .sum::<u64>()
+    };
+    assert_eq!(["connectionsAtSocket", "connectionsInNftables"].map(part), [13, 14]);
     assert_eq!(connections(&port(&world, "web", Proto::Udp, "IPv4")), udp.of(&[a, b]));
 
     world.put("web", &web_ports(), 10, &[]);
@@ -256,7 +265,7 @@ fn socket_and_nftables_are_counted_together() {
     }
     assert_eq!(port(&world, "web", Proto::Tcp, "IPv4")["refusedConnections"], 5);
     let (_, text) = world.agents[0].status(&["default/web"]).unwrap();
-    assert!(text.contains("5 refused\n"), "{text}");
+    assert!(text.contains("5 refused: 2 at the socket, 3 in nftables"), "{text}");
 }
 
 #[test]

@@ -362,7 +362,11 @@ fn a_cgroup_that_is_left_alone_meets_nftables() {
             .unwrap();
         assert!(met.outcome.by().is_some() && !met.at_socket, "{}: {met:?}", alone.display());
     }
+    let told = || world.agents[0].status(&[]).unwrap().1;
+    let line = format!("  left alone at the socket: {}\n", cgroup.join("alone").display());
+    assert!(told().contains(&line), "{}", told());
     for alone in [cgroup.join("alone/below"), cgroup.join("alone")] {
         fs::remove_dir(alone).unwrap();
     }
+    assert!(told().contains(&line.replace('\n', " (not there)\n")), "{}", told());
 }

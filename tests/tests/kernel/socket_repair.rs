@@ -76,13 +76,16 @@ fn without_a_place_for_pins_nftables_answers_and_the_status_says_so() {
         assert!(answered_in(mode)(&met), "{met:?}\n{}", world.agents[0].log());
     };
     let told = || world.agents[0].status(&["default/web"]).unwrap().1;
+    let in_place = || world.agents[0].metric("kubelane_socket_layer_in_place").unwrap();
     met(Mode::Ebpf);
+    assert_eq!(in_place(), 1.0);
     assert!(told().contains("[socket"), "{}", told());
 
     let root = world.lab.node(0).bpf_root();
     mount(Some("tmpfs"), root, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
     wait_said(&world, "not in place", 1);
     met(Mode::Nftables);
+    assert_eq!((in_place(), world.agents[0].healthz().unwrap().0), (0.0, 200));
     assert_eq!(attached(&world), 0);
     let text = told();
     for part in ["not in place, nftables alone answers", "no BPF file system"] {
@@ -93,5 +96,6 @@ fn without_a_place_for_pins_nftables_answers_and_the_status_says_so() {
     umount2(root, MntFlags::MNT_DETACH).unwrap();
     wait_said(&world, "the socket layer follows again", 1);
     met(Mode::Ebpf);
+    assert_eq!(in_place(), 1.0);
     assert!(told().contains("[socket") && !told().contains("not in place"), "{}", told());
 }

@@ -1,6 +1,8 @@
 //! `kube-lane status`: what it says of a running agent, and that what it says of the layers is true.
 
-use kube_lane_lab::{Outcome, Proto};
+use std::process::Command;
+
+use kube_lane_lab::{Host, Outcome, Proto};
 use kube_lane_tests::agent::binary;
 use serde_json::Value;
 
@@ -51,11 +53,23 @@ fn the_agent_tells_what_it_has_programmed() {
     );
     assert_eq!(json(&world, &[])["services"], Value::Array(Vec::new()));
 
-    let mut nobody = std::process::Command::new(binary().unwrap());
-    nobody.arg("status");
-    let output = world.lab.outside().run(move || nobody.output()).unwrap().unwrap();
-    let words = String::from_utf8(output.stderr).unwrap();
-    assert!(!output.status.success() && words.contains("no kube-lane runs here"), "{words}");
+    let words = nobody(world.lab.outside());
+    assert!(words.contains("no kube-lane runs here, and nothing of it is in the kernel"), "{words}");
+    let mut world = world;
+    world.agents.clear();
+    let words = nobody(world.lab.node(0));
+    for part in ["no kube-lane runs here", "its nftables tables", "kube-lane cleanup"] {
+        assert!(words.contains(part), "{words}");
+    }
+}
+
+/// What `status` says where no agent runs.
+fn nobody(host: &Host) -> String {
+    let mut command = Command::new(binary().unwrap());
+    command.arg("status");
+    let output = host.run(move || command.output()).unwrap().unwrap();
+    assert!(!output.status.success());
+    String::from_utf8(output.stderr).unwrap()
 }
 
 #[test]

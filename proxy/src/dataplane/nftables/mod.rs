@@ -12,7 +12,7 @@
 //! | `readings`, `counters` | what elements have counted, and whose that is (pure) |
 //! | `message`, `parse`, `netlink` | transactions as netlink messages, what the kernel says, the socket, refusals |
 //! | `kernel`, `observe`, `monitor` | reading the truth back, noticing foreign changes |
-//! | `probe` | trying the ruleset where nobody is affected |
+//! | `probe` | having the kernel check the ruleset |
 //! | `commit` | one batch: parts, refusals, retries |
 
 mod affinity;
@@ -58,7 +58,7 @@ use self::message::{ELEMENTS_PER_MESSAGE, Transaction, Wanted, table};
 use self::monitor::Monitor;
 use self::netlink::Netlink;
 use self::observe::{Found, Outdated, TableState};
-pub use self::probe::{ProbeError, try_ruleset};
+pub use self::probe::try_ruleset;
 use self::readings::Readings;
 use self::rules::{Detection, Policy};
 use self::schema::Set;
@@ -379,7 +379,7 @@ fn ruleset(
     outdated: &Outdated,
 ) {
     let owner = Owner::Ruleset;
-    let table = table(family);
+    let table = transaction.table(family);
     transaction.object(&table, MsgType::Add, owner);
     // A set goes only when no rule names it.
     for chain in &outdated.chains {
@@ -422,6 +422,20 @@ fn chain<'a>(spec: &rules::Chain, table: &'a nftnl::Table) -> nftnl::Chain<'a> {
         chain.set_policy(nftnl::Policy::Accept);
     }
     chain
+}
+
+/// Whether there is anything of ours in the current network namespace.
+///
+/// # Errors
+/// [`NftablesError`].
+pub fn is_installed() -> Result<bool, NftablesError> {
+    let mut netlink = Netlink::open(false)?;
+    for family in Family::ALL {
+        if !netlink.chains(family).map_err(NftablesError::ReadBack)?.is_empty() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Removes all that is ours from the current network namespace. Established flows lose their translation unless another

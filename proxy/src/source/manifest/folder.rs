@@ -80,8 +80,8 @@ pub(super) enum Scope {
 pub(super) struct Found {
     pub(super) events: Vec<Event>,
     pub(super) problems: Vec<Problem>,
-    /// Files that failed before and are good now.
-    pub(super) recovered: Vec<PathBuf>,
+    /// What was wrong before and no longer is, in words.
+    pub(super) over: Vec<String>,
 }
 
 /// What each touched object was before.
@@ -106,10 +106,13 @@ impl Folder {
             }
             Scope::Folder => match self.list() {
                 Ok(names) => {
-                    (self.listed, self.known) = (true, true);
+                    if !std::mem::replace(&mut self.listed, true) {
+                        found.over.push(format!("{}: the folder is read again", self.dir.display()));
+                    }
+                    self.known = true;
                     let known: Vec<Arc<str>> = self.files.keys().cloned().collect();
                     for name in known.into_iter().filter(|name| !names.contains(name)) {
-                        self.forget(&name, &mut touched);
+                        self.forget(&name, &mut touched, &mut found);
                     }
                     for name in names {
                         self.refresh(&name, false, &mut touched, &mut found);
@@ -151,7 +154,7 @@ impl Folder {
         if absent {
             let known: Vec<Arc<str>> = self.files.keys().cloned().collect();
             for name in known {
-                self.forget(&name, touched);
+                self.forget(&name, touched, found);
             }
         }
         if self.listed {
@@ -171,9 +174,11 @@ impl Folder {
         let path = Arc::new(self.dir.join(&**name));
         // Stamped before it is read: a change while it is read gives another stamp the next time.
         let stamp = match fs::metadata(&*path) {
-            Ok(metadata) if metadata.is_dir() => return self.forget(name, touched),
+            Ok(metadata) if metadata.is_dir() => return self.forget(name, touched, found),
             Ok(metadata) => Ok(metadata),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return self.forget(name, touched),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return self.forget(name, touched, found);
+            }
             Err(error) => Err(error),
         };
         let read = stamp.and_then(|metadata| {
@@ -212,7 +217,7 @@ impl Folder {
             Ok(contents) => {
                 file.read = true;
                 if std::mem::take(&mut file.failed) {
-                    found.recovered.push(path.to_path_buf());
+                    found.over.push(format!("{}: good again, its new content is in force", path.display()));
                 }
                 self.replace(name, contents, touched);
             }
@@ -244,8 +249,13 @@ impl Folder {
     }
 
     /// Drops a file that is no more.
-    fn forget(&mut self, name: &Arc<str>, touched: &mut Touched) {
-        for id in self.files.remove(name).unwrap_or_default().ids {
+    fn forget(&mut self, name: &Arc<str>, touched: &mut Touched, found: &mut Found) {
+        let File { ids, failed, .. } = self.files.remove(name).unwrap_or_default();
+        if failed {
+            let path = self.dir.join(&**name);
+            found.over.push(format!("{}: gone, and with it what was in force of it", path.display()));
+        }
+        for id in ids {
             self.drop_object(id, name, touched);
         }
     }

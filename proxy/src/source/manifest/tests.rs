@@ -117,7 +117,15 @@ fn a_file_that_does_not_parse_is_named_by_line_and_its_last_good_content_stays()
     dir.write("web.yaml", &service("web", "10.0.0.3"));
     let found = folder.scan(Scope::Folder);
     assert_eq!(summary(&found.events), ["+web 10.0.0.3"]);
-    assert_eq!(found.recovered, [dir.0.join("web.yaml")]);
+    let over = |what: &str| [format!("{}: {what}", dir.0.join("web.yaml").display())];
+    assert_eq!(found.over, over("good again, its new content is in force"));
+
+    dir.write("web.yaml", "kind: [");
+    assert_eq!(folder.scan(Scope::Folder).problems.len(), 1);
+    fs::remove_file(dir.0.join("web.yaml")).unwrap();
+    let found = folder.scan(Scope::Folder);
+    assert_eq!(summary(&found.events), ["-web"]);
+    assert_eq!(found.over, over("gone, and with it what was in force of it"));
 }
 
 #[test]

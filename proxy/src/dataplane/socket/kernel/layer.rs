@@ -277,9 +277,14 @@ impl Socket {
         };
         Inspection {
             answers: ports.iter().map(|port| port.answers.into()).collect(),
-            counts: ports.iter().map(counts).collect(),
-            at_socket_alone: true,
+            at_socket: ports.iter().map(counts).collect(),
+            in_nftables: Vec::new(),
         }
+    }
+
+    /// The cgroups that are left alone, and whether each exists.
+    pub fn left_alone(&self) -> Vec<(PathBuf, bool)> {
+        self.left_alone.all()
     }
 
     /// How much the maps have room for.
@@ -378,13 +383,20 @@ pub fn withdraw(bpf_root: &Path) -> Result<(), SocketError> {
     versions.iter().filter(|version| !is_others(version)).try_for_each(Version::remove)
 }
 
+/// Whether there is anything of ours below `bpf_root`, of any layout.
+///
+/// # Errors
+/// Where it cannot be looked at.
+pub fn is_installed(bpf_root: &Path) -> Result<bool, SocketError> {
+    Ok(!Pins::new(bpf_root).versions()?.is_empty())
+}
+
 /// Detaches and removes all of ours below `bpf_root`, of every layout. Returns whether there was anything.
 ///
 /// # Errors
 /// Where something cannot be removed.
 pub fn cleanup(bpf_root: &Path) -> Result<bool, SocketError> {
-    let pins = Pins::new(bpf_root);
-    let found = !pins.versions()?.is_empty();
-    pins.remove()?;
+    let found = is_installed(bpf_root)?;
+    Pins::new(bpf_root).remove()?;
     Ok(found)
 }

@@ -23,6 +23,11 @@ impl LeftAlone {
         Self { paths: paths.iter().map(|path| cgroup.path().join(path)).collect(), ids: None }
     }
 
+    /// All of them, and whether each exists.
+    pub(super) fn all(&self) -> Vec<(PathBuf, bool)> {
+        self.paths.iter().map(|path| (path.clone(), cgroup::id_of(path).is_some())).collect()
+    }
+
     /// Brings a map up to date of which nothing is known.
     pub(super) fn begin_again(&mut self, maps: &mut Maps) -> Result<(), SocketError> {
         self.ids = None;

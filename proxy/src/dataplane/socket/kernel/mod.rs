@@ -20,7 +20,7 @@ mod settings;
 mod sys;
 
 pub use self::error::SocketError;
-pub use self::layer::{Applied, Options, Socket, cleanup, withdraw};
+pub use self::layer::{Applied, Options, Socket, cleanup, is_installed, withdraw};
 pub use self::object::{OBJECT, available};
 pub use self::probe::{Feature, probe};
 pub use self::room::Room;
