@@ -9,19 +9,24 @@ use std::process::ExitCode;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::Output;
+use super::{Output, rights, settings};
 use crate::causes::with_causes;
-use crate::config::{Mode, Roots};
-use crate::dataplane::nftables::try_ruleset;
+use crate::config::flags::{AgentFlags, RunFlags};
+use crate::config::values::go_bool;
+use crate::config::{Config, Environment, Mode, Resolved};
+use crate::dataplane::nftables::{Settings, try_ruleset};
 use crate::dataplane::{conntrack, socket};
 
 #[derive(Args, Debug)]
 pub(super) struct CheckFlags {
-    /// The mode that has to work for the check to succeed
-    #[arg(long, value_enum, default_value_t = Mode::Nftables)]
-    proxy_mode: Mode,
+    /// The mode that has to work for the check to succeed [default: the configuration's, else nftables]
+    #[arg(long, value_enum)]
+    proxy_mode: Option<Mode>,
+    /// Whether nftables has to be able to count connections for the check to succeed
+    #[arg(long, value_parser = go_bool(), num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    count_connections: Option<bool>,
     #[command(flatten)]
-    roots: Roots,
+    agent: AgentFlags,
     /// Form of the table
     #[arg(short, long, value_enum, default_value_t = Output::Text)]
     output: Output,
@@ -46,9 +51,17 @@ struct Table {
 }
 
 pub(super) fn run(flags: &CheckFlags) -> anyhow::Result<ExitCode> {
-    let nftables = Table { mode: "nftables", rows: nftables() };
-    let ebpf = Table { mode: "ebpf", rows: ebpf(&flags.roots) };
-    let works = nftables.works() && (flags.proxy_mode == Mode::Nftables || ebpf.works());
+    let Resolved { mut config, warnings, .. } =
+        RunFlags::from(&flags.agent).resolve_for_node(&Environment::read())?;
+    config.mode = flags.proxy_mode.unwrap_or(config.mode);
+    config.count_connections = flags.count_connections.unwrap_or(config.count_connections);
+    if flags.agent.names_file() {
+        warnings.iter().try_for_each(|warning| writeln!(io::stderr(), "{warning}"))?;
+    }
+
+    let nftables = Table { mode: "nftables", rows: nftables(&config) };
+    let ebpf = Table { mode: "ebpf", rows: ebpf(&config) };
+    let works = nftables.works() && (config.mode == Mode::Nftables || ebpf.works());
     let mut out = io::stdout().lock();
     match flags.output {
         Output::Text => write!(out, "{nftables}{ebpf}")?,
@@ -61,17 +74,35 @@ pub(super) fn run(flags: &CheckFlags) -> anyhow::Result<ExitCode> {
     Ok(if works { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn nftables() -> Vec<Row> {
-    let ruleset = try_ruleset().map(|()| "taken whole, in a network namespace of its own".to_owned());
+fn nftables(config: &Config) -> Vec<Row> {
+    let attempt = |count_connections| {
+        let settings = Settings { count_connections, ..settings::nftables(config) };
+        let taken = try_ruleset(&settings).map(|()| "the kernel takes it".to_owned());
+        taken.map_err(|error| with_causes(&error))
+    };
     let tracking = conntrack::load().map(|()| "can be read".to_owned());
     vec![
+        Row {
+            name: "capabilities",
+            required: true,
+            needed_for: "everything",
+            found: rights::rights(rights::NFTABLES),
+            means: "kube-lane does not work here",
+        },
         Row {
             name: "the ruleset",
             required: true,
             needed_for: "everything",
-            found: ruleset.map_err(|error| with_causes(&error)),
-            means: "kube-lane does not work here: it needs root or CAP_NET_ADMIN, and a kernel with nf_tables, \
-                    nft_fib, nft_numgen, nft_nat, nft_masq and nft_reject for IPv4 and IPv6",
+            found: attempt(false),
+            means: "kube-lane does not work here: it takes a kernel with nf_tables, nft_fib, nft_numgen, nft_nat, \
+                    nft_masq and nft_reject for IPv4 and IPv6",
+        },
+        Row {
+            name: "the ruleset with counters",
+            required: config.count_connections,
+            needed_for: "--count-connections",
+            found: attempt(true),
+            means: "nftables counts no connections",
         },
         Row {
             name: "connection tracking over netlink",
@@ -84,8 +115,15 @@ fn nftables() -> Vec<Row> {
     ]
 }
 
-fn ebpf(roots: &Roots) -> Vec<Row> {
-    let features = socket::probe(roots.cgroup_root().as_deref(), &roots.bpf_root());
+fn ebpf(config: &Config) -> Vec<Row> {
+    let rights = Row {
+        name: "capabilities",
+        required: true,
+        needed_for: "maps (CAP_BPF), programs (CAP_PERFMON), attaching them (CAP_NET_ADMIN)",
+        found: rights::rights(rights::EBPF),
+        means: "no socket layer: nftables answers everything",
+    };
+    let features = socket::probe(config.socket_lb.cgroup_root.as_deref(), &config.socket_lb.bpf_root);
     let row = |socket::Feature { name, required, needed_for, found, means }| Row {
         name,
         required,
@@ -93,7 +131,7 @@ fn ebpf(roots: &Roots) -> Vec<Row> {
         found,
         means,
     };
-    features.into_iter().map(row).collect()
+    std::iter::once(rights).chain(features.into_iter().map(row)).collect()
 }
 
 impl Table {

@@ -2,7 +2,6 @@
 //!
 //! Never beside an agent: that would put everything back, and meanwhile tell what is not so.
 
-use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
@@ -10,8 +9,7 @@ use clap::Args;
 use tracing::info;
 
 use super::instance;
-use crate::config::Roots;
-use crate::config::flags::{LogFlags, RunFlags};
+use crate::config::flags::{AgentFlags, LogFlags, RunFlags};
 use crate::dataplane::{nftables, socket};
 use crate::observability::telemetry;
 
@@ -20,20 +18,21 @@ pub(super) struct CleanupFlags {
     #[command(flatten)]
     log: LogFlags,
     #[command(flatten)]
-    roots: Roots,
+    agent: AgentFlags,
 }
 
 pub(super) fn run(flags: &CleanupFlags) -> anyhow::Result<ExitCode> {
-    remove(&flags.log, &flags.roots.bpf_root())
+    remove(&flags.log, &RunFlags::from(&flags.agent))
 }
 
-/// `--cleanup`, which knows the configuration.
+/// `--cleanup`.
 pub(super) fn run_as_kube_proxy(flags: &RunFlags) -> anyhow::Result<ExitCode> {
-    remove(flags.log(), &flags.bpf_root()?)
+    remove(flags.log(), flags)
 }
 
-fn remove(log: &LogFlags, bpf_root: &Path) -> anyhow::Result<ExitCode> {
+fn remove(log: &LogFlags, agent: &RunFlags) -> anyhow::Result<ExitCode> {
     telemetry::init(&log.logging())?;
+    let bpf_root = &agent.bpf_root()?;
     // Nor does one start meanwhile.
     let _only = instance::claim().context("nothing is removed")?;
     // What answers first goes first. One that cannot go does not keep the other.

@@ -13,6 +13,7 @@ mod check;
 mod cleanup;
 mod instance;
 mod render;
+mod rights;
 mod run;
 mod settings;
 mod status;

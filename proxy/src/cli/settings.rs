@@ -1,6 +1,6 @@
 //! What the parts of the agent are told of the configuration.
 
-use crate::config::{Detector, Network, SocketLb};
+use crate::config::{Config, Detector, Network, SocketLb};
 use crate::dataplane::nftables;
 use crate::dataplane::socket::answers::{Clients, Policy};
 use crate::dataplane::socket::write::Sizes;
@@ -28,8 +28,17 @@ pub(super) fn planner(node_name: &str, origins: Vec<Origin>, network: &Network) 
     }
 }
 
+/// What the ruleset depends on.
+pub(super) fn nftables(config: &Config) -> nftables::Settings {
+    nftables::Settings {
+        detector: detector(&config.network.detector),
+        masquerade_all: config.masquerade_all,
+        count_connections: config.count_connections,
+    }
+}
+
 /// How the dataplane tells pods from other clients.
-pub(super) fn detector(detector: &Detector) -> nftables::Detector {
+fn detector(detector: &Detector) -> nftables::Detector {
     match detector {
         Detector::None => nftables::Detector::None,
         Detector::ClusterCidr(_) | Detector::NodeCidr => nftables::Detector::PodCidrs,

@@ -13,7 +13,7 @@ use super::duration::GoDuration;
 use super::error::ConfigError;
 use super::file::{KubeProxyConfiguration, LoggingSection, leaves, prune};
 use super::resolve::{Environment, Overrides, Resolved, resolve};
-use super::socket_lb::{SocketLbFlags, bpf_root};
+use super::socket_lb::{Roots, SocketLbFlags, bpf_root};
 use super::values::{go_bool, not_empty};
 use super::{LogFormat, Logging, NetworkFlags, parse};
 use crate::address::parse_ip;
@@ -45,7 +45,8 @@ pub struct RunFlags {
     /// Remove everything of kube-lane from the kernel and exit
     #[arg(long, value_parser = go_bool(), num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     cleanup: Option<bool>,
-    /// Do only what needs full root privileges (nothing, for kube-lane) and exit
+    /// Do only what the agent has no privileges for in a pod and exit: set the limits of connection tracking, have the
+    /// kernel load what the ruleset needs
     #[arg(long, value_parser = go_bool(), num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     init_only: Option<bool>,
     /// Print the version and exit
@@ -89,6 +90,30 @@ pub struct RunFlags {
     /// Port of --metrics-bind-address where that names none; 0: nowhere
     #[arg(long, hide = true)]
     metrics_port: Option<u16>,
+}
+
+/// What subcommands beside `run` are told of the agent's configuration.
+#[derive(Args, Clone, Debug, Default)]
+pub struct AgentFlags {
+    /// The agent's configuration file; flags go before it
+    #[arg(long, value_name = "FILE")]
+    config: Option<String>,
+    #[command(flatten)]
+    roots: Roots,
+}
+
+impl AgentFlags {
+    /// Whether there is a configuration file to read.
+    pub fn names_file(&self) -> bool {
+        self.config.is_some()
+    }
+}
+
+impl From<&AgentFlags> for RunFlags {
+    fn from(flags: &AgentFlags) -> Self {
+        let AgentFlags { config, roots } = flags.clone();
+        Self { config, socket_lb: roots.into(), ..Self::default() }
+    }
 }
 
 /// The flags about logs, which every subcommand has.
@@ -260,20 +285,37 @@ impl RunFlags {
     /// # Errors
     /// When the file cannot be read or decoded, or when a value cannot be used.
     pub fn resolve(&self, environment: &Environment) -> Result<Resolved, ConfigError> {
+        self.resolve_with(environment, self.overrides())
+    }
+
+    /// The same for what concerns the node alone: no source of Services has to be named.
+    ///
+    /// # Errors
+    /// As [`Self::resolve`].
+    pub fn resolve_for_node(&self, environment: &Environment) -> Result<Resolved, ConfigError> {
+        self.resolve_with(environment, Overrides { no_source: true, ..self.overrides() })
+    }
+
+    fn resolve_with(&self, environment: &Environment, overrides: Overrides) -> Result<Resolved, ConfigError> {
         match self.config.as_ref().filter(|path| !path.is_empty()) {
-            Some(path) => self.resolve_file(path.into(), environment),
+            Some(path) => self.resolve_file(path.into(), environment, overrides),
             None => {
                 let name_of = |path: &str| match FLAGS.iter().find(|(field, _)| *field == path) {
                     Some((_, flag)) => format!("--{flag}"),
                     None => path.to_owned(),
                 };
-                resolve(self.to_file(), &self.overrides(), environment, name_of)
+                resolve(self.to_file(), &overrides, environment, name_of)
             }
         }
     }
 
     /// With a file, only the host name, the master, the logs and our own flags still count.
-    fn resolve_file(&self, path: PathBuf, environment: &Environment) -> Result<Resolved, ConfigError> {
+    fn resolve_file(
+        &self,
+        path: PathBuf,
+        environment: &Environment,
+        overrides: Overrides,
+    ) -> Result<Resolved, ConfigError> {
         let parse::Parsed { mut file, warnings } = read(&path)?;
         let flags = self.to_file();
 
@@ -305,7 +347,8 @@ impl RunFlags {
         own.socket_lb = std::mem::take(&mut own.socket_lb).under(flags.socket_lb);
         own.log_level = flags.log_level.or(own.log_level.take());
 
-        let overrides = Overrides { master: self.master.clone(), ..Overrides::default() };
+        // The addresses are the file's.
+        let overrides = Overrides { no_healthz: false, no_metrics: false, ..overrides };
         let mut resolved = resolve(file, &overrides, environment, str::to_owned)?;
         let mut all: Vec<String> =
             warnings.into_iter().map(|warning| format!("{}, {warning}", path.display())).collect();
@@ -323,6 +366,7 @@ impl RunFlags {
             master: self.master.clone(),
             no_healthz: off(&self.healthz_bind_address, self.healthz_port),
             no_metrics: off(&self.metrics_bind_address, self.metrics_port),
+            no_source: false,
         }
     }
 

@@ -31,7 +31,7 @@ pub use conntrack::Conntrack;
 pub use error::{ConfigError, InvalidField};
 pub use network::{Detector, Network, NetworkFlags};
 pub use resolve::{Environment, Resolved};
-pub use socket_lb::{AnswerFlags, Roots, SocketLb};
+pub use socket_lb::{AnswerFlags, SocketLb};
 
 /// The resolved configuration of an agent.
 #[derive(Clone, Debug, PartialEq)]
@@ -40,7 +40,7 @@ pub struct Config {
     pub mode: Mode,
     /// `metadata.name` of the own Node.
     pub node_name: String,
-    /// How to reach the API server; `None`: Services come from the manifest folder alone.
+    /// How to reach the API server; `None`: Services come from the manifest folder alone, or none are needed.
     pub api: Option<Api>,
     /// The manifest folder.
     pub manifests: Option<PathBuf>,

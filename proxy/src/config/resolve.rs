@@ -44,7 +44,7 @@ const HONOURED: &[&str] = &[
     "windowsRunAsService",
 ];
 
-/// What only flags can say.
+/// What a file cannot say.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Overrides {
     /// `--master`.
@@ -53,6 +53,8 @@ pub(super) struct Overrides {
     pub(super) no_healthz: bool,
     /// `--metrics-bind-address=` or `--metrics-port=0`.
     pub(super) no_metrics: bool,
+    /// What is asked for needs no source of Services.
+    pub(super) no_source: bool,
 }
 
 /// What the process finds around it.
@@ -225,7 +227,7 @@ pub(super) fn resolve(
     };
     let api = if api != Api::default() || environment.in_cluster {
         Some(api)
-    } else if manifests.is_some() {
+    } else if manifests.is_some() || overrides.no_source {
         None
     } else {
         check.invalid(

@@ -93,7 +93,7 @@ pub(super) struct SocketLbFlags {
 
 /// Where the cgroup and the pins are.
 #[derive(Args, Clone, Debug, Default)]
-pub struct Roots {
+pub(super) struct Roots {
     /// The cgroup v2 whose processes --proxy-mode ebpf answers [default: the root of the hierarchy]
     #[arg(long, value_name = "PATH")]
     cgroup_root: Option<PathBuf>,
@@ -107,15 +107,9 @@ pub(super) fn bpf_root(named: Option<PathBuf>) -> PathBuf {
     not_empty(named).unwrap_or_else(|| BPF_ROOT.into())
 }
 
-impl Roots {
-    /// The folder of the pins.
-    pub fn bpf_root(&self) -> PathBuf {
-        bpf_root(self.bpf_root.clone())
-    }
-
-    /// The cgroup, where one is named.
-    pub fn cgroup_root(&self) -> Option<PathBuf> {
-        not_empty(self.cgroup_root.clone())
+impl From<Roots> for SocketLbFlags {
+    fn from(roots: Roots) -> Self {
+        Self { roots, ..Self::default() }
     }
 }
 

@@ -212,7 +212,7 @@ fn what_others_attached_stays_and_works() {
 }
 
 #[test]
-fn kube_proxys_cleanup_knows_the_configuration() {
+fn cleanup_knows_the_configuration() {
     let mut world = World::in_mode(Mode::Ebpf);
     let (pod, _echoes) = serving(&world.lab, 0, "server");
     world.put("web", &web_ports(), 10, &endpoints(&[&pod]));
@@ -222,7 +222,11 @@ fn kube_proxys_cleanup_knows_the_configuration() {
 
     let node = world.lab.node(0);
     let elsewhere = node.bpf_root().join("elsewhere");
-    for (root, found) in [(elsewhere, false), (node.bpf_root().to_owned(), true)] {
+    for (way, root, found) in [
+        ("--cleanup", &elsewhere, false),
+        ("cleanup", &elsewhere, false),
+        ("cleanup", &node.bpf_root().to_owned(), true),
+    ] {
         let config = json!({
             "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
             "kind": "KubeProxyConfiguration",
@@ -231,7 +235,7 @@ fn kube_proxys_cleanup_knows_the_configuration() {
         let file = tempfile::NamedTempFile::new().unwrap();
         fs::write(file.path(), config.to_string()).unwrap();
         let mut command = Command::new(agent::binary().unwrap());
-        command.arg("--cleanup").arg("--config").arg(file.path());
+        command.arg(way).arg("--config").arg(file.path());
         let output = node.run(move || command.output()).unwrap().unwrap();
         let said = String::from_utf8(output.stderr).unwrap();
         assert!(output.status.success(), "{said}");

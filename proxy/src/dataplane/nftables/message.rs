@@ -33,6 +33,8 @@ pub(crate) struct Transaction<Owner> {
     owners: Vec<Owner>,
     scratch: Scratch,
     first_seq: u32,
+    /// The name of the tables that it writes the constant part of.
+    table: &'static str,
     /// Elements count: sets that can are made so, and what an element counted is told when it goes.
     pub(super) counting: bool,
 }
@@ -54,9 +56,20 @@ impl Scratch {
 impl<Owner: Copy> Transaction<Owner> {
     /// An empty transaction; its messages are numbered from `first_seq`. `counting`: elements are to count.
     pub(crate) fn new(first_seq: u32, scratch: Scratch, counting: bool) -> Self {
-        let mut transaction = Self { buffer: Vec::new(), owners: Vec::new(), scratch, first_seq, counting };
+        let (buffer, owners) = (Vec::new(), Vec::new());
+        let mut transaction = Self { buffer, owners, scratch, first_seq, table: TABLE, counting };
         transaction.frame(sys::nftnl_batch_begin);
         transaction
+    }
+
+    /// The constant part goes into tables of this name, in place of ours.
+    pub(super) fn into_tables(self, table: &'static str) -> Self {
+        Self { table, ..self }
+    }
+
+    /// The table of a family.
+    pub(super) fn table(&self, family: Family) -> Table {
+        Table::new(c_name(self.table), protocol_family(family))
     }
 
     /// Bytes so far.
@@ -76,9 +89,13 @@ impl<Owner: Copy> Transaction<Owner> {
         self.owners.get(index as usize).copied()
     }
 
-    /// Ends the transaction; yields its bytes and the first sequence number behind it.
-    pub(crate) fn finish(&mut self) -> (&[u8], u32) {
+    /// Ends the transaction: without its end, the kernel checks it and takes nothing of it.
+    pub(crate) fn finish(&mut self) {
         self.frame(sys::nftnl_batch_end);
+    }
+
+    /// Its bytes, and the first sequence number behind it.
+    pub(crate) fn bytes(&self) -> (&[u8], u32) {
         (&self.buffer, self.next_seq().wrapping_add(1))
     }
 
@@ -128,7 +145,7 @@ impl<Owner: Copy> Transaction<Owner> {
 
     /// Creates a set or map; without effect where it exists with the same layout.
     pub(crate) fn set(&mut self, set: Set, family: Family, owner: Owner) {
-        let raw = RawSet::new(set.name(), family);
+        let raw = self.constant_set(&c_name(set.name()), family);
         raw.u32(sys::NFTNL_SET_FLAGS, set.flags());
         raw.u32(sys::NFTNL_SET_ID, set as u32 + 1);
         raw.u32(sys::NFTNL_SET_KEY_TYPE, type_of(set.key(), family));
@@ -150,6 +167,12 @@ impl<Owner: Copy> Transaction<Owner> {
         self.build_set(&raw, family, owner);
     }
 
+    fn constant_set(&self, name: &CStr, family: Family) -> RawSet {
+        let raw = RawSet::named(name, family);
+        raw.text(sys::NFTNL_SET_TABLE, &c_name(self.table));
+        raw
+    }
+
     pub(super) fn build_set(&mut self, raw: &RawSet, family: Family, owner: Owner) {
         let header = self.header(libc::NFT_MSG_NEWSET, family, libc::NLM_F_CREATE);
         // SAFETY: `header` starts the scratch buffer, which has room for the largest message.
@@ -160,7 +183,7 @@ impl<Owner: Copy> Transaction<Owner> {
 
     /// Removes all rules of a chain.
     pub(super) fn empty_chain(&mut self, name: &str, family: Family, owner: Owner) {
-        let table = table(family);
+        let table = self.table(family);
         // A rule without a handle stands for all of the chain.
         self.object(&Rule::new(&nftnl::Chain::new(c_name(name), &table)), MsgType::Del, owner);
     }
@@ -186,7 +209,7 @@ impl<Owner: Copy> Transaction<Owner> {
     /// The anonymous set `{ tcp, udp, sctp }` for the rule that comes next.
     fn protocols(&mut self, id: u32, family: Family, owner: Owner) {
         let members = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
-        let raw = RawSet::named(ANONYMOUS_SET, family);
+        let raw = self.constant_set(ANONYMOUS_SET, family);
         raw.u32(sys::NFTNL_SET_FLAGS, (libc::NFT_SET_ANONYMOUS | libc::NFT_SET_CONSTANT) as u32);
         raw.u32(sys::NFTNL_SET_ID, id);
         raw.u32(sys::NFTNL_SET_KEY_TYPE, type_of(&[Field::Protocol], family));

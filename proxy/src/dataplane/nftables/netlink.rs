@@ -120,7 +120,24 @@ impl Netlink {
         &mut self,
         transaction: &mut Transaction<Owner>,
     ) -> Result<Readings, CommitError> {
-        let (bytes, next) = transaction.finish();
+        transaction.finish();
+        self.send(transaction)
+    }
+
+    /// As [`Self::commit`], but the kernel only checks the transaction, as `nft --check` has it done: nothing of it takes
+    /// effect.
+    ///
+    /// # Errors
+    /// [`CommitError`].
+    pub(crate) fn check<Owner: Copy>(
+        &mut self,
+        transaction: &mut Transaction<Owner>,
+    ) -> Result<(), CommitError> {
+        self.send(transaction).map(drop)
+    }
+
+    fn send<Owner: Copy>(&mut self, transaction: &mut Transaction<Owner>) -> Result<Readings, CommitError> {
+        let (bytes, next) = transaction.bytes();
         self.seq = next;
         let sent = self.socket.send(bytes);
         self.scratch = transaction.release();

@@ -1,48 +1,26 @@
-//! Whether this kernel takes our ruleset, found by trying it where nobody is affected.
+//! Whether this kernel takes our ruleset, found by having it check all of it.
 //!
-//! Owns a network namespace for a moment. Never touches that of the node.
+//! Owns tables of a name of their own, which never come into being: neither what is there nor an agent that runs is
+//! concerned.
 
-use std::{io, thread};
+use super::commit::{Owner, fatal};
+use super::netlink::Netlink;
+use super::observe::Outdated;
+use super::{NftablesError, Settings, ruleset};
+use crate::model::input::Family;
 
-use nix::errno::Errno;
-use nix::sched::{CloneFlags, unshare};
+/// What the tables would be called.
+const TABLE: &str = "kube-lane-check";
 
-use super::{Detector, Nftables, NftablesError, Settings};
-use crate::dataplane::{Batch, Dataplane};
-
-/// Why the kernel does not take it.
-#[derive(Debug, thiserror::Error)]
-pub enum ProbeError {
-    /// There can be no network namespace to try it in.
-    #[error("there is no network namespace to try it in: {0} (that takes CAP_SYS_ADMIN, as root has it)")]
-    Namespace(#[from] Errno),
-    /// A thread cannot be had.
-    #[error(transparent)]
-    Thread(#[from] io::Error),
-    /// The kernel refuses it.
-    #[error(transparent)]
-    Refused(#[from] NftablesError),
-    /// The attempt ended without an answer.
-    #[error("the attempt broke off")]
-    BrokeOff,
-}
-
-/// Programs the whole constant ruleset in a network namespace that goes with this call.
+/// Has the kernel check the whole constant ruleset, in this network namespace, with the rights that an agent needs.
 ///
 /// # Errors
-/// When the kernel refuses it, or it cannot be tried.
-pub fn try_ruleset() -> Result<(), ProbeError> {
-    let attempt = || {
-        unshare(CloneFlags::CLONE_NEWNET)?;
-        let settings = Settings {
-            detector: Detector::InterfacePrefix("pod".into()),
-            masquerade_all: true,
-            ..Settings::default()
-        };
-        Nftables::open(settings)?.apply(&Batch::default())?;
-        Ok(())
-    };
-    // The namespace is the thread's.
-    let thread = thread::Builder::new().name("probe".into()).spawn(attempt)?;
-    thread.join().map_err(|_| ProbeError::BrokeOff)?
+/// [`NftablesError::Ruleset`], where the kernel would not take it; [`NftablesError::Socket`].
+pub fn try_ruleset(settings: &Settings) -> Result<(), NftablesError> {
+    let mut netlink = Netlink::open(settings.count_connections)?;
+    let mut transaction = netlink.begin::<Owner>().into_tables(TABLE);
+    for family in Family::ALL {
+        ruleset(&mut transaction, family, settings, true, &Outdated::default());
+    }
+    netlink.check(&mut transaction).map_err(|error| fatal(error, NftablesError::Ruleset))
 }
