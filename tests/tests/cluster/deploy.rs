@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context as _, Result};
 use k8s_openapi::api::apps::v1::DaemonSet;
@@ -59,6 +60,7 @@ fn folder() -> PathBuf {
 enum Overlay {
     Nftables,
     Ebpf,
+    Cleanup,
 }
 
 /// Applies `deploy/` or one of its overlays, strictly: a field that the API does not know is an error.
@@ -69,14 +71,17 @@ fn apply(cluster: &Cluster, overlay: Overlay) -> String {
     let folder = match overlay {
         Overlay::Nftables => folder(),
         Overlay::Ebpf => folder().join("ebpf"),
+        Overlay::Cleanup => folder().join("cleanup"),
     };
     let folder = folder.to_str().unwrap();
     cluster.kubectl(&["apply", "--server-side", "--validate=strict", "-k", folder]).unwrap()
 }
 
-fn daemon_set(cluster: &Cluster) -> DaemonSet {
+fn daemon_set(cluster: &Cluster, name: &'static str) -> DaemonSet {
     cluster
-        .call(|client| async move { Ok(Api::<DaemonSet>::namespaced(client, NAMESPACE).get(NAME).await?) })
+        .call(
+            move |client| async move { Ok(Api::<DaemonSet>::namespaced(client, NAMESPACE).get(name).await?) },
+        )
         .unwrap()
 }
 
@@ -88,16 +93,20 @@ fn config_map(cluster: &Cluster, name: &'static str) -> ConfigMap {
         .unwrap()
 }
 
-/// The one container of the DaemonSet's pods.
-fn container(cluster: &Cluster) -> Container {
-    let pod = daemon_set(cluster).spec.unwrap().template.spec.unwrap();
-    let [container] = pod.containers.try_into().unwrap();
-    container
+/// The container of kube-lane in a DaemonSet's pods: the first that runs.
+fn container(cluster: &Cluster, name: &'static str) -> Container {
+    let pod = daemon_set(cluster, name).spec.unwrap().template.spec.unwrap();
+    pod.init_containers.into_iter().flatten().chain(pod.containers).next().unwrap()
 }
 
-/// The DaemonSet's container on a node of the lab, with what the kubelet would put into it.
-fn run_container(cluster: &Cluster, node: &Host, volumes: &TempDir) -> Agent {
-    let container = container(cluster);
+/// A DaemonSet's container on a node of the lab, with what the kubelet would put into it. `arguments`: in place of its own.
+fn run_container(
+    cluster: &Cluster,
+    container: Container,
+    arguments: Option<&[&str]>,
+    node: &Host,
+    volumes: &TempDir,
+) -> Agent {
     let path = |name: &str| volumes.path().join(name);
     let write = |dir: &str, name: &str, content: &[u8]| {
         fs::create_dir_all(path(dir)).unwrap();
@@ -143,7 +152,7 @@ fn run_container(cluster: &Cluster, node: &Host, volumes: &TempDir) -> Agent {
         capabilities.add.unwrap().into_iter().map(|capability| format!("+{}", capability.to_lowercase()));
     words.push(std::iter::once("-all".to_owned()).chain(added).collect::<Vec<_>>().join(","));
 
-    let environment = container.env_from.unwrap().into_iter().filter_map(|from| from.config_map_ref);
+    let environment = container.env_from.into_iter().flatten().filter_map(|from| from.config_map_ref);
     for from in environment {
         assert_eq!(from.name, "kubernetes-services-endpoint");
         for (name, value) in config_map(cluster, "kubernetes-services-endpoint").data.unwrap() {
@@ -151,8 +160,12 @@ fn run_container(cluster: &Cluster, node: &Host, volumes: &TempDir) -> Agent {
         }
     }
     words.push(text(&agent::binary().unwrap()));
-    words
-        .extend(container.args.unwrap().iter().map(|argument| argument.replace("$(NODE_NAME)", node.name())));
+    match arguments {
+        Some(arguments) => words.extend(arguments.iter().map(|argument| (*argument).to_owned())),
+        None => words.extend(
+            container.args.unwrap().iter().map(|argument| argument.replace("$(NODE_NAME)", node.name())),
+        ),
+    }
 
     let mut arguments = vec!["--mount", "--propagation", "private", "sh", "-c", CONTAINER, "sh"];
     arguments.extend(words.iter().map(String::as_str));
@@ -192,15 +205,7 @@ fn serves_as_it_is_written(overlay: Overlay, capabilities: u64) {
     }
     assert_eq!(apply(&cluster, overlay).lines().count(), applied.lines().count());
 
-    // A DaemonSet's template is checked in full only when a pod is made of it.
-    let template = daemon_set(&cluster).spec.unwrap().template;
-    let mut pod = Pod { metadata: template.metadata.unwrap(), spec: template.spec, status: None };
-    pod.metadata.name = Some(NAME.into());
-    let dry_run = PostParams { dry_run: true, ..PostParams::default() };
-    let pod = cluster.call(move |client| async move {
-        Ok(Api::<Pod>::namespaced(client, NAMESPACE).create(&dry_run, &pod).await?)
-    });
-    assert_eq!(pod.unwrap().spec.unwrap().priority, Some(2_000_001_000));
+    makes_pods(&cluster, NAME);
 
     let address = cluster.control_plane().address();
     cluster
@@ -226,7 +231,10 @@ fn serves_as_it_is_written(overlay: Overlay, capabilities: u64) {
     }
 
     let volumes = tempfile::tempdir().unwrap();
-    let mut agent = run_container(&cluster, node0, &volumes);
+    let check = ["check", "--config=/var/lib/kube-lane/config.conf"];
+    let mut check = run_container(&cluster, container(&cluster, NAME), Some(&check), node0, &volumes);
+    assert!(check.process().wait_timeout(LIMIT).unwrap().unwrap().success(), "{}", check.log());
+    let mut agent = run_container(&cluster, container(&cluster, NAME), None, node0, &volumes);
     agent.wait_synced(LIMIT).unwrap();
     answered(&dialler, Proto::Tcp, "10.96.1.1:80".parse().unwrap(), Some("server"));
     answered(cluster.lab().outside(), Proto::Tcp, (node0.v4(), 30080).into(), Some("server"));
@@ -248,6 +256,39 @@ fn serves_as_it_is_written(overlay: Overlay, capabilities: u64) {
         log.lines().filter(|line| line.contains(" WARN ") || line.contains(" ERROR ")).collect();
     // The ConfigMap cannot know a cluster's range.
     assert!(complaints.iter().all(|line| line.contains("clusterCIDR")), "{complaints:#?}");
+    cleans_up(&cluster, node0, agent);
+}
+
+/// A DaemonSet's template is checked in full only when a pod is made of it.
+fn makes_pods(cluster: &Cluster, name: &'static str) {
+    let template = daemon_set(cluster, name).spec.unwrap().template;
+    let mut pod = Pod { metadata: template.metadata.unwrap(), spec: template.spec, status: None };
+    pod.metadata.name = Some(name.into());
+    let dry_run = PostParams { dry_run: true, ..PostParams::default() };
+    let pod = cluster.call(move |client| async move {
+        Ok(Api::<Pod>::namespaced(client, NAMESPACE).create(&dry_run, &pod).await?)
+    });
+    assert_eq!(pod.unwrap().spec.unwrap().priority, Some(2_000_001_000));
+}
+
+/// `deploy/cleanup` refuses beside the agent, and leaves nothing behind it.
+fn cleans_up(cluster: &Cluster, node: &Host, agent: Agent) {
+    const CLEANUP: &str = "kube-lane-cleanup";
+    apply(cluster, Overlay::Cleanup);
+    makes_pods(cluster, CLEANUP);
+    let volumes = tempfile::tempdir().unwrap();
+    let clean_up = || {
+        let mut cleanup = run_container(cluster, container(cluster, CLEANUP), None, node, &volumes);
+        (cleanup.process().wait_timeout(LIMIT).unwrap().unwrap().success(), cleanup.log())
+    };
+    let (success, log) = clean_up();
+    assert!(!success && log.contains("another kube-lane runs on this node"), "{log}");
+    drop(agent);
+    let (success, log) = clean_up();
+    assert!(success, "{log}");
+    let ruleset = node.run(|| Command::new("nft").args(["list", "ruleset"]).output()).unwrap().unwrap();
+    assert_eq!(String::from_utf8(ruleset.stdout).unwrap(), "");
+    assert!(fs::read_dir(node.bpf_root()).is_ok_and(|mut pins| pins.next().is_none()), "{log}");
 }
 
 /// What an account may do, one line a permission.
