@@ -171,7 +171,7 @@ fn an_agent_that_starts_again_takes_over_and_no_connect_fails() {
     assert!(now.iter().all(|program| !programs.contains(program)), "{programs:?} {now:?}");
     // What was counted before still is.
     let socket = stage.serve(&[&stage.a]);
-    let counts = socket.inspect(&ServiceKey::new("default", "svc-1")).counts;
+    let counts = socket.inspect(&ServiceKey::new("default", "svc-1")).at_socket;
     assert_eq!(counts[0].connections.values().sum::<u64>(), report.tally.answers() as u64 + 2);
 }
 
@@ -277,7 +277,7 @@ fn maps_grow_with_the_services_under_connects() {
     let frontends = stage.map::<FrontendKey, Leads>(maps::FRONTENDS);
     assert_eq!(frontends.keys().count(), many as usize + 1);
     // Also what programs counted while the maps were copied; and the dial just now.
-    let counts = socket.inspect(&ServiceKey::new("default", "svc-1")).counts;
+    let counts = socket.inspect(&ServiceKey::new("default", "svc-1")).at_socket;
     assert_eq!(counts[0].connections.values().sum::<u64>(), report.tally.answers() as u64 + 1);
 }
 
