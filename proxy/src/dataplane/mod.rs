@@ -46,6 +46,10 @@ pub struct Outcome {
     pub messages: usize,
     /// Bytes of those messages.
     pub bytes: usize,
+    /// Elements listed to read the kernel back.
+    pub listed: usize,
+    /// Elements asked for by their keys to read it back, whether or not they were there.
+    pub asked: usize,
     /// Frontends of an earlier run that led somewhere, and that the sweep found to be nobody's.
     pub swept: Vec<(Family, Protocol, FrontendAddress)>,
     /// What the socket layer did with the batch; `None` where there is none, or where it lags behind.
@@ -84,6 +88,8 @@ impl Outcome {
         self.removed += other.removed;
         self.messages += other.messages;
         self.bytes += other.bytes;
+        self.listed += other.listed;
+        self.asked += other.asked;
         self.swept.extend(other.swept);
         if let Some(other) = other.socket {
             let socket = self.socket.get_or_insert_default();

@@ -25,6 +25,7 @@ mod nftables;
 mod plans;
 #[cfg(test)]
 mod policies;
+mod read_back;
 #[cfg(test)]
 mod services;
 #[cfg(test)]

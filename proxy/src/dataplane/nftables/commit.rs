@@ -10,9 +10,10 @@ use nix::errno::Errno;
 
 use super::element::{Element, Key, Place, ranges};
 use super::kernel::{Empty, Kernel};
-use super::lower::{Applied, Lowered, lower};
+use super::lower::{Applied, Lowered, Target, lower};
 use super::message::{ELEMENTS_PER_MESSAGE, Transaction};
 use super::netlink::{CommitError, Refusal};
+use super::observe::Found;
 use super::readings::Readings;
 use super::remembered::Edits;
 use super::schema::Set;
@@ -20,10 +21,13 @@ use super::shared::Shared;
 use super::{Nftables, NftablesError, State, rewrite};
 use crate::dataplane::{Batch, Outcome};
 use crate::model::input::{Family, ServiceKey};
-use crate::model::plan::{NodePlan, Plan};
+use crate::model::plan::{Frontend, NodePlan, Plan, PortPlan};
 
 /// Elements of one part: a transaction stays at a few megabytes.
 const ELEMENTS_PER_PART: usize = 20_000;
+
+/// Services whose frontends are looked up at once when they are taken over.
+const TAKEN_OVER_TOGETHER: usize = 200;
 
 /// From how many Services on a batch is written without notifications.
 const BULK: usize = 500;
@@ -159,28 +163,45 @@ impl Nftables {
             (Some(_), true) => 1,
             (Some(_), false) => 2,
         });
+        // What is programmed is known, and what becomes of it is in this batch.
+        let programmed = services.iter().filter_map(|(key, _)| self.applied.get(key));
+        let programmed: BTreeSet<_> =
+            programmed.flat_map(|applied| frontends(applied.plan())).map(name).collect();
         let mut part = Vec::new();
         let mut elements = 0;
-        for (key, plan) in ordered {
-            let (previous, plan) = (self.applied.get(key), plan.as_ref());
-            let lowered = match self.state.found() {
-                Some(found) => lower(previous, plan, found),
-                None => lower(previous, plan, &Empty { counts: self.settings.count_connections }),
-            };
-            let edits = match plan {
-                Some(plan) => self.review(plan, &lowered.affinity)?,
-                None => Vec::new(),
-            };
-            let staged = Staged { key, plan, lowered, edits };
-            let (removed, added) = staged.affinity_count();
-            elements += staged.lowered.removed.len() + staged.lowered.added.len() + removed + added;
-            part.push(staged);
-            if elements >= ELEMENTS_PER_PART {
-                self.commit_part(std::mem::take(&mut part), outcome)?;
-                elements = 0;
+        for services in ordered.chunks(TAKEN_OVER_TOGETHER) {
+            if let State::Adopted(found) = &mut self.state {
+                let frontends = services.iter().filter_map(|(_, plan)| plan.as_deref()).flat_map(frontends);
+                let frontends = frontends.filter(|frontend| !programmed.contains(&name(*frontend)));
+                let asked = found.look_up(&mut self.netlink, frontends);
+                outcome.asked += asked.map_err(NftablesError::ReadBack)?;
+            }
+            for (key, plan) in services {
+                let staged = self.stage(key, plan.as_ref())?;
+                let (removed, added) = staged.affinity_count();
+                elements += staged.lowered.removed.len() + staged.lowered.added.len() + removed + added;
+                part.push(staged);
+                if elements >= ELEMENTS_PER_PART {
+                    self.commit_part(std::mem::take(&mut part), outcome)?;
+                    elements = 0;
+                }
             }
         }
         self.commit_part(part, outcome)
+    }
+
+    /// What a Service means for the kernel.
+    fn stage<'a>(&mut self, key: &'a ServiceKey, plan: Option<&'a Arc<Plan>>) -> Result<Staged<'a>, Failure> {
+        let previous = self.applied.get(key);
+        let lowered = match self.state.found() {
+            Some(found) => lower(previous, plan, found),
+            None => lower(previous, plan, &Empty { counts: self.settings.count_connections }),
+        };
+        let edits = match plan {
+            Some(plan) => self.review(plan, &lowered.affinity)?,
+            None => Vec::new(),
+        };
+        Ok(Staged { key, plan, lowered, edits })
     }
 
     /// One transaction of Services; those that the kernel refuses are left out, and the others sent again.
@@ -303,14 +324,17 @@ impl Nftables {
 
     /// Removes what the kernel was found to hold and nobody has claimed: all sources have synced.
     fn sweep(&mut self, outcome: &mut Outcome) -> Result<(), Failure> {
-        let stale = self.state.found().map(super::observe::Found::places).unwrap_or_default();
+        if let State::Adopted(found) = &mut self.state {
+            outcome.asked += found.look_up_rest(&mut self.netlink).map_err(NftablesError::ReadBack)?;
+        }
+        let stale = self.state.found().map(Found::places).unwrap_or_default();
         for part in stale.chunks(ELEMENTS_PER_PART) {
             let mut transaction = self.netlink.begin();
             write_removals(&mut transaction, part, Owner::Node);
             self.send(&mut transaction, part.len(), 0, outcome).map_err(failure)?;
         }
         outcome.swept.extend(stale.iter().filter_map(Place::frontend));
-        let stale = self.state.found().map(super::observe::Found::objects).unwrap_or_default();
+        let stale = self.state.found().map(Found::objects).unwrap_or_default();
         let mut transaction = self.netlink.begin();
         stale.iter().for_each(|object| transaction.drop_object(object, Owner::Node));
         self.send(&mut transaction, 0, 0, outcome).map_err(failure)?;
@@ -359,6 +383,17 @@ fn node_elements(node: &NodePlan) -> Vec<(Family, Set, Vec<Element>)> {
         sets.push((family, Set::PodCidrs, ranges(Set::PodCidrs, family, &node.pod_cidrs)));
     }
     sets
+}
+
+/// What clients dial of a Service.
+pub(super) fn frontends(plan: &Plan) -> impl Iterator<Item = (&PortPlan, &Frontend)> {
+    plan.ports.iter().flat_map(|port| port.frontends.iter().map(move |frontend| (port, frontend)))
+}
+
+/// What no two frontends have in common.
+fn name((port, frontend): (&PortPlan, &Frontend)) -> Place {
+    let [name, _] = Target::new(port, frontend).picked();
+    name
 }
 
 fn shared_delta(part: &[Staged<'_>]) -> BTreeMap<Shared, i64> {

@@ -5,12 +5,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use nix::errno::Errno;
+
 use super::affinity::Change;
+use super::commit::frontends;
 use super::element::{Data, Element, Place};
 use super::kernel::{Empty, Kernel};
 use super::lower::{Applied, Lowered, lower};
 use super::object::Object;
-use super::observe::Found;
+use super::observe::{Each, Found, LookUp};
 use super::rules::Chain;
 use super::schema::{LOCAL_SLOTS, Set};
 use super::shared::{Shared, SharedCounts};
@@ -94,7 +97,8 @@ impl Node {
     fn adopt(&mut self, planner: &Planner) -> usize {
         (self.applied, self.shared) = Default::default();
         let elements = self.kernel.elements();
-        let mut found = Found::holding(elements.iter(), self.kernel.objects.keys());
+        let mut found = Found::listed(elements.iter(), self.kernel.objects.keys());
+        found.look_up(&mut self.kernel, planner.plans().flat_map(|plan| frontends(plan))).unwrap();
         let lowered: Vec<_> = planner.plans().map(|plan| lower(None, Some(plan), &found)).collect();
         let (_, gained) = self.settle(lowered.iter());
         let mut removed: Vec<Place> =
@@ -110,6 +114,7 @@ impl Node {
         wanted.iter().for_each(|element| found.settle(&element.place));
         let objects = lowered.iter().flat_map(|lowered| &lowered.affinity.created);
         objects.for_each(|object| found.settle_object(object));
+        found.look_up_rest(&mut self.kernel).unwrap();
         let (stale, stale_objects) = (found.places(), found.objects());
         self.kernel.remove(stale.iter());
         stale_objects.iter().for_each(|object| self.kernel.drop_object(object));
@@ -159,6 +164,17 @@ struct Meaning {
     others: BTreeMap<Place, Commented<Option<Data>>>,
     backends: BTreeMap<EndpointSet, BTreeSet<Commented<SocketAddr>>>,
     objects: BTreeMap<Object, Content>,
+}
+
+impl LookUp for Model {
+    fn look_up(&mut self, places: &[Place], each: &mut Each<'_>) -> Result<(), Errno> {
+        for place in places {
+            if let Some((data, comment)) = self.elements.get(place) {
+                each(place, data.clone(), comment.as_deref().map(str::as_bytes));
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Model {

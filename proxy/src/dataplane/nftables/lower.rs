@@ -289,7 +289,7 @@ impl Order<'_> {
 }
 
 /// The first slot of each of the two endpoint sets that a frontend may have.
-const BASES: [u32; 2] = [0, LOCAL_SLOTS];
+pub(crate) const BASES: [u32; 2] = [0, LOCAL_SLOTS];
 
 /// The sets that name frontends. Each kind of frontend uses some of them.
 const NAMING: [Set; 8] = [
@@ -317,6 +317,11 @@ fn layout(frontend: &Frontend) -> (&'static [Set], [Option<EndpointSet>; 2]) {
         (NodePort(_), _, Verdict::Cluster) => (&[Set::Nps], [Some(E::Cluster), None]),
         (NodePort(_), _, Verdict::Local) => (&[Set::Nps, Set::NpsLocal], [Some(E::Cluster), Some(E::Local)]),
     }
+}
+
+/// How many slots a frontend has at each of [`BASES`]; `None`: nobody draws there.
+pub(crate) fn sizes(port: &PortPlan, frontend: &Frontend) -> [Option<usize>; 2] {
+    layout(frontend).1.map(|set| set.map(|set| set.of(port).len()))
 }
 
 /// What a frontend is in the kernel; the default: nothing.
@@ -370,6 +375,16 @@ impl Target {
 
     fn place(&self, set: Set, key: Key) -> Place {
         Place { family: self.family, set, key }
+    }
+
+    /// Where it is named if there are slots at each of [`BASES`].
+    pub(crate) fn picked(&self) -> [Place; 2] {
+        let sets = if self.slots == Set::Endpoints {
+            [Set::Vips, Set::VipsLocal]
+        } else {
+            [Set::Nps, Set::NpsLocal]
+        };
+        sets.map(|set| self.place(set, self.key))
     }
 
     /// Where it is refused.

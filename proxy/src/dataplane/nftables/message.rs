@@ -2,15 +2,19 @@
 //!
 //! Owns the unsafe calls that build and parse set messages. Never decides what a transaction contains, never sends.
 
+use std::collections::BTreeMap;
 use std::ffi::CStr;
 use std::ptr::NonNull;
+use std::slice;
 use std::time::Duration;
 
+use mnl::mnl_sys::mnl_attr_put_strz;
 use nftnl::nftnl_sys::{self as sys, libc};
 use nftnl::{MsgType, NlMsg, ProtoFamily, Rule, Table, nft_nlmsg_maxsize};
 
 use super::element::{Data, Element, Key, Place};
-use super::expr::{ANONYMOUS_SET, Expr, InRule, LookupIn, c_name, counter};
+use super::expr::{ANONYMOUS_SET, Expr, LookupIn, c_name, counter};
+use super::fingerprint::{Fingerprint, rule};
 use super::rules::Chain;
 use super::schema::{Field, Set, TABLE, len_of, protocols_userdata, type_of};
 use crate::model::input::{Family, Protocol};
@@ -45,11 +49,20 @@ pub(crate) struct Transaction<Owner> {
 pub(crate) struct Scratch(Box<[u64]>);
 
 impl Scratch {
-    fn start<T>(&mut self) -> *mut T {
+    pub(super) fn start<T>(&mut self) -> *mut T {
         if self.0.is_empty() {
             self.0 = vec![0; (nft_nlmsg_maxsize() as usize).div_ceil(size_of::<u64>())].into();
         }
         self.0.as_mut_ptr().cast()
+    }
+
+    /// The message that was written last.
+    pub(super) fn message(&mut self) -> &mut [u8] {
+        let room = self.0.len() * size_of::<u64>();
+        // SAFETY: any bytes make valid `u64`s and the other way round; the length is the same memory's.
+        let bytes = unsafe { slice::from_raw_parts_mut(self.0.as_mut_ptr().cast::<u8>(), room) };
+        let len = bytes.first_chunk().map_or(0, |len| u32::from_ne_bytes(*len) as usize);
+        &mut bytes[..len.min(room)]
     }
 }
 
@@ -117,14 +130,7 @@ impl<Owner: Copy> Transaction<Owner> {
 
     /// Appends the message in the scratch buffer.
     fn take_scratch(&mut self) {
-        // SAFETY: a message of `nlmsg_len` bytes, which libnftnl has just written, starts the scratch buffer; `u64`s
-        // may be read as bytes.
-        let message = unsafe {
-            let start = self.scratch.0.as_ptr();
-            let len = (*start.cast::<libc::nlmsghdr>()).nlmsg_len as usize;
-            std::slice::from_raw_parts(start.cast::<u8>(), len.min(self.scratch.0.len() * size_of::<u64>()))
-        };
-        self.buffer.extend_from_slice(message);
+        self.buffer.extend_from_slice(self.scratch.message());
         self.buffer.resize(self.buffer.len().next_multiple_of(4), 0);
     }
 
@@ -193,16 +199,17 @@ impl<Owner: Copy> Transaction<Owner> {
     pub(crate) fn rules(&mut self, chain: &nftnl::Chain<'_>, spec: &Chain, family: Family, owner: Owner) {
         self.empty_chain(&spec.name, family, owner);
         for expressions in &spec.rules {
+            let fingerprint = Fingerprint::of(chain, expressions, &mut self.scratch);
             let needs_protocols = |e: &Expr| matches!(e, Expr::Lookup { set: LookupIn::Protocols, .. });
             let anonymous_set = ANONYMOUS_SETS + self.messages() as u32;
             if expressions.iter().any(needs_protocols) {
                 self.protocols(anonymous_set, family, owner);
             }
-            let mut rule = Rule::new(chain);
-            for expression in expressions {
-                rule.add_expr(&InRule { expression, anonymous_set });
-            }
-            self.object(&rule, MsgType::Add, owner);
+            let start = self.buffer.len();
+            self.object(&rule(chain, expressions, anonymous_set), MsgType::Add, owner);
+            self.buffer.extend(fingerprint.attribute());
+            let len = (self.buffer.len() - start) as u32;
+            self.buffer[start..][..size_of::<u32>()].copy_from_slice(&len.to_ne_bytes());
         }
     }
 
@@ -326,6 +333,8 @@ pub(crate) fn protocol_family(family: Family) -> ProtoFamily {
 pub(crate) enum Wanted<'a> {
     /// All sets of the table.
     Sets,
+    /// All rules of a chain.
+    Rules(&'a str),
     /// All elements of a set.
     Elements(&'a str),
     /// The elements of a set under these keys, at most [`ELEMENTS_PER_MESSAGE`].
@@ -334,11 +343,16 @@ pub(crate) enum Wanted<'a> {
 
 /// A request: its bytes.
 pub(crate) fn request(wanted: Wanted<'_>, family: Family, seq: u32, scratch: &mut Scratch) -> Vec<u8> {
+    /// `NFTA_RULE_TABLE`, `NFTA_RULE_CHAIN`.
+    const RULE_TABLE: u16 = 1;
+    const RULE_CHAIN: u16 = 2;
+    const DUMP: i32 = libc::NLM_F_DUMP;
     let mut transaction = Transaction::<()>::new(seq, std::mem::take(scratch), false);
     transaction.buffer.clear();
     let (kind, flags, raw) = match wanted {
-        Wanted::Sets => (libc::NFT_MSG_GETSET, libc::NLM_F_DUMP, RawSet::all(family)),
-        Wanted::Elements(set) => (libc::NFT_MSG_GETSETELEM, libc::NLM_F_DUMP, RawSet::new(set, family)),
+        Wanted::Sets => (libc::NFT_MSG_GETSET, DUMP, RawSet::all(family)),
+        Wanted::Rules(_) => (libc::NFT_MSG_GETRULE, DUMP, RawSet::all(family)),
+        Wanted::Elements(set) => (libc::NFT_MSG_GETSETELEM, DUMP, RawSet::new(set, family)),
         Wanted::These(set, keys) => {
             let raw = RawSet::new(set, family);
             keys.iter().for_each(|key| raw.add(RawElement::of(key)));
@@ -346,11 +360,16 @@ pub(crate) fn request(wanted: Wanted<'_>, family: Family, seq: u32, scratch: &mu
         }
     };
     let header = transaction.header(kind, family, flags);
-    // SAFETY: as in `Transaction::build_set`.
+    // SAFETY: as in `Transaction::build_set`; the names outlive the calls.
     unsafe {
         (*header).nlmsg_seq = seq;
         match wanted {
             Wanted::Sets => sys::nftnl_set_nlmsg_build_payload(header, raw.0.as_ptr()),
+            Wanted::Rules(chain) => {
+                let (table, chain) = (c_name(TABLE), c_name(chain));
+                mnl_attr_put_strz(header, RULE_TABLE, table.as_ptr());
+                mnl_attr_put_strz(header, RULE_CHAIN, chain.as_ptr());
+            }
             Wanted::Elements(_) | Wanted::These(..) => {
                 sys::nftnl_set_elems_nlmsg_build_payload(header, raw.0.as_ptr());
             }
@@ -359,6 +378,30 @@ pub(crate) fn request(wanted: Wanted<'_>, family: Family, seq: u32, scratch: &mu
     transaction.take_scratch();
     *scratch = transaction.release();
     transaction.buffer
+}
+
+/// Requests for one element each, numbered from `seq` on: a request for several ends at the first that is not there.
+pub(crate) fn questions(places: &[Place], seq: u32, scratch: &mut Scratch) -> Vec<u8> {
+    /// Offsets of `nlmsg_flags` and of `nlmsg_seq` in `struct nlmsghdr`.
+    const FLAGS: usize = 6;
+    const SEQ: usize = 8;
+    let (mut bytes, mut patterns) = (Vec::new(), BTreeMap::new());
+    for (place, i) in places.iter().zip(0..) {
+        let pattern = patterns.entry((place.family, place.set)).or_insert_with(|| {
+            let key = slice::from_ref(&place.key);
+            let mut pattern = request(Wanted::These(place.set.name(), key), place.family, 0, scratch);
+            // The element is answer enough.
+            pattern[FLAGS..SEQ].copy_from_slice(&(libc::NLM_F_REQUEST as u16).to_ne_bytes());
+            pattern
+        });
+        // They differ in their numbers, and in the keys that they end with.
+        let key = place.key.as_bytes();
+        let behind = pattern.len();
+        pattern[SEQ..][..size_of::<u32>()].copy_from_slice(&seq.wrapping_add(i).to_ne_bytes());
+        pattern[behind - key.len()..].copy_from_slice(key);
+        bytes.extend_from_slice(pattern);
+    }
+    bytes
 }
 
 /// An owned `nftnl_set`; the elements added to it are freed with it.

@@ -6,12 +6,13 @@
 //! | file | owns |
 //! |---|---|
 //! | `schema`, `rules`, `expr` | the constant part: sets, chains and rules as data, and libnftnl's form of them |
+//! | `fingerprint` | what tells that a chain is right as it is |
 //! | `element`, `lower`, `shared` | a Service's part: elements, and what a change adds and removes (pure) |
 //! | `affinity`, `object`, `dynamic` | session affinity: a port's own chains and maps (pure), and their messages |
 //! | `remembered`, `recall` | what these maps remember: what to change (pure), and reading them |
 //! | `readings`, `counters` | what elements have counted, and whose that is (pure) |
 //! | `message`, `parse`, `netlink` | transactions as netlink messages, what the kernel says, the socket, refusals |
-//! | `kernel`, `observe`, `monitor` | reading the truth back, noticing foreign changes |
+//! | `kernel`, `observe`, `picks`, `monitor` | reading the truth back, by which keys (pure), noticing foreign changes |
 //! | `probe` | having the kernel check the ruleset |
 //! | `commit` | one batch: parts, refusals, retries |
 
@@ -21,6 +22,7 @@ mod counters;
 mod dynamic;
 mod element;
 mod expr;
+mod fingerprint;
 #[cfg(test)]
 mod history_tests;
 mod kernel;
@@ -31,6 +33,7 @@ mod netlink;
 mod object;
 mod observe;
 mod parse;
+mod picks;
 mod probe;
 mod readings;
 mod recall;
@@ -49,7 +52,7 @@ use nftnl::nftnl_sys::libc;
 use nix::errno::Errno;
 use tracing::{debug, info, warn};
 
-use self::commit::{Owner, write_additions};
+use self::commit::{Failure, Owner, write_additions};
 use self::counters::Carried;
 use self::element::Place;
 use self::expr::c_name;
@@ -57,7 +60,7 @@ use self::lower::Applied;
 use self::message::{ELEMENTS_PER_MESSAGE, Transaction, Wanted, table};
 use self::monitor::Monitor;
 use self::netlink::Netlink;
-use self::observe::{Found, Outdated, TableState};
+use self::observe::{Depth, Found, Outdated, TableState, again};
 pub use self::probe::try_ruleset;
 use self::readings::Readings;
 use self::rules::{Detection, Policy};
@@ -210,7 +213,7 @@ impl Nftables {
 
     /// Reads back what the kernel holds and puts the constant part in place, in one transaction. Afterwards nothing
     /// counts as programmed: applying everything again changes only what differs.
-    fn adopt(&mut self) -> Result<Outcome, NftablesError> {
+    fn adopt(&mut self, depth: Depth, outcome: &mut Outcome) -> Result<(), NftablesError> {
         self.applied.clear();
         self.shared = SharedCounts::default();
         self.node_places.clear();
@@ -219,7 +222,7 @@ impl Nftables {
         let mut found = Found::default();
         let mut transaction = self.netlink.begin::<Owner>();
         for family in Family::ALL {
-            let state = found.read(&mut self.netlink, family).map_err(NftablesError::ReadBack)?;
+            let state = found.read(&mut self.netlink, family, depth).map_err(NftablesError::ReadBack)?;
             if state == TableState::Foreign {
                 warn!(?family, "table `kube-lane` has another layout than this build's: it is replaced");
                 transaction.object(&table(family), MsgType::Del, Owner::Ruleset);
@@ -236,16 +239,36 @@ impl Nftables {
                     "sets are made anew for their counters"
                 );
             }
-            ruleset(&mut transaction, family, &self.settings, pod_cidrs, &outdated);
+            let chains = rules::chains(family, &self.settings.policy(pod_cidrs));
+            let right = match state {
+                TableState::Foreign => BTreeSet::new(),
+                _ if !outdated.sets.is_empty() => BTreeSet::new(),
+                _ => self.right(family, &chains).map_err(NftablesError::ReadBack)?,
+            };
+            ruleset(&mut transaction, family, &chains, &right, &outdated);
         }
-        let outcome =
-            Outcome { messages: transaction.messages(), bytes: transaction.len(), ..Outcome::default() };
+        outcome.listed += found.count;
+        outcome.messages += transaction.messages();
+        outcome.bytes += transaction.len();
         self.netlink
             .commit(&mut transaction)
             .map_err(|error| commit::fatal(error, NftablesError::Ruleset))?;
         self.committed();
         self.state = State::Adopted(found);
-        Ok(outcome)
+        Ok(())
+    }
+
+    /// The names of those chains that the kernel has as they should be.
+    fn right(&mut self, family: Family, chains: &[rules::Chain]) -> Result<BTreeSet<String>, Errno> {
+        let table = table(family);
+        let mut right = BTreeSet::new();
+        for spec in chains {
+            let chain = chain(spec, &table);
+            if again(|| self.netlink.has_rules(family, &chain, spec))? {
+                right.insert(spec.name.clone());
+            }
+        }
+        Ok(right)
     }
 
     /// What was counted of a Service, by port of its plan; `None` where nothing counts, or it cannot be read.
@@ -317,16 +340,23 @@ impl Nftables {
     /// Reads the truth back, then applies everything that should be there.
     fn reconcile(&mut self, batch: &Batch) -> Result<Outcome, NftablesError> {
         let everything = self.everything(batch);
-        let result =
-            self.adopt().and_then(|mut outcome| match self.commit_batch(&everything, &mut outcome) {
-                Ok(()) => Ok(outcome),
-                Err(commit::Failure::Disagreement(what)) => Err(NftablesError::Unstable(what)),
-                Err(commit::Failure::Error(error)) => Err(error),
-            });
+        let mut outcome = Outcome::default();
+        let mut result = Ok(());
+        for depth in [Depth::Reachable, Depth::Everything] {
+            outcome.failed.clear();
+            result = self.adopt(depth, &mut outcome).map_err(Failure::from);
+            result = result.and_then(|()| self.commit_batch(&everything, &mut outcome));
+            let Err(Failure::Disagreement(what)) = &result else { break };
+            info!(what, ?depth, "the kernel holds something else than was read back");
+        }
+        let result = result.map_err(|failure| match failure {
+            Failure::Disagreement(what) => NftablesError::Unstable(what),
+            Failure::Error(error) => error,
+        });
         if result.is_err() {
             self.state = State::Unknown(everything);
         }
-        result
+        result.map(|()| outcome)
     }
 }
 
@@ -340,12 +370,12 @@ impl Dataplane for Nftables {
         } else {
             match self.commit_batch(batch, &mut outcome) {
                 Ok(()) => {}
-                Err(commit::Failure::Disagreement(what)) => {
+                Err(Failure::Disagreement(what)) => {
                     info!(what, "the kernel holds something else than was programmed: reading it back");
                     outcome.failed.clear();
                     outcome.absorb(self.reconcile(batch)?);
                 }
-                Err(commit::Failure::Error(error)) => return Err(error),
+                Err(Failure::Error(error)) => return Err(error),
             }
         }
         if self.listen()? {
@@ -369,13 +399,13 @@ impl Dataplane for Nftables {
     }
 }
 
-/// Puts the constant part of one family's table into a transaction: what exists stays, but for sets that are outdated;
-/// rules are written anew. `pod_cidrs`: whether the family's set of them has any.
+/// Puts the constant part of one family's table into a transaction: what exists stays, but for sets that are outdated and
+/// the rules of chains that are not `right`.
 fn ruleset(
     transaction: &mut Transaction<Owner>,
     family: Family,
-    settings: &Settings,
-    pod_cidrs: bool,
+    chains: &[rules::Chain],
+    right: &BTreeSet<String>,
     outdated: &Outdated,
 ) {
     let owner = Owner::Ruleset;
@@ -394,13 +424,11 @@ fn ruleset(
     for (_, elements) in &outdated.sets {
         write_additions(transaction, elements, owner);
     }
-    let specs = rules::chains(family, &settings.policy(pod_cidrs));
-    let chains: Vec<_> = specs.iter().map(|spec| chain(spec, &table)).collect();
-    for chain in &chains {
-        transaction.object(chain, MsgType::Add, owner);
+    for spec in chains {
+        transaction.object(&chain(spec, &table), MsgType::Add, owner);
     }
-    for (chain, spec) in chains.iter().zip(&specs) {
-        transaction.rules(chain, spec, family, owner);
+    for spec in chains.iter().filter(|spec| !right.contains(&spec.name)) {
+        transaction.rules(&chain(spec, &table), spec, family, owner);
     }
 }
 

@@ -7,12 +7,16 @@ use std::io;
 use std::os::fd::RawFd;
 use std::time::Duration;
 
+use nftnl::Chain;
 use nftnl::nftnl_sys::libc;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv};
 
-use super::message::{Scratch, Transaction, Wanted, protocol_family, request};
+use super::element::Place;
+use super::fingerprint::{Fingerprint, RULE_USERDATA};
+use super::message::{Scratch, Transaction, Wanted, protocol_family, questions, request};
 use super::readings::Readings;
+use super::rules;
 use super::schema::TABLE;
 pub(crate) use crate::dataplane::netlink::{HEADER, Header, attribute, messages, set_option};
 use crate::model::input::Family;
@@ -23,6 +27,8 @@ const SEND_BUFFER: libc::c_int = 64 << 20;
 const RECEIVE_BUFFER: libc::c_int = 16 << 20;
 /// What one read can bring: the kernel fills a dump's parts up to 32 KiB.
 const READ_WORDS: usize = 8192;
+/// Elements that are asked for at once. Each answer takes a kilobyte of the room for them at most.
+const QUESTIONS: usize = 1000;
 /// Size of `struct nfgenmsg`.
 const FAMILY_HEADER: usize = 4;
 /// `NLMSGERR_ATTR_MSG`.
@@ -197,6 +203,51 @@ impl Netlink {
         self.request(&request, seq, &mut each)
     }
 
+    /// Asks for elements one by one; calls `each` with the message about every one that is there.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked.
+    pub(crate) fn ask_for(
+        &mut self,
+        places: &[Place],
+        mut each: impl FnMut(&Place, &[u8]),
+    ) -> Result<(), Errno> {
+        for places in places.chunks(QUESTIONS) {
+            let first = self.seq;
+            self.seq = self.seq.wrapping_add(places.len() as u32);
+            let requests = questions(places, first, &mut self.scratch);
+            self.send_bytes(&requests)?;
+            let (mut answers, mut failed) = (0, None);
+            // The kernel answers inside of the send.
+            loop {
+                match self.receive(MsgFlags::MSG_DONTWAIT) {
+                    Ok(bytes) => messages(bytes, |message| {
+                        let number = Header::of(message).map(|header| header.seq.wrapping_sub(first));
+                        let Some(place) = number.and_then(|i| places.get(i as usize)) else { return };
+                        answers += 1;
+                        match refusal(message).map(|refusal| refusal.errno) {
+                            None => each(place, message),
+                            Some(Errno::ENOENT) => {}
+                            Some(errno) => failed = Some(errno),
+                        }
+                    }),
+                    Err(Errno::EAGAIN) => break,
+                    Err(Errno::EINTR | Errno::ENOBUFS) => {}
+                    Err(errno) => return Err(errno),
+                }
+            }
+            if let Some(errno) = failed.or((answers < places.len()).then_some(Errno::ENOBUFS)) {
+                return Err(errno);
+            }
+        }
+        Ok(())
+    }
+
+    fn send_bytes(&self, bytes: &[u8]) -> Result<(), Errno> {
+        let errno = |error: io::Error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO));
+        self.socket.send(bytes).map(drop).map_err(errno)
+    }
+
     /// The number of the kernel's current ruleset generation.
     ///
     /// # Errors
@@ -232,6 +283,27 @@ impl Netlink {
         Ok(names)
     }
 
+    /// Whether a chain has these rules, and has them from us.
+    ///
+    /// # Errors
+    /// `EINTR` where they changed meanwhile and must be read again.
+    pub(crate) fn has_rules(
+        &mut self,
+        family: Family,
+        chain: &Chain<'_>,
+        spec: &rules::Chain,
+    ) -> Result<bool, Errno> {
+        let scratch = &mut self.scratch;
+        let wanted: Vec<_> =
+            spec.rules.iter().map(|rule| Some(Fingerprint::of(chain, rule, scratch))).collect();
+        let mut held = Vec::new();
+        self.read(family, Wanted::Rules(&spec.name), |message| {
+            let attributes = message.get(HEADER + FAMILY_HEADER..).unwrap_or_default();
+            held.push(attribute(attributes, RULE_USERDATA).and_then(Fingerprint::from_userdata));
+        })?;
+        Ok(held == wanted)
+    }
+
     /// Sends a request without attributes and reads its answer.
     fn ask(&mut self, kind: i32, flags: i32, family: u8, each: &mut impl FnMut(&[u8])) -> Result<(), Errno> {
         let seq = self.seq;
@@ -249,9 +321,7 @@ impl Netlink {
 
     /// Sends a request and reads its answer up to its end (`NLMSG_DONE` or the acknowledgement).
     fn request(&mut self, request: &[u8], seq: u32, each: &mut impl FnMut(&[u8])) -> Result<(), Errno> {
-        self.socket
-            .send(request)
-            .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))?;
+        self.send_bytes(request)?;
         let mut interrupted = false;
         loop {
             let bytes = match self.receive(MsgFlags::empty()) {

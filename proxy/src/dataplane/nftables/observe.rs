@@ -1,7 +1,9 @@
 //! What the kernel was found to hold: read back at start, after a refusal that shows a disagreement, and after
 //! somebody else changed our tables.
 //!
-//! Owns the read-back. Never runs for a change of a Service: what was committed is known, not listed.
+//! Owns the read-back. The sets that name frontends are listed, and all others that are small; what is behind a name, in the
+//! maps of slots, is asked for by its keys when a Service takes the frontend over, or the sweep removes it
+//! ([`super::picks`]). Never runs for a change of a Service: what was committed is known, not listed.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::{BuildHasher, RandomState};
@@ -16,10 +18,11 @@ use super::message::Wanted;
 use super::netlink::Netlink;
 use super::object::{Kind, Object};
 use super::parse::{SetInfo, parse_elements, parse_set};
+use super::picks::Picks;
 use super::remembered::Entry;
 use super::schema::{Set, len_of};
 use crate::model::input::Family;
-use crate::model::plan::AddressPort;
+use crate::model::plan::{AddressPort, Frontend, PortPlan};
 
 /// How often a dump is begun again because the set changed under it.
 const ATTEMPTS: usize = 20;
@@ -38,9 +41,42 @@ pub(crate) struct Found {
     outdated_members: BTreeSet<Object>,
     /// What has to be made anew of each table since its elements count and should not, or the reverse.
     outdated: BTreeMap<Family, Outdated>,
+    /// The maps of slots that exist and were not listed.
+    unlisted: BTreeSet<(Family, Set)>,
     counting: bool,
     /// Comments are compared, not kept.
     hasher: RandomState,
+    /// How many elements were listed.
+    pub(crate) count: usize,
+}
+
+/// Takes an element: where it is, its data, its comment.
+pub(crate) type Each<'a> = dyn FnMut(&Place, Option<Data>, Option<&[u8]>) + 'a;
+
+/// Who can be asked for single elements.
+pub(crate) trait LookUp {
+    /// Calls `each` with every element that is there.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked.
+    fn look_up(&mut self, places: &[Place], each: &mut Each<'_>) -> Result<(), Errno>;
+}
+
+impl LookUp for Netlink {
+    fn look_up(&mut self, places: &[Place], each: &mut Each<'_>) -> Result<(), Errno> {
+        self.ask_for(places, |place, message| {
+            parse_elements(message, |element| each(place, element.data, element.comment));
+        })
+    }
+}
+
+/// How the maps of slots are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Depth {
+    /// By key: what packets may meet.
+    Reachable,
+    /// Listed: also what somebody else put where no pick looks, and where a new slot would be in its way.
+    Everything,
 }
 
 #[derive(Debug)]
@@ -78,20 +114,32 @@ impl Found {
     ) -> Self {
         let mut found = Self { objects: objects.cloned().collect(), ..Self::default() };
         for Element { place, data, comment } in elements {
-            let comment = found.hasher.hash_one(comment.as_deref().map(str::as_bytes));
-            found.elements.insert(*place, Held { data: data.clone(), comment });
-            if place.set.has_ranges() {
-                found.ranges.insert(*place);
-            }
+            found.put(*place, data.clone(), comment.as_deref().map(str::as_bytes));
         }
         found
+    }
+
+    /// As if all but the maps of slots had been read.
+    #[cfg(test)]
+    pub(crate) fn listed<'a>(
+        elements: impl Iterator<Item = &'a Element>,
+        objects: impl Iterator<Item = &'a Object>,
+    ) -> Self {
+        let maps = Set::ALL.into_iter().filter(|set| set.has_slots());
+        let unlisted = maps.flat_map(|set| Family::ALL.map(|family| (family, set))).collect();
+        Self { unlisted, ..Self::holding(elements.filter(|element| !element.place.set.has_slots()), objects) }
     }
 
     /// Reads one family's table, and adds its elements.
     ///
     /// # Errors
     /// When the kernel cannot be read.
-    pub(crate) fn read(&mut self, netlink: &mut Netlink, family: Family) -> Result<TableState, Errno> {
+    pub(crate) fn read(
+        &mut self,
+        netlink: &mut Netlink,
+        family: Family,
+        depth: Depth,
+    ) -> Result<TableState, Errno> {
         self.counting = netlink.counting();
         let mut infos = Vec::new();
         match again(|| {
@@ -120,7 +168,12 @@ impl Found {
         let mut outdated = Outdated::default();
         for info in &infos {
             if let Some(set) = Set::named(&info.name) {
-                let elements = self.read_set(netlink, family, set, counts_wrongly(set, info))?;
+                let is_outdated = counts_wrongly(set, info);
+                if set.has_slots() && depth == Depth::Reachable && !is_outdated {
+                    self.unlisted.insert((family, set));
+                    continue;
+                }
+                let elements = self.read_set(netlink, family, set, is_outdated)?;
                 outdated.sets.extend(elements.map(|elements| (set, elements)));
             } else if let Some(object) = named(info).filter(|object| matches!(object.kind, Kind::Members(_)))
             {
@@ -149,7 +202,6 @@ impl Found {
         set: Set,
         outdated: bool,
     ) -> Result<Option<Vec<Element>>, Errno> {
-        let (elements, ranges, hasher) = (&mut self.elements, &mut self.ranges, &self.hasher);
         let mut copies = Vec::new();
         again(|| {
             copies.clear();
@@ -157,21 +209,65 @@ impl Found {
                 parse_elements(message, |element| match element.key {
                     Some(key) => {
                         let place = Place { family, set, key };
-                        let comment = hasher.hash_one(element.comment);
                         if outdated {
                             let comment = element.comment.map(|text| String::from_utf8_lossy(text).into());
                             copies.push(Element { place, data: element.data.clone(), comment });
                         }
-                        elements.insert(place, Held { data: element.data, comment });
-                        if set.has_ranges() {
-                            ranges.insert(place);
-                        }
+                        self.count += 1;
+                        self.put(place, element.data, element.comment);
                     }
                     None => warn!(set = set.name(), "an element of a strange size is left alone"),
                 });
             })
         })?;
         Ok(outdated.then_some(copies))
+    }
+
+    fn put(&mut self, place: Place, data: Option<Data>, comment: Option<&[u8]>) {
+        let comment = self.hasher.hash_one(comment);
+        self.elements.insert(place, Held { data, comment });
+        if place.set.has_ranges() {
+            self.ranges.insert(place);
+        }
+    }
+
+    /// Looks up what is behind the names of these frontends, which are about to be taken over. Tells how many elements
+    /// it asked for.
+    ///
+    /// # Errors
+    /// When the kernel cannot be read.
+    pub(crate) fn look_up<'a>(
+        &mut self,
+        kernel: &mut impl LookUp,
+        frontends: impl Iterator<Item = (&'a PortPlan, &'a Frontend)>,
+    ) -> Result<usize, Errno> {
+        let is_there = |name: &Place| self.elements.contains_key(name);
+        let picks = frontends.flat_map(|(port, frontend)| Picks::of_frontend(port, frontend, is_there));
+        let picks = picks.collect();
+        self.ask(kernel, picks)
+    }
+
+    /// Looks up what is behind all names that nobody has claimed. Tells how many elements it asked for.
+    ///
+    /// # Errors
+    /// When the kernel cannot be read.
+    pub(crate) fn look_up_rest(&mut self, kernel: &mut impl LookUp) -> Result<usize, Errno> {
+        let picks = self.elements.keys().filter_map(|name| Picks::of(name, 0)).collect();
+        self.ask(kernel, picks)
+    }
+
+    /// Asks for the elements of the maps that were not listed, round by round.
+    fn ask(&mut self, kernel: &mut impl LookUp, mut picks: Vec<Picks>) -> Result<usize, Errno> {
+        let mut asked = 0;
+        while !picks.is_empty() && !self.unlisted.is_empty() {
+            let is_unlisted = |place: &Place| self.unlisted.contains(&(place.family, place.set));
+            let places: Vec<_> = picks.iter().flat_map(Picks::places).filter(is_unlisted).collect();
+            asked += places.len();
+            kernel.look_up(&places, &mut |place, data, comment| self.put(*place, data, comment))?;
+            let is_there = |place: &Place| self.elements.contains_key(place);
+            picks = picks.into_iter().filter_map(|picks| picks.next(is_there)).collect();
+        }
+        Ok(asked)
     }
 
     /// What has to be made anew of a table.
@@ -293,7 +389,7 @@ fn members(netlink: &mut Netlink, set: &Object) -> Result<Vec<AddressPort>, Errn
 }
 
 /// Repeats a dump that was interrupted by a change.
-fn again<T>(mut dump: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
+pub(crate) fn again<T>(mut dump: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
     for _ in 1..ATTEMPTS {
         match dump() {
             Err(Errno::EINTR) => {}

@@ -3,9 +3,12 @@
 //! Owns tables of a name of their own, which never come into being: neither what is there nor an agent that runs is
 //! concerned.
 
+use std::collections::BTreeSet;
+
 use super::commit::{Owner, fatal};
 use super::netlink::Netlink;
 use super::observe::Outdated;
+use super::rules::chains;
 use super::{NftablesError, Settings, ruleset};
 use crate::model::input::Family;
 
@@ -20,7 +23,8 @@ pub fn try_ruleset(settings: &Settings) -> Result<(), NftablesError> {
     let mut netlink = Netlink::open(settings.count_connections)?;
     let mut transaction = netlink.begin::<Owner>().into_tables(TABLE);
     for family in Family::ALL {
-        ruleset(&mut transaction, family, settings, true, &Outdated::default());
+        let chains = chains(family, &settings.policy(true));
+        ruleset(&mut transaction, family, &chains, &BTreeSet::new(), &Outdated::default());
     }
     netlink.check(&mut transaction).map_err(|error| fatal(error, NftablesError::Ruleset))
 }

@@ -200,6 +200,11 @@ impl Set {
         matches!(self, Self::Endpoints | Self::NpEndpoints | Self::VipsReject | Self::NpsReject)
     }
 
+    /// Whether a frontend may have many elements in it: slots, and how many there are.
+    pub(crate) fn has_slots(self) -> bool {
+        self.key().contains(&Field::Slot)
+    }
+
     /// Whether its elements are the starts and ends of ranges, which depend on each other.
     pub(crate) fn is_interval(self) -> bool {
         matches!(self, Self::ServiceCidrs | Self::PodCidrs)
