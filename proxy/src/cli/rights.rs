@@ -2,7 +2,13 @@
 //!
 //! Owns no decision: whether something works is found by trying it, and this says why it did not.
 
+use std::error::Error;
+use std::io;
+
+use nix::errno::Errno;
 use procfs::process::Process;
+
+use crate::causes::with_causes;
 
 /// A capability: its number and its name, without `CAP_`, in `linux/capability.h`.
 type Capability = (u32, &'static str);
@@ -17,53 +23,98 @@ const SYS_ADMIN: u32 = 21;
 pub(super) const NFTABLES: &[Capability] = &[NET_ADMIN];
 pub(super) const EBPF: &[Capability] = &[NET_ADMIN, BPF, PERFMON];
 
-/// What is missing, and where to add it; else what is there.
-pub(super) fn rights(needed: &[Capability]) -> Result<String, String> {
-    // What cannot be told is taken to be there.
-    let status = Process::myself().and_then(|process| process.status());
-    let (effective, seccomp) = status.map_or((u64::MAX, None), |status| (status.capeff, status.seccomp));
-    // 2: a filter, such as a container's profile.
-    compare(needed, effective, seccomp == Some(2))
+/// What this process may do.
+#[derive(Clone, Copy, Debug)]
+struct Rights {
+    effective: u64,
+    /// A seccomp filter is in force, such as a container's profile.
+    filtered: bool,
 }
 
-fn compare(needed: &[Capability], effective: u64, filtered: bool) -> Result<String, String> {
-    let has = |number: u32| effective & (1 << number) != 0;
-    let is_missing = |capability: &&Capability| {
-        let (number, _) = **capability;
-        !has(number) && (number == NET_ADMIN.0 || !has(SYS_ADMIN))
-    };
-    let names = |capabilities: Vec<&Capability>, prefix: &str| {
-        capabilities.iter().map(|(_, name)| format!("{prefix}{name}")).collect::<Vec<_>>().join(", ")
-    };
-    let missing: Vec<_> = needed.iter().filter(is_missing).collect();
-    if missing.is_empty() {
-        let under = if filtered && needed.contains(&BPF) {
-            "; under a seccomp profile, which has to allow bpf(2)"
-        } else {
-            ""
-        };
-        return Ok(names(needed.iter().collect(), "CAP_") + under);
+impl Rights {
+    /// What cannot be told is taken to be there.
+    fn read() -> Self {
+        let status = Process::myself().and_then(|process| process.status());
+        let filter = |seccomp| seccomp == Some(2);
+        status.map_or(Self { effective: u64::MAX, filtered: false }, |status| Self {
+            effective: status.capeff,
+            filtered: filter(status.seccomp),
+        })
     }
-    Err(format!(
-        "missing: {} (in a pod: add [{}] to securityContext.capabilities of the container, which runs as user 0; in a \
+
+    fn compare(self, needed: &[Capability]) -> Result<String, String> {
+        let Self { effective, filtered } = self;
+        let has = |number: u32| effective & (1 << number) != 0;
+        let is_missing = |capability: &&Capability| {
+            let (number, _) = **capability;
+            !has(number) && (number == NET_ADMIN.0 || !has(SYS_ADMIN))
+        };
+        let names = |capabilities: Vec<&Capability>, prefix: &str| {
+            capabilities.iter().map(|(_, name)| format!("{prefix}{name}")).collect::<Vec<_>>().join(", ")
+        };
+        let missing: Vec<_> = needed.iter().filter(is_missing).collect();
+        if missing.is_empty() {
+            let under = if filtered && needed.contains(&BPF) {
+                "; under a seccomp profile, which has to allow bpf(2)"
+            } else {
+                ""
+            };
+            return Ok(names(needed.iter().collect(), "CAP_") + under);
+        }
+        Err(format!(
+            "missing: {} (in a pod: add [{}] to securityContext.capabilities of the container, which runs as user 0; in a \
          systemd unit: CapabilityBoundingSet={})",
-        names(missing.clone(), "CAP_"),
-        names(missing.clone(), ""),
-        names(missing, "CAP_").replace(',', ""),
-    ))
+            names(missing.clone(), "CAP_"),
+            names(missing.clone(), ""),
+            names(missing, "CAP_").replace(',', ""),
+        ))
+    }
+
+    fn explain(self, needed: &[Capability], error: &(dyn Error + 'static)) -> String {
+        let words = with_causes(error);
+        match self.compare(needed) {
+            Err(missing) => format!("capabilities {missing}: {words}"),
+            Ok(_) if self.filtered && is_not_permitted(error) => {
+                format!("{words} (under a seccomp profile: does it allow bpf(2)?)")
+            }
+            Ok(_) => words,
+        }
+    }
+}
+
+/// What is missing, and where to add it; else what is there.
+pub(super) fn rights(needed: &[Capability]) -> Result<String, String> {
+    Rights::read().compare(needed)
+}
+
+/// Why something failed that takes these, for people.
+pub(super) fn explain(needed: &[Capability], error: &(dyn Error + 'static)) -> String {
+    Rights::read().explain(needed, error)
+}
+
+fn is_not_permitted(error: &(dyn Error + 'static)) -> bool {
+    let mut causes = std::iter::successors(Some(error), |error| (*error).source());
+    causes.any(|cause| {
+        let cause = cause.downcast_ref::<io::Error>();
+        cause.and_then(io::Error::raw_os_error) == Some(Errno::EPERM as i32)
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn rights(effective: u64, filtered: bool) -> Rights {
+        Rights { effective, filtered }
+    }
+
     #[test]
     fn what_is_missing_is_named_with_where_to_add_it() {
         let all = 1 << 12 | 1 << 38 | 1 << 39;
-        assert_eq!(compare(NFTABLES, all, true), Ok("CAP_NET_ADMIN".into()));
-        let words = compare(EBPF, all, true).unwrap();
+        assert_eq!(rights(all, true).compare(NFTABLES), Ok("CAP_NET_ADMIN".into()));
+        let words = rights(all, true).compare(EBPF).unwrap();
         assert!(words.starts_with("CAP_NET_ADMIN, CAP_BPF, CAP_PERFMON; under a seccomp profile"), "{words}");
-        let words = compare(EBPF, 1 << 12, false).unwrap_err();
+        let words = rights(1 << 12, false).compare(EBPF).unwrap_err();
         for part in [
             "missing: CAP_BPF, CAP_PERFMON (",
             "add [BPF, PERFMON]",
@@ -71,7 +122,18 @@ mod tests {
         ] {
             assert!(words.contains(part), "{words}");
         }
-        assert!(compare(EBPF, 1 << 12 | 1 << 21, false).is_ok(), "CAP_SYS_ADMIN has both");
-        assert!(compare(NFTABLES, 1 << 21, false).is_err());
+        assert!(rights(1 << 12 | 1 << 21, false).compare(EBPF).is_ok(), "CAP_SYS_ADMIN has both");
+        assert!(rights(1 << 21, false).compare(NFTABLES).is_err());
+    }
+
+    #[test]
+    fn what_is_not_permitted_is_explained() {
+        let refused = |errno: Errno| io::Error::from(errno);
+        let explain = |rights: Rights, errno| rights.explain(EBPF, &refused(errno));
+        assert!(explain(rights(0, true), Errno::EPERM).starts_with("capabilities missing: CAP_NET_ADMIN, "));
+        assert!(explain(rights(u64::MAX, true), Errno::EPERM).ends_with("does it allow bpf(2)?)"));
+        for (filtered, errno) in [(false, Errno::EPERM), (true, Errno::EACCES)] {
+            assert_eq!(explain(rights(u64::MAX, filtered), errno), refused(errno).to_string());
+        }
     }
 }

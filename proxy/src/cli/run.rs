@@ -108,9 +108,7 @@ fn open_front(mut config: Config) -> (Config, Front) {
     match Socket::open(options) {
         Ok(socket) => (config, Ok(Some(socket))),
         Err(error) => {
-            let missing =
-                rights::rights(rights::EBPF).err().map(|missing| format!("capabilities {missing}: "));
-            let why = missing.unwrap_or_default() + &with_causes(&error);
+            let why = rights::explain(rights::EBPF, &error);
             warn!(
                 "mode ebpf cannot be had: {why}; nftables alone serves (`kube-lane check --proxy-mode ebpf` tells more)"
             );
