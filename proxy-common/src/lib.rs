@@ -22,7 +22,7 @@ mod words;
 
 pub use net::{Address, FrontendKey, Port, TCP, UDP};
 pub use records::{AffinityKey, Backend, PEERS, Peer, Peers, Reverse};
-pub use settings::{Answered, Client, Network4, Network6, Settings};
+pub use settings::{Answered, Client, Network4, Network6, POD_CGROUPS, PodCgroups, Settings};
 pub use words::{Frontend, Member, PortWord, Remembered, Set, Slot};
 
 /// The version of everything in this crate, in the path of the pins. It changes with every layout, so that an agent

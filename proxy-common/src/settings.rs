@@ -17,6 +17,33 @@ pub struct Settings {
     pub pods4: Network4,
     /// The same for IPv6.
     pub pods6: Network6,
+    /// Who is a pod.
+    pub pods: PodCgroups,
+}
+
+/// The cgroups that pods run below. Each word counts by itself.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PodCgroups {
+    /// None of them is nearer to the root of all cgroups, which is level 0.
+    pub level: u64,
+    /// What the kernel calls them; 0: none.
+    pub ids: [u64; POD_CGROUPS],
+}
+
+/// How many cgroups there can be that pods run below.
+pub const POD_CGROUPS: usize = 4;
+
+impl PodCgroups {
+    /// No process is a pod's.
+    pub const NONE: Self = Self { level: 0, ids: [0; POD_CGROUPS] };
+
+    /// Whether a cgroup is one of them; `id` is not 0.
+    #[inline]
+    pub const fn has(&self, id: u64) -> bool {
+        let [a, b, c, d] = self.ids;
+        a == id || b == id || c == id || d == id
+    }
 }
 
 /// An IPv4 network: an address is in it whose `address & mask` is `network`. All in network byte order.
@@ -62,10 +89,12 @@ impl Network6 {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Client {
-    /// In a network namespace of its own.
+    /// In a network namespace that is not the host's, and below one of [`Settings::pods`].
     Pod = 0,
-    /// In the host's.
+    /// In the host's network namespace.
     Host = 1,
+    /// In any other: a container beside Kubernetes, for instance.
+    Other = 2,
 }
 
 /// Who is answered where, one bit each. What is not answered is left to nftables.
@@ -78,7 +107,7 @@ impl Answered {
     pub const NOTHING: Self = Self(0);
     /// A pod's socket that is bound to an address outside the pods' network of its family is left alone at cluster IPs.
     /// Shifted by [`Answered::family`].
-    pub const SOURCE: u64 = 1 << 4;
+    pub const SOURCE: u64 = 1 << 6;
     /// NodePorts are looked up, too.
     pub const NODEPORTS: u64 = 1 << 16;
     /// NodePorts answer the host's own sockets on 127.0.0.0/8, too.
@@ -92,10 +121,11 @@ impl Answered {
         if is_ipv6 { 8 } else { 0 }
     }
 
-    /// The bit of a client at a kind of frontend in a family.
+    /// The bit of a client at a kind of frontend in a family. Where [`Client::Other`] is answered, so is
+    /// [`Client::Pod`]: they are not told apart.
     #[inline]
     pub const fn bit(client: Client, external: bool, is_ipv6: bool) -> u64 {
-        1 << (client as u32 + 2 * external as u32 + Self::family(is_ipv6))
+        1 << (client as u32 + 3 * external as u32 + Self::family(is_ipv6))
     }
 
     /// Whether a bit is set.
@@ -109,11 +139,14 @@ const _: () = {
     assert!(size_of::<Answered>() == 8);
     assert!(size_of::<Network4>() == 8 && align_of::<Network4>() == 4);
     assert!(size_of::<Network6>() == 32 && align_of::<Network6>() == 4);
-    assert!(size_of::<Settings>() == 56 && align_of::<Settings>() == 8);
+    assert!(size_of::<PodCgroups>() == 8 + 8 * POD_CGROUPS && align_of::<PodCgroups>() == 8);
+    assert!(offset_of!(PodCgroups, ids) == 8);
+    assert!(size_of::<Settings>() == 96 && align_of::<Settings>() == 8);
     assert!(offset_of!(Settings, answered) == 0);
     assert!(offset_of!(Settings, host) == 8);
     assert!(offset_of!(Settings, pods4) == 16);
     assert!(offset_of!(Settings, pods6) == 24);
+    assert!(offset_of!(Settings, pods) == 56);
 };
 
 #[cfg(feature = "user")]

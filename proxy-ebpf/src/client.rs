@@ -6,7 +6,7 @@ use aya_ebpf::helpers::generated::{
     bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_netns_cookie,
 };
 use aya_ebpf::programs::SockAddrContext;
-use kube_lane_common::{Address, Answered, Client, Settings};
+use kube_lane_common::{Address, Answered, Client, PodCgroups, Settings};
 
 use crate::maps::{LEFT_ALONE, NODE_ADDRESSES, SETTINGS, read};
 use crate::rewrite;
@@ -35,8 +35,7 @@ impl Rules {
     #[inline(always)]
     pub(crate) fn has_nodeports(self, context: &SockAddrContext, address: Address) -> bool {
         if address.is_v4() && address.is_loopback() {
-            self.answered.has(Answered::LOOPBACK_NODEPORTS)
-                && self.client(netns_cookie(context)) == Client::Host
+            self.answered.has(Answered::LOOPBACK_NODEPORTS) && self.is_host(netns_cookie(context))
         } else {
             NODE_ADDRESSES.get_ptr(address).is_some()
         }
@@ -62,9 +61,15 @@ impl Rules {
             return None;
         }
         let cookie = netns_cookie(context);
-        let client = self.client(cookie);
         let is_ipv6 = !destination.is_v4();
-        if !self.answered.has(Answered::bit(client, is_external, is_ipv6)) {
+        let is_answered = |client| self.answered.has(Answered::bit(client, is_external, is_ipv6));
+        let is_host = self.is_host(cookie);
+        let is_admitted = if is_host {
+            is_answered(Client::Host)
+        } else {
+            is_answered(Client::Other) || is_answered(Client::Pod) && is_pod(&self.settings.pods)
+        };
+        if !is_admitted {
             return None;
         }
         // The way to the Service's address and the way to a backend's may be different there.
@@ -72,20 +77,20 @@ impl Rules {
             return None;
         }
         let source = source(context);
-        (source.is_unspecified() || self.source_passes(client, is_external, is_ipv6, source))
+        (source.is_unspecified() || self.source_passes(is_host, is_external, is_ipv6, source))
             .then_some(cookie)
     }
 
     #[inline(always)]
-    fn client(self, cookie: u64) -> Client {
-        if cookie == self.settings.host { Client::Host } else { Client::Pod }
+    fn is_host(self, cookie: u64) -> bool {
+        cookie == self.settings.host
     }
 
     /// Whether packets would leave with the source that the socket is bound to: nobody may masquerade them, and a
     /// backend elsewhere must be able to answer.
     #[inline(always)]
-    fn source_passes(self, client: Client, is_external: bool, is_ipv6: bool, source: Address) -> bool {
-        if client == Client::Host || source.is_loopback() || source.is_v4() == is_ipv6 {
+    fn source_passes(self, is_host: bool, is_external: bool, is_ipv6: bool, source: Address) -> bool {
+        if is_host || source.is_loopback() || source.is_v4() == is_ipv6 {
             return false;
         }
         if is_external || !self.answered.has(Answered::SOURCE << Answered::family(is_ipv6)) {
@@ -99,6 +104,22 @@ impl Rules {
 fn netns_cookie(context: &SockAddrContext) -> u64 {
     // SAFETY: the helper takes the context.
     unsafe { bpf_get_netns_cookie(context.sock_addr.cast()) }
+}
+
+/// Whether the process runs below a cgroup of pods. On a node that is no container itself the first look tells.
+#[inline(always)]
+fn is_pod(pods: &PodCgroups) -> bool {
+    for below in 0..DEPTH {
+        // SAFETY: the helper takes any level, and gives 0 below the process's own.
+        let id = unsafe { bpf_get_current_ancestor_cgroup_id(pods.level as i32 + below) };
+        if id == 0 {
+            return false;
+        }
+        if pods.has(id) {
+            return true;
+        }
+    }
+    false
 }
 
 /// Whether the process runs in a cgroup that is left alone, or below one.

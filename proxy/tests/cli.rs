@@ -153,7 +153,8 @@ fn render_prints_the_plan_as_text_and_as_json() {
     let output = run(&["render", &folder.path(""), "--proxy-mode=ebpf"]);
     let plan = text(&output.stdout);
     for line in [
-        "ClusterIP 10.96.0.10:80 [socket for pods; nftables for host processes (no detectLocalMode tells them apart)]",
+        "ClusterIP 10.96.0.10:80 [socket for pods and other containers; \
+         nftables for host processes (no detectLocalMode tells them apart)]",
         "NodePort *:30080 [nftables (socketLB.external is off)]",
     ] {
         assert!(plan.lines().any(|printed| printed.trim() == line), "{line:?} is not in\n{plan}");
@@ -162,7 +163,10 @@ fn render_prints_the_plan_as_text_and_as_json() {
     let output = run(&[&["render", &folder.path("")][..], &flags].concat());
     let plan: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     for frontend in plan["services"][0]["ports"][0]["frontends"].as_array().unwrap() {
-        assert_eq!([&frontend["layer"], &frontend["answeredBy"]], ["socket", "socket"]);
+        assert_eq!(
+            [&frontend["layer"], &frontend["answeredBy"]],
+            ["socket", "socket for pods and host processes"]
+        );
     }
 
     let output = run(&["render", &folder.path(""), "-o", "json"]);

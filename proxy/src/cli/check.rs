@@ -13,7 +13,7 @@ use super::{Output, rights, settings};
 use crate::causes::with_causes;
 use crate::config::flags::{AgentFlags, RunFlags};
 use crate::config::values::go_bool;
-use crate::config::{Config, Environment, Mode, Resolved};
+use crate::config::{Config, Environment, Mode, Resolved, SocketLb};
 use crate::dataplane::nftables::{Settings, try_ruleset};
 use crate::dataplane::{conntrack, socket};
 
@@ -123,7 +123,8 @@ fn ebpf(config: &Config) -> Vec<Row> {
         found: rights::rights(rights::EBPF),
         means: "no socket layer: nftables answers everything",
     };
-    let features = socket::probe(config.socket_lb.cgroup_root.as_deref(), &config.socket_lb.bpf_root);
+    let SocketLb { cgroup_root, bpf_root, pod_cgroups, .. } = &config.socket_lb;
+    let features = socket::probe(cgroup_root.as_deref(), bpf_root, pod_cgroups);
     let row = |socket::Feature { name, required, needed_for, found, means }| Row {
         name,
         required,

@@ -4,13 +4,15 @@
 
 use std::process::ExitCode;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::Args;
 use tracing::info;
 
 use super::instance;
+use crate::config::SocketLb;
 use crate::config::flags::{AgentFlags, LogFlags, RunFlags};
-use crate::dataplane::{nftables, socket};
+use crate::dataplane::nftables::{self, Marks};
+use crate::dataplane::socket::{self, Removal, SocketError};
 use crate::observability::telemetry;
 
 #[derive(Args, Debug)]
@@ -30,21 +32,47 @@ pub(super) fn run_as_kube_proxy(flags: &RunFlags) -> anyhow::Result<ExitCode> {
     remove(flags.log(), flags)
 }
 
+/// The socket layer is where the flags say, or the configuration, else where its mark says.
 fn remove(log: &LogFlags, agent: &RunFlags) -> anyhow::Result<ExitCode> {
     telemetry::init(&log.logging())?;
-    let bpf_root = &agent.bpf_root()?;
+    let bpf_root = agent.bpf_root()?;
     // Nor does one start meanwhile.
     let _only = instance::claim().context("nothing is removed")?;
-    // What answers first goes first. One that cannot go does not keep the other.
-    let socket = socket::cleanup(bpf_root).context("cleanup of the socket layer");
-    nftables::cleanup().context("cleanup (it needs CAP_NET_ADMIN)")?;
-    if socket? {
-        info!(bpf_root = %bpf_root.display(), "removed the socket layer; its connections live on");
-    } else {
-        info!(bpf_root = %bpf_root.display(), "no socket layer is pinned here; one pinned elsewhere stays");
+    let mut marks = Marks::open().context("cleanup (it needs CAP_NET_ADMIN)")?;
+    let mark = marks.read()?;
+    let marked = mark.as_ref().and_then(|mark| mark.bpf_root.clone());
+    let bpf_root = bpf_root.or_else(|| marked.clone()).unwrap_or_else(|| SocketLb::default().bpf_root);
+    // What answers first goes first. One that cannot go does not keep the other, unless it is another agent's.
+    let socket = socket::cleanup(&bpf_root);
+    if let Err(error @ SocketError::Owned { .. }) = socket {
+        return Err(error).context("nothing is removed");
     }
+    nftables::cleanup().context("cleanup (it needs CAP_NET_ADMIN)")?;
     info!(
         "removed everything of kube-lane in nftables; what it translated ends unless another proxy is in place"
     );
+    let removal = socket.context("cleanup of the socket layer")?;
+    let at = bpf_root.display();
+    match removal {
+        Removal::Done => info!(bpf_root = %at, "removed the socket layer; its connections live on"),
+        Removal::Nothing => {
+            info!(bpf_root = %at, "no socket layer is pinned here; one pinned elsewhere stays");
+        }
+        Removal::Unseen => {
+            info!(bpf_root = %at, "no socket layer can be pinned here: it is no BPF file system");
+        }
+    }
+    let Some(mark) = mark else { return Ok(ExitCode::SUCCESS) };
+    let is_gone = match &marked {
+        Some(marked) => *marked == bpf_root && removal != Removal::Unseen,
+        None => removal == Removal::Done,
+    };
+    if !is_gone {
+        bail!(
+            "a socket layer may be there all the same, pinned at {mark}: run this where that is on the node's BPF file \
+             system, with --bpf-root if it is named otherwise there"
+        );
+    }
+    marks.remove()?;
     Ok(ExitCode::SUCCESS)
 }

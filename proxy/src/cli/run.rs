@@ -10,17 +10,16 @@ use anyhow::Context;
 use prometheus_client::registry::Registry;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
 use super::{instance, rights, settings, sysctls};
-use crate::causes::with_causes;
 use crate::config::flags::RunFlags;
 use crate::config::{Api, Config, Environment, Mode, Resolved};
 use crate::controller::Controller;
 use crate::dataplane::conntrack::Conntrack;
-use crate::dataplane::nftables::{self, Nftables};
-use crate::dataplane::socket::{self, Socket};
-use crate::dataplane::{Follower, Layers};
+use crate::dataplane::nftables::{self, Marks, Nftables};
+use crate::dataplane::socket::{Owner, Socket};
+use crate::dataplane::{AtConnect, Follower, Layers, Withdrawal};
 use crate::health::{HealthState, Servers, ServiceHealth};
 use crate::model::input::{Event, Origin};
 use crate::model::planner::Planner;
@@ -43,7 +42,7 @@ pub(super) fn run(flags: &RunFlags) -> anyhow::Result<ExitCode> {
     memory::share_arena();
     let config = configure(flags)?;
     let listener = instance::claim()?;
-    let (config, front) = open_front(config);
+    let (config, front) = open_front(config)?;
     // One thread for the controller and one for the rest is all there is to do.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -88,34 +87,38 @@ fn say(resolved: Resolved) -> anyhow::Result<Config> {
     Ok(resolved.config)
 }
 
-/// The socket layer, or why there is none although it was asked for.
-type Front = Result<Option<Socket>, String>;
+/// What is in front of nftables, and why it is less than what was asked for.
+type Front = (AtConnect, Option<String>);
 
-/// Opens the socket layer where it is asked for; the configuration then has the mode that could be had.
-fn open_front(mut config: Config) -> (Config, Front) {
-    if config.mode == Mode::Nftables {
-        // What an earlier run left would lead where nobody follows changes.
-        if let Err(error) = socket::withdraw(&config.socket_lb.bpf_root) {
-            let error = with_causes(&error);
-            error!(
-                error,
-                "the socket layer of an earlier run cannot be removed; `kube-lane cleanup` tries again"
-            );
+/// Opens the socket layer where it is asked for; the configuration then has the mode that could be had. Otherwise what an
+/// earlier run left goes.
+fn open_front(mut config: Config) -> anyhow::Result<(Config, Front)> {
+    let mut marks = Marks::open()?;
+    let bpf_root = config.socket_lb.bpf_root.clone();
+    let mut why = None;
+    if config.mode == Mode::Ebpf {
+        match open_socket(&config, &mut marks) {
+            Ok(socket) => return Ok((config, (AtConnect::Socket(Box::new(socket), marks, bpf_root), None))),
+            Err(error) => {
+                let words = rights::explain(rights::EBPF, error.as_ref());
+                warn!(
+                    "mode ebpf cannot be had: {words}; nftables alone serves (`kube-lane check --proxy-mode ebpf` tells more)"
+                );
+                config.mode = Mode::Nftables;
+                why = Some(words);
+            }
         }
-        return (config, Ok(None));
     }
+    Ok((config, (AtConnect::Nothing(Withdrawal::begin(marks, &bpf_root)), why)))
+}
+
+/// Opens the socket layer; the mark is there before anything is attached.
+fn open_socket(config: &Config, marks: &mut Marks) -> anyhow::Result<Socket> {
+    let bpf_root = &config.socket_lb.bpf_root;
+    let owner = Owner::claim(bpf_root)?;
+    marks.put(bpf_root)?;
     let options = settings::socket(&config.socket_lb, &config.network.detector, config.masquerade_all);
-    match Socket::open(options) {
-        Ok(socket) => (config, Ok(Some(socket))),
-        Err(error) => {
-            let why = rights::explain(rights::EBPF, &error);
-            warn!(
-                "mode ebpf cannot be had: {why}; nftables alone serves (`kube-lane check --proxy-mode ebpf` tells more)"
-            );
-            config.mode = Mode::Nftables;
-            (config, Err(why))
-        }
-    }
+    Ok(Socket::open(options, owner)?)
 }
 
 async fn serve(config: Config, front: Front, listener: Option<UnixListener>) -> anyhow::Result<()> {
@@ -134,8 +137,7 @@ async fn serve(config: Config, front: Front, listener: Option<UnixListener>) -> 
     let servers = Servers::new(&config, &mut registry);
     let events = start_events(&config).await?;
     let (queries, asked) = mpsc::channel(1);
-    let why = front.as_ref().err().cloned();
-    let facts = Facts { node: config.node_name.clone(), mode: config.mode, why };
+    let facts = Facts { node: config.node_name.clone(), mode: config.mode, why: front.1.clone() };
     let agent = agent(config, front, health, asked, events.clone(), &mut registry);
     // Tasks of their own: a commit blocks this one.
     if let Some(listener) = listener {
@@ -160,7 +162,7 @@ async fn serve(config: Config, front: Front, listener: Option<UnixListener>) -> 
 /// The agent proper: sources, model, dataplane, and the controller that joins them.
 fn agent(
     config: Config,
-    front: Front,
+    (at_connect, why): Front,
     health: watch::Sender<HealthState>,
     queries: mpsc::Receiver<Query>,
     kubernetes: Events,
@@ -170,7 +172,7 @@ fn agent(
     let commits = Commits::register(registry);
     let flows = Flows::register(registry);
     let no_local_endpoints = NoLocalEndpoints::register(registry);
-    let is_wanted = !matches!(front, Ok(None));
+    let is_wanted = why.is_some() || matches!(at_connect, AtConnect::Socket(..));
     let layer = is_wanted.then(|| SocketLayer::register(registry));
     async move {
         let (events, inbox) = mpsc::channel(EVENTS);
@@ -178,9 +180,8 @@ fn agent(
         let planner = Planner::new(settings::planner(&config.node_name, origins, &config.network));
         let nftables = Nftables::open(settings::nftables(&config))?;
         let foreign = ready::readable(nftables.descriptor()?)?;
-        let socket = front.ok().flatten();
         let told = move |in_place| layer.iter().for_each(|layer| layer.tell(in_place));
-        let dataplane = Layers::new(nftables, socket, told);
+        let dataplane = Layers::new(nftables, at_connect, told);
         let conntrack = Conntrack::spawn(config.conntrack.clean_sctp, move |looked| flows.looked(&looked))?;
         let on_nodeport_addresses = config.network.nodeport_addresses.is_some();
         let service_health = ServiceHealth::spawn(on_nodeport_addresses, health.subscribe(), kubernetes);

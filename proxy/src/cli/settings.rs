@@ -51,8 +51,8 @@ fn detector(detector: &Detector) -> nftables::Detector {
 pub(super) fn socket(settings: &SocketLb, detector: &Detector, masquerade_all: bool) -> socket::Options {
     socket::Options {
         cgroup_root: settings.cgroup_root.clone(),
-        bpf_root: settings.bpf_root.clone(),
         left_alone: settings.leave_alone.clone(),
+        pod_cgroups: settings.pod_cgroups.clone(),
         policy: policy(settings, detector, masquerade_all),
         room: room(settings),
     }

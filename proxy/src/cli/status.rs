@@ -12,7 +12,8 @@ use super::Output;
 use super::instance;
 use crate::causes::with_causes;
 use crate::config::SocketLb;
-use crate::dataplane::{nftables, socket};
+use crate::dataplane::nftables::{self, Marks};
+use crate::dataplane::socket;
 use crate::status::{Head, Request};
 
 /// A commit of very many Services may be under way.
@@ -70,9 +71,12 @@ pub(super) fn run(flags: &StatusFlags) -> anyhow::Result<ExitCode> {
 
 /// What there is to say where no agent runs.
 fn nobody() -> String {
-    let bpf_root = SocketLb::default().bpf_root;
+    let mark = Marks::open().and_then(|mut marks| marks.read()).ok().flatten();
+    let is_marked = mark.is_some();
+    let bpf_root = mark.and_then(|mark| mark.bpf_root).unwrap_or_else(|| SocketLb::default().bpf_root);
     let tables = nftables::is_installed().map_err(|error| with_causes(&error));
-    let programs = socket::is_installed(&bpf_root).map_err(|error| with_causes(&error));
+    let programs =
+        socket::is_installed(&bpf_root).map(|found| found || is_marked).map_err(|error| with_causes(&error));
     let root = bpf_root.display();
     let left = match (tables, programs) {
         (Ok(false), Ok(false)) => {

@@ -97,6 +97,7 @@ section! {
         loopback_node_ports: Option<bool>,
         host_namespace_only: Option<bool>,
         leave_alone: Option<Vec<PathBuf>>,
+        pod_cgroups: Option<Vec<PathBuf>>,
         max_frontends: Option<i64>,
         max_service_ports: Option<i64>,
         max_endpoints: Option<i64>,

@@ -13,7 +13,7 @@ use super::duration::GoDuration;
 use super::error::ConfigError;
 use super::file::{KubeProxyConfiguration, LoggingSection, leaves, prune};
 use super::resolve::{Environment, Overrides, Resolved, resolve};
-use super::socket_lb::{Roots, SocketLbFlags, bpf_root};
+use super::socket_lb::{self, Roots, SocketLbFlags};
 use super::values::{go_bool, not_empty};
 use super::{LogFormat, Logging, NetworkFlags, parse};
 use crate::address::parse_ip;
@@ -267,17 +267,17 @@ impl RunFlags {
         &self.log
     }
 
-    /// Where `--cleanup` looks for the socket layer. Nothing else of a configuration has to be usable for that.
+    /// Where `--cleanup` looks for the socket layer, where that is said. Nothing else of a configuration has to be usable for that.
     ///
     /// # Errors
     /// When the configuration file cannot be read or decoded.
-    pub fn bpf_root(&self) -> Result<PathBuf, ConfigError> {
+    pub fn bpf_root(&self) -> Result<Option<PathBuf>, ConfigError> {
         let flag = self.to_file().kube_lane.bpf_root;
         let root = match self.config.as_ref().filter(|path| flag.is_none() && !path.is_empty()) {
             Some(path) => read(path.as_ref())?.file.kube_lane.bpf_root,
             None => flag,
         };
-        Ok(bpf_root(root))
+        Ok(socket_lb::not_empty(root))
     }
 
     /// Reads the configuration file, if one is named, and resolves it together with the flags.

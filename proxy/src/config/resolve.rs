@@ -132,6 +132,7 @@ impl Resolved {
                 ("/kubeLane/socketLB/loopbackNodePorts", json!(socket_lb.loopback_nodeports)),
                 ("/kubeLane/socketLB/hostNamespaceOnly", json!(socket_lb.host_namespace_only)),
                 ("/kubeLane/socketLB/leaveAlone", json!(socket_lb.leave_alone)),
+                ("/kubeLane/socketLB/podCgroups", json!(socket_lb.pod_cgroups)),
                 ("/kubeLane/socketLB/maxFrontends", json!(socket_lb.max_frontends)),
                 ("/kubeLane/socketLB/maxServicePorts", json!(socket_lb.max_service_ports)),
                 ("/kubeLane/socketLB/maxEndpoints", json!(socket_lb.max_endpoints)),

@@ -3,6 +3,7 @@
 use std::path::{Component, Path, PathBuf};
 
 use clap::Args;
+use kube_lane_common::POD_CGROUPS;
 
 use super::check::Checker;
 use super::file::{KubeLaneSection, KubeProxyConfiguration, SocketLbSection};
@@ -14,6 +15,9 @@ const FRONTENDS: u32 = 1 << 18;
 const SERVICE_PORTS: u32 = 1 << 17;
 const ENDPOINTS: u32 = 1 << 20;
 const AFFINITY_CLIENTS: u32 = 1 << 20;
+/// Where kubelet puts pods: with systemd's cgroups or its own, and in kind, with `--cgroup-root=/kubelet`.
+const POD_PATHS: [&str; POD_CGROUPS] =
+    ["kubepods.slice", "kubepods", "kubelet.slice/kubelet-kubepods.slice", "kubelet/kubepods"];
 /// What an id has room for in the maps' words.
 const MOST: u32 = 1 << 24;
 
@@ -34,6 +38,8 @@ pub struct SocketLb {
     pub host_namespace_only: bool,
     /// Cgroups that are left to nftables with all that is below them: paths relative to the cgroup root.
     pub leave_alone: Vec<PathBuf>,
+    /// Cgroups that pods run below: paths relative to the cgroup root; an empty one is that root.
+    pub pod_cgroups: Vec<PathBuf>,
     /// How many addresses and ports can be answered at most, a NodePort counted once for each family.
     pub max_frontends: u32,
     /// How many ports of Services, counted once for each family.
@@ -54,6 +60,7 @@ impl Default for SocketLb {
             loopback_nodeports: false,
             host_namespace_only: false,
             leave_alone: Vec::new(),
+            pod_cgroups: POD_PATHS.map(PathBuf::from).to_vec(),
             max_frontends: FRONTENDS,
             max_service_ports: SERVICE_PORTS,
             max_endpoints: ENDPOINTS,
@@ -87,6 +94,10 @@ pub(super) struct SocketLbFlags {
     /// A cgroup to leave to nftables, relative to the cgroup root; may be given several times
     #[arg(long, value_name = "PATH", value_delimiter = ',')]
     socket_lb_leave_alone: Option<Vec<PathBuf>>,
+    /// A cgroup that pods run below, relative to the cgroup root; may be given several times [default: kubelet's usual
+    /// ones]
+    #[arg(long, value_name = "PATH", value_delimiter = ',')]
+    socket_lb_pod_cgroups: Option<Vec<PathBuf>>,
     #[command(flatten)]
     roots: Roots,
 }
@@ -100,11 +111,6 @@ pub(super) struct Roots {
     /// Folder of a BPF file system for the maps and links of --proxy-mode ebpf [default: /sys/fs/bpf/kube-lane]
     #[arg(long, value_name = "PATH")]
     bpf_root: Option<PathBuf>,
-}
-
-/// The folder of the pins: the one that is named, else the usual one.
-pub(super) fn bpf_root(named: Option<PathBuf>) -> PathBuf {
-    not_empty(named).unwrap_or_else(|| BPF_ROOT.into())
 }
 
 impl From<Roots> for SocketLbFlags {
@@ -138,6 +144,7 @@ impl SocketLbFlags {
             loopback_node_ports: self.answer.socket_lb_loopback_nodeports,
             host_namespace_only: self.answer.socket_lb_host_namespace_only,
             leave_alone: self.socket_lb_leave_alone.clone(),
+            pod_cgroups: self.socket_lb_pod_cgroups.clone(),
             ..SocketLbSection::default()
         };
     }
@@ -152,6 +159,7 @@ impl SocketLbSection {
             loopback_node_ports: over.loopback_node_ports.or(self.loopback_node_ports),
             host_namespace_only: over.host_namespace_only.or(self.host_namespace_only),
             leave_alone: over.leave_alone.or(self.leave_alone),
+            pod_cgroups: over.pod_cgroups.or(self.pod_cgroups),
             max_frontends: over.max_frontends.or(self.max_frontends),
             max_service_ports: over.max_service_ports.or(self.max_service_ports),
             max_endpoints: over.max_endpoints.or(self.max_endpoints),
@@ -173,6 +181,7 @@ impl SocketLb {
             loopback_nodeports: section.loopback_node_ports.unwrap_or_default(),
             host_namespace_only: section.host_namespace_only.unwrap_or_default(),
             leave_alone: leave_alone(section.leave_alone.as_deref().unwrap_or_default(), check),
+            pod_cgroups: pod_cgroups(section.pod_cgroups.as_deref(), check),
             max_frontends: size("kubeLane.socketLB.maxFrontends", section.max_frontends, FRONTENDS, check),
             max_service_ports: size(
                 "kubeLane.socketLB.maxServicePorts",
@@ -224,7 +233,7 @@ impl SocketLb {
     }
 }
 
-fn not_empty(path: Option<PathBuf>) -> Option<PathBuf> {
+pub(super) fn not_empty(path: Option<PathBuf>) -> Option<PathBuf> {
     path.filter(|path| !path.as_os_str().is_empty())
 }
 
@@ -236,25 +245,46 @@ fn absolute(field: &'static str, written: &Option<PathBuf>, check: &mut Checker)
     Some(path)
 }
 
-/// Paths below the cgroup root, as `/proc/PID/cgroup` shows them.
+/// A path at or below the cgroup root, as `/proc/PID/cgroup` shows it, without what it begins with.
+fn relative(path: &Path) -> Option<PathBuf> {
+    path.components()
+        .filter(|part| !matches!(part, Component::RootDir | Component::CurDir))
+        .map(|part| matches!(part, Component::Normal(_)).then_some(part))
+        .collect()
+}
+
 fn leave_alone(written: &[PathBuf], check: &mut Checker) -> Vec<PathBuf> {
-    let below = |path: &Path| {
-        let parts: Option<PathBuf> = path
-            .components()
-            .filter(|part| !matches!(part, Component::RootDir | Component::CurDir))
-            .map(|part| matches!(part, Component::Normal(_)).then_some(part))
-            .collect();
-        not_empty(parts)
-    };
     let mut paths = Vec::with_capacity(written.len());
     for path in written {
-        match below(path) {
+        match not_empty(relative(path)) {
             Some(path) => paths.push(path),
             None => check.invalid(
                 "kubeLane.socketLB.leaveAlone (--socket-lb-leave-alone)",
                 &path.display().to_string(),
                 "is no path of a cgroup below the cgroup root",
                 "write it as /proc/PID/cgroup does, like /system.slice/libvirtd.service",
+            ),
+        }
+    }
+    paths
+}
+
+fn pod_cgroups(written: Option<&[PathBuf]>, check: &mut Checker) -> Vec<PathBuf> {
+    const FIELD: &str = "kubeLane.socketLB.podCgroups (--socket-lb-pod-cgroups)";
+    let Some(written) = written else { return POD_PATHS.map(PathBuf::from).to_vec() };
+    if !(1..=POD_CGROUPS).contains(&written.len()) {
+        let count = written.len().to_string();
+        check.invalid(FIELD, &count, "is no number of cgroups that can be told", "name one to four");
+    }
+    let mut paths = Vec::with_capacity(written.len());
+    for path in written {
+        match relative(path) {
+            Some(path) => paths.push(path),
+            None => check.invalid(
+                FIELD,
+                &path.display().to_string(),
+                "is no path of a cgroup",
+                "write it as /proc/PID/cgroup does, without the pod's own part, like /kubepods.slice",
             ),
         }
     }

@@ -7,12 +7,12 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
-use super::nftables::{Nftables, NftablesError};
+use super::nftables::{Marks, Nftables, NftablesError};
 use super::socket::Socket;
 use super::socket::answers::{Answer, Limit, Why};
-use super::{AtSocket, Batch, Dataplane, Inspection, Outcome};
+use super::{AtSocket, Batch, Dataplane, Inspection, Outcome, Withdrawal};
 use crate::causes::with_causes;
 use crate::model::input::ServiceKey;
 use crate::model::plan::Plan;
@@ -26,6 +26,8 @@ const LOOK: Duration = Duration::from_secs(1);
 /// Whom the socket layer leaves alone for want of room to remember them.
 const FORGOTTEN: &str =
     "further clients of Services with session affinity: kubeLane.socketLB.maxAffinityClients are remembered";
+/// What it means that nobody is known to be a pod.
+const NO_PODS: &str = "nftables alone answers pods; kubeLane.socketLB.podCgroups (--socket-lb-pod-cgroups) names the cgroup that they run below";
 /// How many Services without room a commit names in the log.
 const NAMED: usize = 10;
 
@@ -33,19 +35,32 @@ const NAMED: usize = 10;
 pub struct Layers {
     nftables: Nftables,
     front: Option<Front>,
+    withdrawal: Option<Withdrawal>,
     /// Told whether the socket layer is in place.
     told: Box<dyn Fn(bool)>,
 }
 
+/// What there is in front of nftables.
+pub enum AtConnect {
+    /// The socket layer, marked as pinned there.
+    Socket(Box<Socket>, Marks, PathBuf),
+    /// Nothing, once what an earlier run left has gone.
+    Nothing(Withdrawal),
+}
+
 /// The socket layer and how it fares.
 struct Front {
-    socket: Socket,
+    socket: Box<Socket>,
+    marks: Marks,
+    bpf_root: PathBuf,
     /// What went wrong the last time, and how often in a row.
     trouble: Option<(String, u32)>,
     /// Services that there is no room for.
     full: BTreeMap<ServiceKey, Limit>,
     /// It has no room to remember more clients.
     is_forgetful: bool,
+    /// Why it answers no pods.
+    missing_pods: Option<String>,
     /// When it looks next for what nobody tells.
     look: Instant,
     /// When it has something to do by itself; `None`: not before the first batch.
@@ -53,19 +68,26 @@ struct Front {
 }
 
 impl Layers {
-    /// nftables, and the socket layer where there is one; `told` hears again and again whether that is in place.
-    pub fn new(nftables: Nftables, socket: Option<Socket>, told: impl Fn(bool) + 'static) -> Self {
-        told(socket.is_some());
+    /// nftables, and what is in front of it; `told` hears again and again whether the socket layer is in place.
+    pub fn new(nftables: Nftables, at_connect: AtConnect, told: impl Fn(bool) + 'static) -> Self {
+        told(matches!(at_connect, AtConnect::Socket(..)));
         let look = Instant::now() + LOOK;
-        let front = |socket| Front {
+        let front = |socket, marks, bpf_root| Front {
             socket,
+            marks,
+            bpf_root,
             trouble: None,
             full: BTreeMap::new(),
             is_forgetful: false,
+            missing_pods: None,
             look,
             due: None,
         };
-        Self { nftables, front: socket.map(front), told: Box::new(told) }
+        let (front, withdrawal) = match at_connect {
+            AtConnect::Socket(socket, marks, bpf_root) => (Some(front(socket, marks, bpf_root)), None),
+            AtConnect::Nothing(withdrawal) => (None, Some(withdrawal)),
+        };
+        Self { nftables, front, withdrawal, told: Box::new(told) }
     }
 }
 
@@ -88,13 +110,17 @@ impl Dataplane for Layers {
     }
 
     fn due(&self) -> Option<Instant> {
-        self.front.as_ref()?.due
+        let front = self.front.as_ref().and_then(|front| front.due);
+        front.or_else(|| self.withdrawal.as_ref()?.due())
     }
 
     fn catch_up(&mut self) {
         if let Some(front) = &mut self.front {
             front.apply(&Batch::default(), &Outcome::default());
             (self.told)(front.socket.is_in_place());
+        }
+        if let Some(withdrawal) = &mut self.withdrawal {
+            withdrawal.attempt();
         }
     }
 
@@ -112,13 +138,16 @@ impl Dataplane for Layers {
     }
 
     fn troubles(&self) -> Vec<String> {
-        let Some(front) = &self.front else { return Vec::new() };
+        let Some(front) = &self.front else {
+            return self.withdrawal.iter().filter_map(Withdrawal::trouble).collect();
+        };
         let trouble =
             front.trouble.iter().map(|(words, _)| format!("the socket layer {}: {words}", front.state()));
         let full =
             front.full.iter().map(|(service, limit)| format!("nftables alone answers {service}: {limit}"));
         let forgetful = front.is_forgetful.then(|| format!("nftables alone answers {FORGOTTEN}"));
-        trouble.chain(full).chain(forgetful).collect()
+        let pods = front.missing_pods.iter().map(|missing| format!("{missing}: {NO_PODS}"));
+        trouble.chain(full).chain(forgetful).chain(pods).collect()
     }
 }
 
@@ -128,6 +157,10 @@ impl Front {
         let now = Instant::now();
         if now >= self.look {
             self.look = now + LOOK;
+            if let Err(error) = self.marks.put(&self.bpf_root) {
+                // Whoever does without the layer may not hear of it. The next look tries again.
+                debug!(error = &error as &dyn std::error::Error, "the socket layer cannot be marked");
+            }
             if let Some(missing) = self.socket.look() {
                 warn!("{missing}: the socket layer is put in place again");
             }
@@ -140,6 +173,7 @@ impl Front {
                 }
                 self.note_full(applied.full);
                 self.note_forgetful();
+                self.note_pods();
                 self.due = Some(self.look);
                 Some(AtSocket { writes: applied.writes, took: now.elapsed() })
             }
@@ -188,6 +222,16 @@ impl Front {
             warn!("no room at the socket: nftables alone answers {FORGOTTEN}");
         } else if was_forgetful && !self.is_forgetful {
             info!("there is room at the socket for clients of Services with session affinity again");
+        }
+    }
+
+    /// Says that nobody is known to be a pod, and that there are pods again.
+    fn note_pods(&mut self) {
+        let were_missing = std::mem::replace(&mut self.missing_pods, self.socket.missing_pods()).is_some();
+        match &self.missing_pods {
+            Some(missing) if !were_missing => warn!("{missing}: {NO_PODS}"),
+            None if were_missing => info!("there is a cgroup of pods: pods are answered at the socket"),
+            _ => {}
         }
     }
 }

@@ -12,13 +12,15 @@ mod layers;
 mod netlink;
 pub mod nftables;
 pub mod socket;
+mod withdrawal;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub use self::inspection::{Counts, Inspection};
-pub use self::layers::Layers;
+pub use self::layers::{AtConnect, Layers};
+pub use self::withdrawal::Withdrawal;
 use crate::model::input::{Family, Protocol, ServiceKey};
 use crate::model::plan::{FrontendAddress, NodePlan, Plan};
 

@@ -1,6 +1,6 @@
-//! Cgroups: one for each node, and one for each host beyond them.
+//! Cgroups: one for each node, below it one for its pods, and one for each host beyond them.
 //!
-//! Owns `kube-lane-lab/<lab>/<host>` in the cgroup v2 hierarchy. The children are *threaded* cgroups, so that threads
+//! Owns `kube-lane-lab/<lab>/<host>` in the cgroup v2 hierarchy, and `kubepods` below a node's. The children are *threaded* cgroups, so that threads
 //! of one process sit in several of them: a socket belongs to the cgroup of the thread that creates it, hence eBPF
 //! programs on a node's cgroup see what a client thread of that node does. The price is that the whole process moves
 //! to `kube-lane-lab` while it has a lab, since threads only move below the resource domain of their process.
@@ -75,6 +75,13 @@ impl LabCgroups {
     }
 }
 
+/// Makes the cgroup of a node's pods, below the node's own.
+pub(crate) fn add_pods(node: &Path) -> Result<PathBuf> {
+    let path = node.join("kubepods");
+    make_threaded(&path)?;
+    Ok(path)
+}
+
 impl Drop for LabCgroups {
     fn drop(&mut self) {
         remove(&self.path);
@@ -139,22 +146,19 @@ pub(crate) fn enter_thread(cgroup: &Path) -> Result<()> {
     fs::write(cgroup.join("cgroup.threads"), "0").doing(|| format!("enter the cgroup {}", cgroup.display()))
 }
 
-/// Removes a lab's cgroups: whatever other process is still in them is killed, threads of this one move to the root.
-pub(crate) fn remove(lab: &Path) {
-    let mut dirs: Vec<_> =
-        fs::read_dir(lab).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
-    dirs.retain(|path| path.is_dir());
-    dirs.push(lab.to_owned());
-    for dir in dirs {
-        // A killed process leaves its cgroup only once it is reaped by the kernel.
-        for _ in 0..100 {
-            evict(&dir);
-            match fs::remove_dir(&dir) {
-                Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
-                    std::thread::sleep(Duration::from_millis(2));
-                }
-                _ => break,
+/// Removes a lab's cgroups, those below first: whatever other process is still in them is killed, threads of this one
+/// move to the root.
+pub(crate) fn remove(cgroup: &Path) {
+    let below = fs::read_dir(cgroup).into_iter().flatten().flatten().map(|entry| entry.path());
+    below.filter(|path| path.is_dir()).for_each(|path| remove(&path));
+    // A killed process leaves its cgroup only once it is reaped by the kernel.
+    for _ in 0..100 {
+        evict(cgroup);
+        match fs::remove_dir(cgroup) {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                std::thread::sleep(Duration::from_millis(2));
             }
+            _ => break,
         }
     }
 }

@@ -56,7 +56,7 @@ impl Host {
         self.0.namespace.name()
     }
 
-    /// The cgroup v2 directory that its processes and clients are in; a pod's is its node's.
+    /// The cgroup v2 directory that its processes and clients are in; that of pods is `kubepods` below their node's.
     pub fn cgroup(&self) -> &Path {
         &self.0.cgroup
     }

@@ -11,18 +11,19 @@
 //! ```
 
 use std::ops::Deref;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use ipnetwork::IpNetwork;
 use tokio::runtime::{self, Runtime};
 
 use crate::bpf;
-use crate::cgroup::LabCgroups;
+use crate::cgroup::{self, LabCgroups};
 use crate::error::{Doing, Error, Result};
 use crate::host::Host;
 use crate::leftovers;
 use crate::netlink::{End, Via};
-use crate::netns::{Namespace, Origin};
+use crate::netns::Namespace;
 use crate::sniff::{Filter, Sniff};
 use crate::topology::{self, BRIDGE, BRIDGE_INDEX, UPLINK, UPLINK_INDEX, anywhere};
 
@@ -102,8 +103,7 @@ impl Lab {
         let fabric = Fabric::create(&name.0, &cgroups)?;
         let attach = |host: &str, addresses, port, router| {
             let cgroup = cgroups.add(host)?;
-            let origin = Origin::Cgroup(cgroup.clone());
-            let namespace = Namespace::create(format!("{}-{host}", name.0), origin, router)?;
+            let namespace = Namespace::create(format!("{}-{host}", name.0), cgroup.clone(), router)?;
             fabric.attach(host, port, &namespace, addresses)?;
             let places = (cgroup, pins.join(host));
             Ok(Host::new(host, addresses, namespace, places, servers.handle().clone()))
@@ -112,7 +112,8 @@ impl Lab {
         let mut nodes = Vec::with_capacity(plan.nodes.into());
         for index in 0..plan.nodes {
             let host = attach(&format!("node{index}"), topology::node_addresses(index), index + 1, true)?;
-            nodes.push(Node { host, index, bridge: plan.bridge, pods: AtomicU8::new(0) });
+            let pods = cgroup::add_pods(host.cgroup())?;
+            nodes.push(Node { host, index, bridge: plan.bridge, pods, guests: AtomicU8::new(0) });
         }
         let lab = Self { outside, nodes, fabric, servers: Some(servers), _cgroups: cgroups, name };
         lab.set_routes()?;
@@ -176,8 +177,7 @@ pub struct Fabric {
 
 impl Fabric {
     fn create(lab: &str, cgroups: &LabCgroups) -> Result<Self> {
-        let origin = Origin::Cgroup(cgroups.add("fabric")?);
-        let namespace = Namespace::create(format!("{lab}-fabric"), origin, false)?;
+        let namespace = Namespace::create(format!("{lab}-fabric"), cgroups.add("fabric")?, false)?;
         namespace.netlink(|netlink| netlink.bridge("fabric", UPLINK_INDEX))?;
         Ok(Self { namespace })
     }
@@ -213,7 +213,17 @@ pub struct Node {
     host: Host,
     index: u8,
     bridge: bool,
-    pods: AtomicU8,
+    /// The cgroup of its pods.
+    pods: PathBuf,
+    /// How many pods and containers it has had.
+    guests: AtomicU8,
+}
+
+/// What a network namespace behind a node is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Guest {
+    Pod,
+    Container,
 }
 
 impl Deref for Node {
@@ -254,29 +264,46 @@ impl Node {
     /// # Errors
     /// When the name is taken in this lab, or the kernel refuses a part.
     pub fn add_pod(&self, name: &str) -> Result<Pod> {
-        let number = self.pods.fetch_add(1, Ordering::Relaxed);
+        self.add(Guest::Pod, name)
+    }
+
+    /// Adds a container that is no pod, as of a runtime beside Kubernetes: its addresses are known to this node alone,
+    /// its cgroup is the node's, and its link is named `ctr` and a number.
+    ///
+    /// # Errors
+    /// As [`add_pod`](Self::add_pod).
+    pub fn add_container(&self, name: &str) -> Result<Pod> {
+        self.add(Guest::Container, name)
+    }
+
+    fn add(&self, guest: Guest, name: &str) -> Result<Pod> {
+        let number = self.guests.fetch_add(1, Ordering::Relaxed);
         if number >= topology::MAX_PODS {
-            self.pods.store(topology::MAX_PODS, Ordering::Relaxed);
+            self.guests.store(topology::MAX_PODS, Ordering::Relaxed);
             return Err(Error::Full(format!("pod {name}")));
         }
-        let addresses = self.pod_cidrs().map(|cidr| topology::nth(cidr, u16::from(number) + 2));
+        let (cidrs, cgroup) = match guest {
+            Guest::Pod => (self.pod_cidrs(), &*self.pods),
+            Guest::Container => (topology::container_cidrs(self.index), self.cgroup()),
+        };
+        let bridged = self.bridge && guest == Guest::Pod;
+        let addresses = cidrs.map(|cidr| topology::nth(cidr, u16::from(number) + 2));
         let lab = self.netns().strip_suffix(self.name()).unwrap_or_default();
-        let namespace =
-            Namespace::create(format!("{lab}{name}"), Origin::Beside(self.host.namespace()), false)?;
-        let link = UPLINK_INDEX + 1 + u32::from(number);
-        self.attach(number, link, &namespace, addresses)?;
-        let gateways: [std::net::IpAddr; 2] = if self.bridge {
-            self.pod_cidrs().map(|cidr| topology::nth(cidr, 1))
+        let namespace = Namespace::create(format!("{lab}{name}"), cgroup.to_owned(), false)?;
+        let prefix = if guest == Guest::Pod { topology::POD_LINK } else { topology::CONTAINER_LINK };
+        let (link, link_name) = (UPLINK_INDEX + 1 + u32::from(number), format!("{prefix}{number}"));
+        self.attach(link_name, link, bridged, &namespace, addresses)?;
+        let gateways: [std::net::IpAddr; 2] = if bridged {
+            cidrs.map(|cidr| topology::nth(cidr, 1))
         } else {
             [topology::POD_GATEWAY_V4.into(), topology::POD_GATEWAY_V6.into()]
         };
-        let routed = !self.bridge;
         namespace.netlink(move |netlink| {
             netlink.up(UPLINK_INDEX)?;
             for (address, gateway) in addresses.into_iter().zip(gateways) {
                 // Alone on its link: what goes to another pod goes through the node's routing, never beside it.
                 netlink.address(UPLINK_INDEX, address, if address.is_ipv4() { 32 } else { 128 })?;
-                if routed {
+                if !bridged {
                     netlink.neighbour(UPLINK_INDEX, gateway, topology::POD_GATEWAY_MAC)?;
                 }
                 netlink.route(anywhere(gateway), Via::Gateway(gateway, UPLINK_INDEX))?;
@@ -285,18 +312,25 @@ impl Node {
         })?;
         self.namespace().netlink(move |netlink| {
             netlink.settle(link)?;
-            if routed { Ok(()) } else { netlink.settle(BRIDGE_INDEX) }
+            if bridged { netlink.settle(BRIDGE_INDEX) } else { Ok(()) }
         })?;
-        let places = (self.cgroup().to_owned(), self.bpf_root().to_owned());
+        let places = (cgroup.to_owned(), self.bpf_root().to_owned());
         let host = Host::new(name, addresses, namespace, places, self.servers().clone());
         Ok(Pod { host, node: self.host.clone(), link })
     }
 
-    fn attach(&self, number: u8, link: u32, pod: &Namespace, addresses: [std::net::IpAddr; 2]) -> Result<()> {
-        let mac = (!self.bridge).then_some(topology::POD_GATEWAY_MAC);
-        let near = End { name: format!("veth{number}"), index: link, mac };
+    fn attach(
+        &self,
+        name: String,
+        link: u32,
+        bridged: bool,
+        guest: &Namespace,
+        addresses: [std::net::IpAddr; 2],
+    ) -> Result<()> {
+        let mac = (!bridged).then_some(topology::POD_GATEWAY_MAC);
+        let near = End { name, index: link, mac };
         let far = End { name: UPLINK.to_owned(), index: UPLINK_INDEX, mac: None };
-        let (bridge, fd) = (self.bridge.then_some(BRIDGE_INDEX), pod.fd());
+        let (bridge, fd) = (bridged.then_some(BRIDGE_INDEX), guest.fd());
         self.host.namespace().netlink(move |netlink| {
             netlink.veth(near, bridge, far, fd)?;
             if bridge.is_none() {
@@ -345,7 +379,7 @@ impl Outside {
     }
 }
 
-/// A pod. Dropping it takes its link and its routes from the node at once.
+/// A pod, or another container on a node. Dropping it takes its link and its routes from the node at once.
 #[derive(Debug)]
 #[must_use = "a pod that is dropped leaves"]
 pub struct Pod {

@@ -50,14 +50,6 @@ const OPTIONAL_SYSCTLS: &[(&str, &str)] = &[
 /// What a router needs beyond [`SYSCTLS`].
 const ROUTER_SYSCTLS: &[(&str, &str)] = &[("ipv4/ip_forward", "1"), ("ipv6/conf/all/forwarding", "1")];
 
-/// Where the first thread of a namespace comes from, and with it the cgroup.
-pub(crate) enum Origin<'a> {
-    /// A new thread in this cgroup.
-    Cgroup(PathBuf),
-    /// The thread of another namespace, whose cgroup is inherited.
-    Beside(&'a Namespace),
-}
-
 /// A network namespace.
 #[derive(Debug)]
 pub(crate) struct Namespace {
@@ -68,19 +60,15 @@ pub(crate) struct Namespace {
 }
 
 impl Namespace {
-    /// Makes a namespace with `lo` up and names it for `ip netns`.
-    pub(crate) fn create(name: String, origin: Origin<'_>, router: bool) -> Result<Self> {
+    /// Makes a namespace with `lo` up, whose threads and processes are in a cgroup, and names it for `ip netns`.
+    pub(crate) fn create(name: String, cgroup: PathBuf, router: bool) -> Result<Self> {
         let (jobs, queue) = channel();
         let (ready, outcome) = channel();
-        let (cgroup, beside) = match origin {
-            Origin::Cgroup(path) => (Some(path), None),
-            Origin::Beside(namespace) => (None, Some(namespace)),
-        };
         let file = Path::new(NETNS_DIR).join(&name);
         let body = {
             let file = file.clone();
             move || {
-                let entered = set_up(cgroup.as_deref(), &file, router);
+                let entered = set_up(&cgroup, &file, router);
                 let proceed = entered.is_ok();
                 // The receiver waits for exactly this.
                 let _ = ready.send(entered);
@@ -90,11 +78,7 @@ impl Namespace {
             }
         };
         let builder = thread::Builder::new().name("lab-netns".into());
-        let thread = match beside {
-            Some(namespace) => namespace.enter(move || builder.spawn(body))?,
-            None => builder.spawn(body),
-        }
-        .doing(|| format!("start a thread for {name}"))?;
+        let thread = builder.spawn(body).doing(|| format!("start a thread for {name}"))?;
         match outcome.recv().map_err(|_| Error::Gone(name.clone())).flatten() {
             Ok(fd) => Ok(Self { name, jobs: Some(jobs), thread: Some(thread), fd }),
             Err(error) => {
@@ -160,10 +144,8 @@ fn live(queue: &Receiver<Job>) {
     }
 }
 
-fn set_up(cgroup: Option<&Path>, file: &Path, router: bool) -> Result<OwnedFd> {
-    if let Some(cgroup) = cgroup {
-        cgroup::enter_thread(cgroup)?;
-    }
+fn set_up(cgroup: &Path, file: &Path, router: bool) -> Result<OwnedFd> {
+    cgroup::enter_thread(cgroup)?;
     unshare(CloneFlags::CLONE_NEWNET).doing(|| "make a network namespace".into())?;
     for setting in SYSCTLS.iter().chain(if router { ROUTER_SYSCTLS } else { &[] }) {
         set(setting)?;

@@ -22,6 +22,10 @@ pub(crate) const POD_GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 /// The link-local address that [`POD_GATEWAY_MAC`] gives the node's end (EUI-64).
 pub(crate) const POD_GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0xecee, 0xeeff, 0xfeee, 0xeeee);
 
+/// What the links of containers that are no pods begin with, on their node.
+pub(crate) const CONTAINER_LINK: &str = "ctr";
+/// What those of pods begin with.
+pub(crate) const POD_LINK: &str = "veth";
 /// How many nodes the plan has room for.
 pub(crate) const MAX_NODES: u8 = 190;
 /// How many pods, ever, a node has room for.
@@ -62,6 +66,13 @@ pub fn outside_addresses() -> [IpAddr; 2] {
 pub fn pod_cidrs(index: u8) -> [IpNetwork; 2] {
     let number = index + 1;
     [v4([10, 244, number, 0], 24), v6([0xfd00, 0x10, 0x244, number.into(), 0, 0, 0, 0], 64)]
+}
+
+/// The containers of node `index` (from 0) that are no pods: 172.17.1.0/24, fd00:172:17:1::/64 and so on. Only their
+/// node has a route there.
+pub fn container_cidrs(index: u8) -> [IpNetwork; 2] {
+    let number = index + 1;
+    [v4([172, 17, number, 0], 24), v6([0xfd00, 0x172, 0x17, number.into(), 0, 0, 0, 0], 64)]
 }
 
 /// The `number`th address of a network (below 256 for any network of the plan).

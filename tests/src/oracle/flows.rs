@@ -177,8 +177,11 @@ impl Job<'_> {
         if self.rig.proxy != Proxy::Ebpf || self.proto != Proto::Tcp || !told || !plain {
             return None;
         }
-        // The programs see what the node's own processes and pods do; those that have not bound an address.
-        let on_node = self.from.starts_with("pod") || matches!(self.from, "node0" | "node1");
+        // The programs answer what the node's own processes and pods do; those that have not bound an address. Other
+        // containers they answer where that is stated.
+        let stated_container = self.from == "container0" && self.flow.layer.is_some();
+        let on_node =
+            self.from.starts_with("pod") || matches!(self.from, "node0" | "node1") || stated_container;
         let stated = self.flow.layer.or(self.scenario.layer);
         let refused = *self.flow.expected(self.rig.proxy).0 == Gets::Refused;
         match stated {

@@ -146,6 +146,7 @@ pub(super) struct Rig {
     _echoes: Vec<Echo>,
     pub(super) callers: Callers,
     pods: Vec<Pod>,
+    _container: Pod,
     _lab: Lab,
     manifests: Option<Folder>,
     manifest_markers: u16,
@@ -187,6 +188,8 @@ impl Rig {
             let gateway = cidrs.iter().filter_map(|cidr| cidr.iter().nth(1)).collect();
             callers.insert(node.name().to_owned(), Caller { gateway, ..caller(node) });
         }
+        let container = lab.node(0).add_container("container0")?;
+        callers.insert(container.name().to_owned(), caller(&container));
         let mut echoes = Vec::new();
         for host in lab.nodes().iter().map(|node| &**node).chain(pods.iter().map(|pod| &**pod)) {
             for port in TARGETS {
@@ -224,6 +227,7 @@ impl Rig {
             _echoes: echoes,
             callers: Callers { proxy, by_name: callers },
             pods,
+            _container: container,
             _lab: lab,
             manifests,
             manifest_markers: 0,

@@ -31,9 +31,13 @@ mod services;
 #[cfg(test)]
 mod socket_clients;
 #[cfg(test)]
+mod socket_leftovers;
+#[cfg(test)]
 mod socket_life;
 #[cfg(test)]
 mod socket_maps;
+#[cfg(test)]
+mod socket_pods;
 #[cfg(test)]
 mod socket_programs;
 #[cfg(test)]

@@ -338,18 +338,18 @@ fn a_socket_bound_to_a_loopback_address_meets_what_it_does_without_ebpf() {
 #[test]
 fn a_cgroup_that_is_left_alone_meets_nftables() {
     let world = World::configured(Mode::Ebpf, |lab| {
-        let alone = lab.node(0).cgroup().join("alone");
+        let alone = lab.node(0).cgroup().join("kubepods/alone");
         for path in [&alone, &alone.join("below")] {
             fs::create_dir(path).unwrap();
             fs::write(path.join("cgroup.type"), "threaded").unwrap();
         }
-        json!({"kubeLane": {"socketLB": {"leaveAlone": ["/alone"]}}})
+        json!({"kubeLane": {"socketLB": {"leaveAlone": ["/kubepods/alone"]}}})
     });
     let (pod, _echoes) = serving(&world.lab, 1, "server");
     let client = world.lab.node(0).add_pod("client").unwrap();
     world.put("web", &web_ports(), 10, &endpoints(&[&pod]));
     let vip = at(vips(10)[0], 80);
-    let cgroup = world.lab.node(0).cgroup().to_owned();
+    let cgroup = client.cgroup().to_owned();
     assert!(until_met(&client, vip, |met| met.at_socket).at_socket);
     for alone in [cgroup.join("alone"), cgroup.join("alone/below")] {
         let threads = alone.join("cgroup.threads");

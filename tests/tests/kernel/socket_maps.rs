@@ -19,7 +19,7 @@ use aya::maps::{HashMap, Map, MapData};
 use kube_lane::dataplane::Batch;
 use kube_lane::dataplane::socket::answers::{Clients, Limit, Policy};
 use kube_lane::dataplane::socket::write::Sizes;
-use kube_lane::dataplane::socket::{Options, Room, Socket, SocketError, cleanup, probe};
+use kube_lane::dataplane::socket::{Options, Owner, Removal, Room, Socket, SocketError, cleanup, probe};
 use kube_lane::model::input::{Family, Protocol, ServiceKey};
 use kube_lane::model::plan::{Backend, Frontend, NodePlan, Plan, PortPlan, Verdict};
 use kube_lane_common::{AffinityKey, Frontend as Leads, FrontendKey, LAYOUT, Remembered, maps, programs};
@@ -55,15 +55,20 @@ impl Stage {
     fn options(&self) -> Options {
         Options {
             cgroup_root: Some(self.node().cgroup().to_owned()),
-            bpf_root: self.root(),
             left_alone: Vec::new(),
+            pod_cgroups: vec!["kubepods".into()],
             policy: Policy { detector: Clients::Interface, ..Policy::default() },
             room: SMALL,
         }
     }
 
     fn try_open(&self, options: Options) -> Result<Socket, SocketError> {
-        self.node().run(|| Socket::open(options)).unwrap()
+        self.try_open_at(&self.root(), options)
+    }
+
+    fn try_open_at(&self, root: &Path, options: Options) -> Result<Socket, SocketError> {
+        let owner = Owner::claim(root)?;
+        self.node().run(|| Socket::open(options, owner)).unwrap()
     }
 
     fn open(&self) -> Socket {
@@ -305,16 +310,16 @@ fn what_there_is_no_room_for_is_named_and_answered_once_there_is() {
 #[test]
 fn programs_of_others_stay_where_they_are() {
     let stage = Stage::new();
-    let theirs = Options { bpf_root: stage.root().join("theirs"), ..stage.options() };
-    drop(stage.try_open(theirs.clone()).unwrap());
+    let theirs = stage.root().join("theirs");
+    drop(stage.try_open_at(&theirs, stage.options()).unwrap());
     let before: BTreeSet<_> = stage.attached().into_iter().collect();
-    let ours = Options { bpf_root: stage.root().join("ours"), ..stage.options() };
-    drop(stage.try_open(ours.clone()).unwrap());
+    let ours = stage.root().join("ours");
+    drop(stage.try_open_at(&ours, stage.options()).unwrap());
     assert_eq!(stage.attached().len(), 2 * before.len());
-    drop(stage.try_open(ours.clone()).unwrap());
-    cleanup(&ours.bpf_root).unwrap();
+    drop(stage.try_open_at(&ours, stage.options()).unwrap());
+    cleanup(&ours).unwrap();
     assert_eq!(stage.attached().into_iter().collect::<BTreeSet<_>>(), before);
-    cleanup(&theirs.bpf_root).unwrap();
+    cleanup(&theirs).unwrap();
     assert_eq!(stage.attached(), []);
 }
 
@@ -324,19 +329,19 @@ fn cleanup_leaves_nothing() {
     drop(stage.serve(&[&stage.a]));
     fs::create_dir_all(stage.root().join("v0/links")).unwrap();
     fs::create_dir(stage.root().join("another")).unwrap();
-    assert!(cleanup(&stage.root()).unwrap());
+    assert_eq!(cleanup(&stage.root()).unwrap(), Removal::Done);
     assert_eq!(stage.attached(), []);
     assert_eq!(names(&stage.root()), ["another"], "what is not ours stays");
     assert_eq!(stage.meets(), None);
     fs::remove_dir(stage.root().join("another")).unwrap();
-    assert!(!cleanup(&stage.root()).unwrap(), "nothing is left");
+    assert_eq!(cleanup(&stage.root()).unwrap(), Removal::Nothing, "nothing is left");
     assert!(!stage.root().exists());
-    assert!(!cleanup(Path::new("/nonexistent/kube-lane")).unwrap());
+    assert_eq!(cleanup(Path::new("/nonexistent/kube-lane")).unwrap(), Removal::Unseen);
     // A folder elsewhere that happens to have such a name.
     let elsewhere = tempfile::tempdir().unwrap();
     fs::create_dir_all(elsewhere.path().join("v1/maps")).unwrap();
     fs::write(elsewhere.path().join("v1/maps/SETS"), "theirs").unwrap();
-    assert!(!cleanup(elsewhere.path()).unwrap());
+    assert_eq!(cleanup(elsewhere.path()).unwrap(), Removal::Unseen);
     assert!(elsewhere.path().join("v1/maps/SETS").exists());
 }
 
@@ -363,7 +368,7 @@ fn programs_move_to_the_cgroup_that_is_named_and_come_and_go_with_the_options() 
 fn what_is_missing_is_named() {
     let stage = Stage::new();
     let folder = tempfile::tempdir().unwrap();
-    let error = stage.try_open(Options { bpf_root: folder.path().join("x"), ..stage.options() }).unwrap_err();
+    let error = stage.try_open_at(&folder.path().join("x"), stage.options()).unwrap_err();
     assert!(matches!(error, SocketError::NoBpfFileSystem(_)), "{error:?}");
     let missing = stage.try_open(Options { cgroup_root: Some("/nonexistent".into()), ..stage.options() });
     assert!(matches!(missing, Err(SocketError::Cgroup { .. })), "{missing:?}");
@@ -373,21 +378,21 @@ fn what_is_missing_is_named() {
 fn the_kernel_is_asked_what_it_can() {
     let stage = Stage::new();
     let (cgroup, root) = (stage.node().cgroup().to_owned(), stage.root());
-    let features = stage.node().run(move || probe(Some(&cgroup), &root)).unwrap();
+    let features = stage.node().run(move || probe(Some(&cgroup), &root, &["kubepods".into()])).unwrap();
     let missing: Vec<_> = features.iter().filter(|feature| feature.found.is_err()).collect();
     assert!(features.len() > 8 && missing.is_empty(), "{missing:#?}");
     assert_eq!(stage.attached(), []);
     assert_eq!(names(&stage.root()), [""; 0]);
-    let features = probe(Some(Path::new("/proc")), Path::new("/proc"));
+    let features = probe(Some(Path::new("/proc")), Path::new("/proc"), &[]);
     let missing: Vec<_> = features.iter().filter(|feature| feature.found.is_err()).map(|f| f.name).collect();
-    assert_eq!(missing, ["cgroup v2", "BPF file system", "attaching"]);
+    assert_eq!(missing, ["cgroup v2", "BPF file system", "attaching", "cgroups of pods"]);
 }
 
 #[test]
 fn cgroups_that_come_and_go_are_left_alone() {
     let stage = Stage::new();
-    let mesh = stage.node().cgroup().join("mesh");
-    let options = Options { left_alone: vec!["mesh".into()], ..stage.options() };
+    let mesh = stage.client.cgroup().join("mesh");
+    let options = Options { left_alone: vec!["kubepods/mesh".into()], ..stage.options() };
     let mut socket = stage.try_open(options).unwrap();
     let mut follow = || {
         assert_eq!(socket.look(), None);

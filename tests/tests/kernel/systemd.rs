@@ -42,7 +42,8 @@ impl OwnCgroup {
         // Beside `kube-lane-lab/<lab>/<node>`.
         let root = lab.node(0).cgroup().ancestors().nth(3).unwrap();
         let own = root.join(format!("kube-lane-systemd-{}", lab.node(0).netns()));
-        fs::create_dir(&own).unwrap();
+        // As kubelet makes it.
+        fs::create_dir_all(own.join("kubepods.slice")).unwrap();
         Self(own)
     }
 }

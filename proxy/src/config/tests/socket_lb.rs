@@ -8,7 +8,7 @@ fn the_socket_layer_has_a_section_and_flags() {
         "socket-lb",
         "mode: ebpf\nclusterCIDR: 10.0.0.0/8\nkubeLane:\n  cgroupRoot: /c\n  bpfRoot: /b\n  socketLB:\n    udp: true\n    \
          external: true\n    loopbackNodePorts: true\n    hostNamespaceOnly: true\n    \
-         leaveAlone: [/system.slice/a.service, ./b]\n    maxFrontends: 1\n    maxServicePorts: 2\n    maxEndpoints: 3\n    \
+         leaveAlone: [/system.slice/a.service, ./b]\n    podCgroups: [/kubepods.slice, /]\n    maxFrontends: 1\n    maxServicePorts: 2\n    maxEndpoints: 3\n    \
          maxAffinityClients: 4\n",
     );
     let resolved = file.resolve(&[]).unwrap();
@@ -20,6 +20,7 @@ fn the_socket_layer_has_a_section_and_flags() {
         loopback_nodeports: true,
         host_namespace_only: true,
         leave_alone: vec!["system.slice/a.service".into(), "b".into()],
+        pod_cgroups: vec!["kubepods.slice".into(), "".into()],
         max_frontends: 1,
         max_service_ports: 2,
         max_endpoints: 3,
@@ -29,12 +30,19 @@ fn the_socket_layer_has_a_section_and_flags() {
     let read = ConfigFile::new("socket-lb-again", &resolved.to_yaml()).resolve(&[]).unwrap();
     assert_eq!(read.config, resolved.config, "{}", resolved.to_yaml());
 
-    let flags = ["--cgroup-root=/d", "--bpf-root=/e", "--socket-lb-udp=false", "--socket-lb-leave-alone=x,y"];
+    let flags = [
+        "--cgroup-root=/d",
+        "--bpf-root=/e",
+        "--socket-lb-udp=false",
+        "--socket-lb-leave-alone=x,y",
+        "--socket-lb-pod-cgroups=/z",
+    ];
     let beside = SocketLb {
         cgroup_root: Some("/d".into()),
         bpf_root: "/e".into(),
         udp: false,
         leave_alone: vec!["x".into(), "y".into()],
+        pod_cgroups: vec!["z".into()],
         ..expected
     };
     assert_eq!(file.resolve(&flags).unwrap().config.socket_lb, beside);
@@ -61,6 +69,9 @@ fn settings_of_the_socket_layer_that_do_nothing_are_said() {
         ("bpfRoot: ./bpf", ["kubeLane.bpfRoot", "./bpf", "begin it with /"]),
         ("socketLB: {leaveAlone: [a, ../b]}", ["socketLB.leaveAlone", "../b", "/proc/PID/cgroup"]),
         ("socketLB: {leaveAlone: [/]}", ["--socket-lb-leave-alone", "\"/\"", "below the cgroup root"]),
+        ("socketLB: {podCgroups: [a/../b]}", ["socketLB.podCgroups", "a/../b", "/kubepods.slice"]),
+        ("socketLB: {podCgroups: []}", ["--socket-lb-pod-cgroups", "\"0\"", "one to four"]),
+        ("socketLB: {podCgroups: [a, b, c, d, e]}", ["socketLB.podCgroups", "\"5\"", "one to four"]),
         ("socketLB: {maxEndpoints: 0}", ["socketLB.maxEndpoints", "\"0\"", "1 to 16777216"]),
         ("socketLB: {maxFrontends: 99999999999}", ["socketLB.maxFrontends", "99999999999", "use 1"]),
     ] {

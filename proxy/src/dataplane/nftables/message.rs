@@ -328,6 +328,15 @@ pub(crate) fn protocol_family(family: Family) -> ProtoFamily {
     }
 }
 
+/// A comment of at most 127 bytes as `nft` has it in userdata, be it an element's or a table's.
+pub(super) fn comment(text: &str) -> Vec<u8> {
+    let mut userdata = Vec::with_capacity(text.len() + 3);
+    userdata.extend([COMMENT_UDATA, (text.len() + 1) as u8]);
+    userdata.extend_from_slice(text.as_bytes());
+    userdata.push(0);
+    userdata
+}
+
 /// What a request asks for.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Wanted<'a> {
@@ -565,10 +574,6 @@ impl RawElement {
 
     /// At most 127 bytes, as [`super::element::comment`] makes them.
     fn comment(&self, text: &str) {
-        let mut userdata = Vec::with_capacity(text.len() + 3);
-        userdata.extend([COMMENT_UDATA, (text.len() + 1) as u8]);
-        userdata.extend_from_slice(text.as_bytes());
-        userdata.push(0);
-        self.bytes(sys::NFTNL_SET_ELEM_USERDATA, &userdata);
+        self.bytes(sys::NFTNL_SET_ELEM_USERDATA, &comment(text));
     }
 }

@@ -13,6 +13,7 @@
 //! | `readings`, `counters` | what elements have counted, and whose that is (pure) |
 //! | `message`, `parse`, `netlink` | transactions as netlink messages, what the kernel says, the socket, refusals |
 //! | `kernel`, `observe`, `picks`, `monitor` | reading the truth back, by which keys (pure), noticing foreign changes |
+//! | `mark` | a table beside ours that says that the socket layer is there |
 //! | `probe` | having the kernel check the ruleset |
 //! | `commit` | one batch: parts, refusals, retries |
 
@@ -27,6 +28,7 @@ mod fingerprint;
 mod history_tests;
 mod kernel;
 mod lower;
+mod mark;
 mod message;
 mod monitor;
 mod netlink;
@@ -57,6 +59,7 @@ use self::counters::Carried;
 use self::element::Place;
 use self::expr::c_name;
 use self::lower::Applied;
+pub use self::mark::{Mark, Marks};
 use self::message::{ELEMENTS_PER_MESSAGE, Transaction, Wanted, table};
 use self::monitor::Monitor;
 use self::netlink::Netlink;

@@ -2,6 +2,7 @@
 //!
 //! Owns the socket. Never decides what to send, and never lists anything unless asked to read the truth back.
 
+use std::ffi::CStr;
 use std::fmt;
 use std::io;
 use std::os::fd::RawFd;
@@ -302,6 +303,25 @@ impl Netlink {
             held.push(attribute(attributes, RULE_USERDATA).and_then(Fingerprint::from_userdata));
         })?;
         Ok(held == wanted)
+    }
+
+    /// The userdata of a table, empty where it has none; `None`: there is no such table.
+    ///
+    /// # Errors
+    /// `EINTR` where tables changed meanwhile and must be read again.
+    pub(crate) fn table(&mut self, name: &CStr, family: Family) -> Result<Option<Vec<u8>>, Errno> {
+        /// `NFTA_TABLE_NAME`, `NFTA_TABLE_USERDATA`.
+        const TABLE_NAME: u16 = 1;
+        const TABLE_USERDATA: u16 = 6;
+        let mut found = None;
+        let family = protocol_family(family) as u8;
+        self.ask(libc::NFT_MSG_GETTABLE, libc::NLM_F_DUMP, family, &mut |message| {
+            let attributes = message.get(HEADER + FAMILY_HEADER..).unwrap_or_default();
+            if attribute(attributes, TABLE_NAME) == Some(name.to_bytes_with_nul()) {
+                found = Some(attribute(attributes, TABLE_USERDATA).unwrap_or_default().to_vec());
+            }
+        })?;
+        Ok(found)
     }
 
     /// Sends a request without attributes and reads its answer.

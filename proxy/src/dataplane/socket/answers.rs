@@ -7,7 +7,7 @@ use std::fmt::{self, Display, Formatter};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnetwork::IpNetwork;
-use kube_lane_common::{Answered, Client, Network4, Network6, Settings};
+use kube_lane_common::{Answered, Client, Network4, Network6, PodCgroups, Settings};
 
 use crate::model::input::{Family, Protocol};
 use crate::model::plan::{AddressPort, Frontend, FrontendAddress, FrontendKind, NodePlan, PortPlan, Verdict};
@@ -53,8 +53,14 @@ impl Policy {
         }
     }
 
+    /// Whether it matters anywhere who is a pod, and who in another network namespace is not.
+    pub fn tells_pods(&self) -> bool {
+        let at_cluster_ips = !self.masquerade_all && self.detector != Clients::None;
+        !self.host_namespace_only && (at_cluster_ips || self.external)
+    }
+
     /// What the programs read. `host` is the cookie of the host's network namespace.
-    pub fn settings(&self, node: &NodePlan, host: u64) -> Settings {
+    pub fn settings(&self, node: &NodePlan, host: u64, pods: PodCgroups) -> Settings {
         let mut answered = 0;
         for family in Family::ALL {
             let is_ipv6 = family == Family::V6;
@@ -63,6 +69,7 @@ impl Policy {
                 let bit = |client| Answered::bit(client, external, is_ipv6);
                 answered |= if clients.pods { bit(Client::Pod) } else { 0 };
                 answered |= if clients.hosts { bit(Client::Host) } else { 0 };
+                answered |= if clients.others { bit(Client::Other) } else { 0 };
             }
             if self.pod_network(family, node).is_some() {
                 answered |= Answered::SOURCE << Answered::family(is_ipv6);
@@ -86,7 +93,7 @@ impl Policy {
                 }
             }
         }
-        Settings { answered: Answered(answered), host, pods4, pods6 }
+        Settings { answered: Answered(answered), host, pods4, pods6, pods }
     }
 
     fn pod_network(&self, family: Family, node: &NodePlan) -> Option<IpNetwork> {
@@ -95,15 +102,18 @@ impl Policy {
 
     /// Who can be answered at a kind of frontend.
     ///
-    /// At a cluster IP nftables rewrites the source of host processes where it has a detector, to what it is without a
-    /// Service. At an external address it rewrites that of everybody, pods included: the one difference that
-    /// `external` accepts.
+    /// At a cluster IP nftables rewrites the source of all but pods where it has a detector: that of host processes to
+    /// what it is without a Service, that of other network namespaces to one that endpoints can answer to. At an
+    /// external address it rewrites that of everybody, pods included: the one difference that `external` accepts.
     fn clients(&self, external: bool, family: Family, node: &NodePlan) -> Answering {
-        let (pods, hosts) = match external {
-            false => (!self.masquerade_all, !self.masquerade_all && self.detects(family, node)),
-            true => (self.external, self.external),
+        let (pods, hosts, others) = match external {
+            false if self.masquerade_all => (false, false, false),
+            false if self.detects(family, node) => (true, true, false),
+            false => (true, false, true),
+            true => (self.external, self.external, false),
         };
-        Answering { pods: pods && !self.host_namespace_only, hosts }
+        let namespaces = !self.host_namespace_only;
+        Answering { pods: pods && namespaces, hosts, others: others && namespaces }
     }
 }
 
@@ -137,6 +147,8 @@ pub struct Answering {
     pub pods: bool,
     /// Those of the host's network namespace.
     pub hosts: bool,
+    /// Those of other network namespaces: containers beside Kubernetes.
+    pub others: bool,
 }
 
 /// Who answers a frontend. `Display` is for people.
@@ -315,9 +327,11 @@ impl Answer {
 impl Display for Answer {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Socket { clients: Answering { pods: true, hosts: true }, .. } => f.write_str("socket"),
+            Self::Socket { clients: Answering { pods: true, hosts: true, .. }, .. } => {
+                f.write_str("socket for pods and host processes")
+            }
             Self::Socket { clients: Answering { pods: true, .. }, .. } => f.write_str(
-                "socket for pods; nftables for host processes (no detectLocalMode tells them apart)",
+                "socket for pods and other containers; nftables for host processes (no detectLocalMode tells them apart)",
             ),
             Self::Socket { .. } => {
                 f.write_str("socket for host processes; nftables for pods (hostNamespaceOnly)")

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::num::NonZeroU32;
 
-use kube_lane_common::{Answered, Client};
+use kube_lane_common::{Answered, Client, PodCgroups};
 
 use super::answers::*;
 use crate::model::input::{Family, Protocol};
@@ -63,9 +63,9 @@ const DETECTED: Policy = Policy {
 const EXTERNAL: Policy = Policy { external: true, ..DETECTED };
 const UNDETECTED: Policy = Policy { detector: Clients::None, ..EXTERNAL };
 
-const ALL: Answering = Answering { pods: true, hosts: true };
-const PODS: Answering = Answering { pods: true, hosts: false };
-const HOSTS: Answering = Answering { pods: false, hosts: true };
+const ALL: Answering = Answering { pods: true, hosts: true, others: false };
+const PODS: Answering = Answering { pods: true, hosts: false, others: true };
+const HOSTS: Answering = Answering { pods: false, hosts: true, others: false };
 
 fn all(port: &PortPlan, policy: &Policy) -> Vec<Answer> {
     answers(port, policy, &node(), Clashes::default()).into()
@@ -198,19 +198,21 @@ fn addresses_that_are_each_namespace_s_own_are_left_to_nftables() {
 #[test]
 fn the_settings_say_who_is_answered_where() {
     let bit = |client, external, is_ipv6| Answered::bit(client, external, is_ipv6);
-    let settings = DETECTED.settings(&node(), 7);
+    let settings = DETECTED.settings(&node(), 7, PodCgroups { level: 1, ids: [2, 0, 0, 0] });
     let expected = bit(Client::Pod, false, false)
         | bit(Client::Host, false, false)
         | bit(Client::Pod, false, true)
+        | bit(Client::Other, false, true)
         | Answered::SOURCE;
     assert_eq!((settings.answered.0, settings.host), (expected, 7));
+    assert!(settings.pods.has(2) && !settings.pods.has(1));
     assert_eq!(settings.pods4.network.to_ne_bytes(), [10, 244, 1, 0]);
     assert_eq!(settings.pods4.mask.to_ne_bytes(), [255, 255, 255, 0]);
 
     let dual = NodePlan { pod_cidrs: vec!["fd01::/64".parse().unwrap()], ..NodePlan::default() };
     let policy =
         Policy { host_namespace_only: true, loopback_nodeports: true, leave_alone: true, ..EXTERNAL };
-    let settings = policy.settings(&dual, 7);
+    let settings = policy.settings(&dual, 7, PodCgroups::NONE);
     let expected = bit(Client::Host, true, false)
         | bit(Client::Host, true, true)
         | bit(Client::Host, false, true)
@@ -227,7 +229,10 @@ fn the_settings_say_who_is_answered_where() {
 
 #[test]
 fn a_person_can_read_who_answers() {
-    assert_eq!(one(cluster_ip(Verdict::Cluster), &DETECTED).to_string(), "socket");
+    assert_eq!(
+        one(cluster_ip(Verdict::Cluster), &DETECTED).to_string(),
+        "socket for pods and host processes"
+    );
     let twice = Answer::Nftables(Why::TranslatedTwice(address("10.96.0.9:80")));
     let expected =
         "nftables (endpoint 10.96.0.9:80 is an address of a Service itself: it would be translated twice)";

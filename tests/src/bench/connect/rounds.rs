@@ -28,7 +28,7 @@ pub(super) const DIALS: usize = 400;
 const STREAM: (Duration, usize) = (Duration::from_millis(400), 5);
 const CHUNK: usize = 64 * 1024;
 /// The programs of a node's cgroup see no thread that is above it.
-const OUTSIDE: &str = "..";
+const OUTSIDE: &str = "../..";
 
 /// Whom a client dials.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

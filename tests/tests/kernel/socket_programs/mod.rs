@@ -17,8 +17,8 @@ use aya::programs::{CgroupAttachMode, CgroupSockAddr};
 use aya::{Ebpf, EbpfLoader, Pod as Plain};
 use kube_lane::dataplane::socket;
 use kube_lane_common::{
-    AffinityKey, Answered, Backend, Client, Frontend, FrontendKey, Member, Network4, Network6, Port,
-    PortWord, Remembered, Set, Settings, Slot, maps, programs,
+    AffinityKey, Answered, Backend, Client, Frontend, FrontendKey, Member, Network4, Network6, PodCgroups,
+    Port, PortWord, Remembered, Set, Settings, Slot, maps, programs,
 };
 use kube_lane_lab::{Dial, Host, Outcome, Proto};
 use nix::libc;
@@ -36,8 +36,9 @@ const WEB: u16 = 80;
 const TARGET: u16 = 8080;
 /// Slots of each set, in these tests.
 const ROOM: u32 = 16;
-/// What is answered: clusters IPs, in both families, for pods.
-const PODS: u64 = Answered::bit(Client::Pod, false, false) | Answered::bit(Client::Pod, false, true);
+/// What is answered: clusters IPs, in both families, for pods, which are not told from other containers: some tests use
+/// a pod's socket themselves, and run below no cgroup of pods.
+const PODS: u64 = Answered::bit(Client::Other, false, false) | Answered::bit(Client::Other, false, true);
 /// The same for the host.
 const HOST: u64 = Answered::bit(Client::Host, false, false) | Answered::bit(Client::Host, false, true);
 
@@ -168,6 +169,7 @@ impl Stage {
             host: cookie(self.node()),
             pods4: Network4 { network: 0, mask: 0 },
             pods6: Network6 { network: [0; 4], mask: [0; 4] },
+            pods: PodCgroups { level: 1, ids: [0, 0, 0, cgroup_id(self.client.cgroup())] },
         }
     }
 

@@ -226,16 +226,23 @@ fn host_and_pods_are_told_apart_and_answered_by_what_is_set() {
     for (port, vip) in (1..).zip(external) {
         stage.programs.frontend(FrontendKey::tcp(vip), port, Frontend::EXTERNAL);
     }
-    let clients = [(Client::Pod, (*stage.client).clone()), (Client::Host, (**stage.node()).clone())];
+    let other = stage.node().add_container("other").unwrap();
+    let clients = [
+        (Client::Pod, (*stage.client).clone()),
+        (Client::Host, (**stage.node()).clone()),
+        (Client::Other, (*other).clone()),
+    ];
     for (client, host) in &clients {
         for (is_external, [v4, v6]) in [(false, [v4, v6]), (true, external)] {
             for (is_ipv6, to) in [(false, v4), (true, v6)] {
                 let bit = Answered::bit(*client, is_external, is_ipv6);
                 stage.answer(bit);
                 assert_eq!(stage.meets(host, to).by(), Some("a"), "{to} {client:?}");
-                stage.answer(
-                    !bit & 0xffff & !Answered::SOURCE & !(Answered::SOURCE << Answered::family(true)),
-                );
+                // Where others are answered, pods are not told from them.
+                let other = Answered::bit(Client::Other, is_external, is_ipv6);
+                let bits = if *client == Client::Pod { bit | other } else { bit };
+                let sources = Answered::SOURCE | Answered::SOURCE << Answered::family(true);
+                stage.answer(!bits & 0xffff & !sources);
                 assert_eq!(stage.meets(host, to).by(), None, "{to} {client:?}");
             }
         }
@@ -288,7 +295,7 @@ fn nodeports_are_answered_on_the_nodes_addresses() {
 fn cgroups_are_left_alone_with_all_below_them() {
     let mut stage = Stage::new();
     let [to, _] = lead_to_a(&mut stage);
-    let parent = stage.node().cgroup().join("parent");
+    let parent = stage.client.cgroup().join("parent");
     let child = parent.join("child");
     for cgroup in [&parent, &child] {
         fs::create_dir(cgroup).unwrap();
@@ -309,7 +316,7 @@ fn cgroups_are_left_alone_with_all_below_them() {
     let settings = stage.rules(PODS | Answered::LEFT_ALONE);
     stage.programs.settings(settings);
     assert!(![&parent, &child].into_iter().any(|cgroup| dial_in(cgroup)));
-    assert!(dial_in(stage.node().cgroup()));
+    assert!(dial_in(stage.client.cgroup()));
     fs::remove_dir(&child).unwrap();
     fs::remove_dir(&parent).unwrap();
 }

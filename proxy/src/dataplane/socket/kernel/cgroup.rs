@@ -48,6 +48,12 @@ impl Cgroup {
         &self.path
     }
 
+    /// How far below the root of all cgroups it is, as far as can be seen from here: it may be farther.
+    pub(super) fn level(&self) -> usize {
+        let path = fs::canonicalize(&self.path).unwrap_or_default();
+        path.ancestors().position(|path| !has_parent(path)).unwrap_or_default()
+    }
+
     /// What the kernel calls it: as in the information on a link.
     pub(super) fn id(&self) -> u64 {
         self.id
@@ -80,9 +86,14 @@ fn find_root() -> Result<PathBuf, SocketError> {
             mounted().map_err(|source| SocketError::Cgroup { path: "/proc/self/mounts".into(), source })?
         }
     };
-    // Every cgroup but the root has this file. A container that has a cgroup namespace of its own sees its own cgroup
-    // as the root: programs there would meet the sockets of the agent alone.
-    if root.join("cgroup.events").exists() { Err(SocketError::NotTheHosts(root)) } else { Ok(root) }
+    // A container that has a cgroup namespace of its own sees its own cgroup as the root: programs there would meet the
+    // sockets of the agent alone.
+    if has_parent(&root) { Err(SocketError::NotTheHosts(root)) } else { Ok(root) }
+}
+
+/// Every cgroup but the root of all has this file.
+fn has_parent(cgroup: &Path) -> bool {
+    cgroup.join("cgroup.events").exists()
 }
 
 fn mounted() -> io::Result<PathBuf> {

@@ -77,6 +77,19 @@ pub enum SocketError {
         .0.display()
     )]
     NoBpfFileSystem(PathBuf),
+    /// Another agent has this place for pins.
+    #[error(
+        "another kube-lane ({}) has the socket layer that is pinned at {}: stop it first, or name another place with \
+         --bpf-root (each agent wants a --bpf-root and a --cgroup-root of its own)",
+        process(*.pid),
+        .root.display()
+    )]
+    Owned {
+        /// The folder of the pins.
+        root: PathBuf,
+        /// The agent; `None`: its process namespace is another.
+        pid: Option<i32>,
+    },
     /// A pin cannot be made, moved or removed.
     #[error("pin {}", path.display())]
     Pin {
@@ -121,4 +134,8 @@ pub enum SocketError {
         #[source]
         source: Box<aya::maps::MapError>,
     },
+}
+
+fn process(pid: Option<i32>) -> String {
+    pid.map_or_else(|| "in another process namespace".into(), |pid| format!("pid {pid}"))
 }

@@ -5,10 +5,9 @@
 
 use std::collections::VecDeque;
 use std::mem;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use kube_lane_common::{Settings, maps as names};
 use tracing::warn;
 
 use super::super::answers::{Limit, Policy};
@@ -20,8 +19,10 @@ use super::grace::Grace;
 use super::install::{self, Attached, Prepared};
 use super::installed::Installed;
 use super::left_alone::LeftAlone;
-use super::maps::{Maps, open_array};
-use super::pins::{Pins, Version};
+use super::maps::Maps;
+use super::owner::Owner;
+use super::pins::Pins;
+use super::pod_cgroups::PodPaths;
 use super::room::Room;
 use super::sys::GracePeriod;
 use super::{SocketError, available, settings, sys};
@@ -38,10 +39,10 @@ const FORGETFUL: Duration = Duration::from_secs(60);
 pub struct Options {
     /// The cgroup whose sockets are answered; `None`: the root of the host's.
     pub cgroup_root: Option<PathBuf>,
-    /// Where maps and links are pinned: a folder on a BPF file system, made where it is not there.
-    pub bpf_root: PathBuf,
     /// Cgroups whose sockets are left alone, and those below them: paths relative to that cgroup. They may come and go.
     pub left_alone: Vec<PathBuf>,
+    /// Cgroups that pods run below: paths relative to that cgroup. They may come and go.
+    pub pod_cgroups: Vec<PathBuf>,
     /// Who is answered where. [`Policy::leave_alone`] follows from `left_alone`.
     pub policy: Policy,
     /// How much the maps may have room for. They begin smaller, and grow where they are full.
@@ -54,6 +55,7 @@ pub struct Socket {
     place: Place,
     period: GracePeriod,
     left_alone: LeftAlone,
+    pods: PodPaths,
     lowering: Lowering,
     maps: Maps,
     grace: Grace<Retired>,
@@ -79,6 +81,8 @@ pub struct Socket {
 /// What stays the same as long as the agent runs.
 #[derive(Debug)]
 struct Place {
+    /// Where maps and links are pinned.
+    owner: Owner,
     pins: Pins,
     cgroup: Cgroup,
     policy: Policy,
@@ -97,35 +101,37 @@ pub struct Applied {
 }
 
 impl Socket {
-    /// Takes over what an earlier run left, or begins with nothing: then nothing is answered yet. The programs are
-    /// attached when this returns.
+    /// Takes over what an earlier run left in the owner's folder, or begins with nothing: then nothing is answered yet.
+    /// The programs are attached when this returns.
     ///
     /// # Errors
     /// Where the kernel, its mounts or our rights do not allow it. Then nothing of ours is attached any more, also
     /// nothing of an earlier run: it would lead to what is no more.
-    pub fn open(options: Options) -> Result<Self, SocketError> {
-        let pins = Pins::new(&options.bpf_root);
-        Self::take_over(options, pins.clone()).inspect_err(|_| detach(&pins))
+    pub fn open(options: Options, owner: Owner) -> Result<Self, SocketError> {
+        let pins = Pins::new(owner.root());
+        Self::take_over(options, owner, pins.clone()).inspect_err(|_| detach(&pins))
     }
 
-    fn take_over(options: Options, pins: Pins) -> Result<Self, SocketError> {
+    fn take_over(options: Options, owner: Owner, pins: Pins) -> Result<Self, SocketError> {
         let policy = Policy { leave_alone: !options.left_alone.is_empty(), ..options.policy };
         let cgroup = Cgroup::find(options.cgroup_root.as_deref())?;
         let host = sys::network_namespace_cookie().map_err(SocketError::Cookie)?;
         let mut left_alone = LeftAlone::new(&cgroup, &options.left_alone);
-        let place = Place { pins, cgroup, policy, most: options.room, host };
+        let pods = PodPaths::new(&cgroup, &options.pod_cgroups);
+        let place = Place { owner, pins, cgroup, policy, most: options.room, host };
         let period = GracePeriod::new().map_err(SocketError::Grace)?;
 
         sys::allow_locked_memory();
         let mut prepared = place.prepare(Room::START.at_most(options.room))?;
         left_alone.follow(&mut prepared.maps)?;
-        settings::restrict(&prepared.maps, &period, &policy, host)?;
+        settings::restrict(&prepared.maps, &period, &policy, host, pods.found())?;
         let (lowering, maps, grace, installed) = place.begin(prepared, &period)?;
         let unremembered = maps.unremembered();
         Ok(Self {
             place,
             period,
             left_alone,
+            pods,
             lowering,
             maps,
             grace,
@@ -181,10 +187,11 @@ impl Socket {
 
     /// Looks whether programs and maps are still where they were put. Where they are not, nothing is answered any more
     /// that nftables would not answer as well, and the next [`Socket::apply`] puts them back. Returns what is missing,
-    /// for people, when it is noticed. That apply also follows whatever else nobody tells: cgroups to leave alone that
-    /// have come or gone, and clients that there was no room to remember.
+    /// for people, when it is noticed. That apply also follows whatever else nobody tells: cgroups that have come or
+    /// gone, and clients that there was no room to remember.
     pub fn look(&mut self) -> Option<String> {
         self.looked = true;
+        self.node_changed |= self.pods.look();
         let missing = self.installed.missing().filter(|_| !self.broken)?;
         self.installed.detach_lost();
         self.broken = true;
@@ -199,6 +206,11 @@ impl Socket {
     /// There are clients of ports with session affinity that it has no room to remember, or there were a minute ago.
     pub fn is_forgetful(&self) -> bool {
         self.forgot.is_some()
+    }
+
+    /// Why pods are not answered although they could be, for people: nobody is known to be one.
+    pub fn missing_pods(&self) -> Option<String> {
+        self.pods.missing().filter(|_| self.place.policy.tells_pods())
     }
 
     /// Follows what nobody tells.
@@ -246,6 +258,8 @@ impl Socket {
 
     /// Puts maps, larger ones where they are too small, and programs in place, under what was applied.
     fn rebuild(&mut self, room: Room) -> Result<usize, SocketError> {
+        // Or another agent's programs would be taken away.
+        self.place.owner.hold()?;
         let mut prepared = self.place.prepare(room).inspect_err(|_| {
             // What is whole goes on.
             if self.broken {
@@ -323,7 +337,8 @@ impl Socket {
             self.grace.retire(retired);
         }
         if self.node_changed {
-            settings::store(&self.maps, &self.period, self.lowering.settings(self.place.host))?;
+            let new = self.lowering.settings(self.place.host, self.pods.found());
+            settings::store(&self.maps, &self.period, new)?;
             self.node_changed = false;
         }
         Ok(())
@@ -364,39 +379,4 @@ fn detach(pins: &Pins) {
     if let Err(error) = pins.detach() {
         warn!(error = &error as &dyn std::error::Error, "eBPF programs stay attached");
     }
-}
-
-/// As [`cleanup`], for an agent that does without the layer: what the agent of another network namespace left stays, since
-/// that may still follow changes.
-///
-/// # Errors
-/// Where something cannot be removed.
-pub fn withdraw(bpf_root: &Path) -> Result<(), SocketError> {
-    let host = sys::network_namespace_cookie().map_err(SocketError::Cookie)?;
-    let is_others = |version: &Version| {
-        let settings = open_array::<Settings>(&version.maps(), names::SETTINGS).ok();
-        settings
-            .and_then(|settings| settings.get(0))
-            .is_some_and(|settings| ![0, host].contains(&settings.host))
-    };
-    let versions = Pins::new(bpf_root).versions()?;
-    versions.iter().filter(|version| !is_others(version)).try_for_each(Version::remove)
-}
-
-/// Whether there is anything of ours below `bpf_root`, of any layout.
-///
-/// # Errors
-/// Where it cannot be looked at.
-pub fn is_installed(bpf_root: &Path) -> Result<bool, SocketError> {
-    Ok(!Pins::new(bpf_root).versions()?.is_empty())
-}
-
-/// Detaches and removes all of ours below `bpf_root`, of every layout. Returns whether there was anything.
-///
-/// # Errors
-/// Where something cannot be removed.
-pub fn cleanup(bpf_root: &Path) -> Result<bool, SocketError> {
-    let found = is_installed(bpf_root)?;
-    Pins::new(bpf_root).remove()?;
-    Ok(found)
 }

@@ -94,12 +94,10 @@ impl Pins {
         self.versions()?.iter().try_for_each(Version::detach)
     }
 
-    /// Detaches and removes everything of every layout.
-    pub(super) fn remove(&self) -> Result<(), SocketError> {
-        self.versions()?.iter().try_for_each(Version::remove)?;
-        // Others may use the folder, too, or it is the mount point.
+    /// Removes the folder.
+    pub(super) fn remove_if_empty(&self) {
+        // Others may use it, too, or it is the mount point.
         let _ = fs::remove_dir(&self.root);
-        Ok(())
     }
 }
 

@@ -3,7 +3,7 @@
 //! Owns no decision: the agent tries the real thing, and this tells a person why that would fail. Leaves nothing behind.
 
 use std::error::Error;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use aya::maps::MapType;
@@ -15,6 +15,7 @@ use serde::Serialize;
 use super::cgroup::Cgroup;
 use super::install;
 use super::pins::Pins;
+use super::pod_cgroups::PodPaths;
 use super::sys::{GracePeriod, Words};
 use super::{SocketError, available};
 use crate::causes::with_causes;
@@ -38,8 +39,8 @@ pub struct Feature {
 /// Nothing answers at connect().
 const NO_LAYER: &str = "no socket layer: nftables answers everything";
 
-/// Tries all that the socket layer needs. `cgroup_root`: as the option; `bpf_root`: likewise.
-pub fn probe(cgroup_root: Option<&Path>, bpf_root: &Path) -> Vec<Feature> {
+/// Tries all that the socket layer needs. `cgroup_root`, `bpf_root` and `pod_cgroups`: as the options.
+pub fn probe(cgroup_root: Option<&Path>, bpf_root: &Path, pod_cgroups: &[PathBuf]) -> Vec<Feature> {
     let required = |name, needed_for, found: Result<String, String>| Feature {
         name,
         required: true,
@@ -72,6 +73,13 @@ pub fn probe(cgroup_root: Option<&Path>, bpf_root: &Path) -> Vec<Feature> {
         ),
         required("the programs", "the kernel's verifier accepts them (CAP_BPF, CAP_PERFMON)", verifier()),
         required("attaching", "beside the programs of others (CAP_NET_ADMIN)", attach(cgroup.as_ref())),
+        optional(
+            "cgroups of pods",
+            "tells pods from other containers",
+            pods(cgroup.as_ref(), pod_cgroups),
+            "nftables answers pods, but where no detectLocalMode tells them from other clients; \
+             kubeLane.socketLB.podCgroups names the cgroup that they run below",
+        ),
         optional(
             "bpf_set_retval",
             "refuses a connect() where there is no endpoint (Linux 5.18)",
@@ -129,6 +137,12 @@ fn verifier() -> Result<String, String> {
     let all = programs::TCP.into_iter().chain(programs::UDP).collect::<Vec<_>>();
     let loaded = available().and_then(|object| install::load_alone(object, &all));
     loaded.map(|_| format!("{} programs", all.len())).map_err(|error| with_causes(&error))
+}
+
+fn pods(cgroup: Result<&Cgroup, &SocketError>, paths: &[PathBuf]) -> Result<String, String> {
+    let cgroup = cgroup.map_err(|_| "there is no cgroup".to_owned())?;
+    let pods = PodPaths::new(cgroup, paths);
+    pods.missing().map_or_else(|| Ok("yes".to_owned()), Err)
 }
 
 /// Attaches a program that has nothing to answer, for a moment.

@@ -2,7 +2,7 @@
 //!
 //! Owns how that changes under running programs. Never decides it: `answers` does.
 
-use kube_lane_common::{Answered, Settings};
+use kube_lane_common::{Answered, PodCgroups, Settings};
 
 use super::super::answers::{Clients, Policy};
 use super::SocketError;
@@ -17,13 +17,14 @@ pub(super) fn restrict(
     grace: &GracePeriod,
     policy: &Policy,
     host: u64,
+    pods: PodCgroups,
 ) -> Result<(), SocketError> {
     let found = maps.settings()?;
     let detector = if policy.detector == Clients::None { Clients::None } else { Clients::Interface };
-    let most = Policy { detector, ..*policy }.settings(&NodePlan::default(), host).answered.0;
+    let most = Policy { detector, ..*policy }.settings(&NodePlan::default(), host, pods).answered.0;
     let sources = [false, true].map(|is_ipv6| Answered::SOURCE << Answered::family(is_ipv6));
     let answered = Answered(found.answered.0 & (most | sources[0] | sources[1]));
-    store(maps, grace, Settings { answered, host, ..found })
+    store(maps, grace, Settings { answered, host, pods, ..found })
 }
 
 /// Nobody is answered while more than [`Settings::answered`] changes.

@@ -290,7 +290,7 @@ impl GracePeriod {
 }
 
 /// How many words the largest value has.
-const MOST_WORDS: usize = 8;
+const MOST_WORDS: usize = 12;
 
 impl Words<u64> {
     /// A new array, which nobody else has.

@@ -23,7 +23,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use itertools::{EitherOrBoth, Itertools as _};
-use kube_lane_common::{FrontendKey, Set, Settings};
+use kube_lane_common::{FrontendKey, PodCgroups, Set, Settings};
 
 use self::addresses::{Addresses, Handle, all_backends, key};
 use self::adopt::{FoundPort, adopt};
@@ -162,8 +162,8 @@ impl Lowering {
     }
 
     /// What the programs are to know of the node. `host` is the cookie of the host's network namespace.
-    pub fn settings(&self, host: u64) -> Settings {
-        self.policy.settings(&self.node, host)
+    pub fn settings(&self, host: u64, pods: PodCgroups) -> Settings {
+        self.policy.settings(&self.node, host, pods)
     }
 
     /// The ports of a Service; `None`: there is no such Service.
