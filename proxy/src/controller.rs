@@ -132,12 +132,13 @@ impl<D: Dataplane> Controller<D> {
     }
 
     /// Runs until all sources are gone. `foreign` becomes readable when somebody else may have changed our state;
-    /// `queries` are answered between two commits.
+    /// `behind`, when [`Dataplane::catch_up`] has something to do; `queries` are answered between two commits.
     pub async fn run(
         mut self,
         mut events: mpsc::Receiver<Vec<Event>>,
         mut queries: mpsc::Receiver<Query>,
         foreign: AsyncFd<OwnedFd>,
+        behind: Option<AsyncFd<OwnedFd>>,
     ) {
         let mut inbox = Vec::with_capacity(INBOX);
         let mut timers = Timers::new();
@@ -161,6 +162,10 @@ impl<D: Dataplane> Controller<D> {
                 Some(query) = queries.recv() => {
                     // Who asked may have gone.
                     let _ = query.answer.send(self.report(query.about));
+                    continue;
+                }
+                () = readable(behind.as_ref()) => {
+                    tokio::task::block_in_place(|| self.dataplane.catch_up());
                     continue;
                 }
                 () = at(self.dataplane.due().map(Instant::from_std)) => {
@@ -368,6 +373,16 @@ impl<D: Dataplane> Controller<D> {
             state.pending_since = None;
         });
     }
+}
+
+/// Waits until a descriptor is readable, or for ever.
+async fn readable(descriptor: Option<&AsyncFd<OwnedFd>>) {
+    if let Some(descriptor) = descriptor
+        && let Ok(mut ready) = descriptor.readable().await
+    {
+        return ready.clear_ready();
+    }
+    std::future::pending::<()>().await;
 }
 
 /// Waits for a moment, or for ever.

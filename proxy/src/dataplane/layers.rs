@@ -4,6 +4,8 @@
 //! nftables. The socket layer leads nobody where nftables would not.
 
 use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -91,6 +93,17 @@ impl Layers {
     }
 }
 
+impl Layers {
+    /// A descriptor that becomes readable when the socket layer has something to follow that comes in no batch: then call
+    /// [`Dataplane::catch_up`].
+    ///
+    /// # Errors
+    /// When the process is out of descriptors.
+    pub fn descriptor(&self) -> io::Result<Option<OwnedFd>> {
+        self.front.as_ref().map_or(Ok(None), |front| front.socket.descriptor())
+    }
+}
+
 impl Dataplane for Layers {
     type Error = NftablesError;
 
@@ -115,7 +128,8 @@ impl Dataplane for Layers {
     }
 
     fn catch_up(&mut self) {
-        if let Some(front) = &mut self.front {
+        // It may be too early: see `apply`.
+        if let Some(front) = self.front.as_mut().filter(|front| front.due.is_some()) {
             front.apply(&Batch::default(), &Outcome::default());
             (self.told)(front.socket.is_in_place());
         }

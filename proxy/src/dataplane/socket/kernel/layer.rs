@@ -4,7 +4,9 @@
 //! answered (`answers`) or how the maps say it (`lower`).
 
 use std::collections::VecDeque;
+use std::io;
 use std::mem;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -177,6 +179,7 @@ impl Socket {
         if !self.full.is_empty() {
             writes += self.make_room()?;
         }
+        self.looked |= self.left_alone.stirred();
         if self.looked {
             self.follow()?;
             self.looked = false;
@@ -299,6 +302,14 @@ impl Socket {
     /// The cgroups that are left alone, and whether each exists.
     pub fn left_alone(&self) -> Vec<(PathBuf, bool)> {
         self.left_alone.all()
+    }
+
+    /// A descriptor that becomes readable when one of them may have come or gone: then call [`Socket::apply`].
+    ///
+    /// # Errors
+    /// When the process is out of descriptors.
+    pub fn descriptor(&self) -> io::Result<Option<OwnedFd>> {
+        self.left_alone.descriptor()
     }
 
     /// How much the maps have room for.

@@ -4,6 +4,7 @@
 
 mod affinity;
 mod cgroup;
+mod cgroup_watch;
 mod error;
 mod grace;
 mod hash;
