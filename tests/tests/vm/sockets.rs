@@ -35,6 +35,8 @@ fn led_to(pod: &str) -> impl Fn(&Met) -> bool {
 }
 
 pub(crate) fn the_kernel_takes_all_that_check_tries() {
+    // As kubelet makes it.
+    fs::create_dir_all("/sys/fs/cgroup/kubepods").unwrap();
     let mut check = Command::new(agent::binary().unwrap());
     let output = check.args(["check", "--proxy-mode", "ebpf"]).output().unwrap();
     let table = String::from_utf8_lossy(&output.stdout);
