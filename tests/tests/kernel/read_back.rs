@@ -1,11 +1,11 @@
 //! What a second start reads of the kernel, and what it leaves alone: by counts, whose growth does not depend on the clock.
 
 use kube_lane::dataplane::{Batch, Dataplane, Outcome};
+use kube_lane::model::plan::Verdict;
 
 use crate::plans::{
     EVERYTHING, Outside, apply, in_namespace, listing, named, nft, opened, reached, service, slotless, sorted,
 };
-use kube_lane::model::plan::Verdict;
 
 /// What is listed with the handle of each rule.
 fn handles() -> Vec<String> {

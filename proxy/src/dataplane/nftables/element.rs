@@ -218,6 +218,13 @@ impl Data {
     }
 }
 
+impl Element {
+    /// An element as it was found.
+    pub(crate) fn copied(place: Place, data: Option<Data>, comment: Option<&[u8]>) -> Self {
+        Self { place, data, comment: comment.map(|text| String::from_utf8_lossy(text).into()) }
+    }
+}
+
 impl Place {
     /// The frontend that it says is translated, in the sets that hold those.
     pub(crate) fn frontend(&self) -> Option<(Family, Protocol, FrontendAddress)> {

@@ -70,6 +70,24 @@ impl LookUp for Netlink {
     }
 }
 
+/// Copies what is found in outdated sets.
+struct Copying<'a> {
+    netlink: &'a mut Netlink,
+    outdated: &'a mut Outdated,
+}
+
+impl LookUp for Copying<'_> {
+    fn look_up(&mut self, places: &[Place], each: &mut Each<'_>) -> Result<(), Errno> {
+        let sets = &mut self.outdated.sets;
+        self.netlink.look_up(places, &mut |place, data, comment| {
+            if let Some((_, copies)) = sets.iter_mut().find(|(set, _)| *set == place.set) {
+                copies.push(Element::copied(*place, data.clone(), comment));
+            }
+            each(place, data, comment);
+        })
+    }
+}
+
 /// How the maps of slots are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Depth {
@@ -168,13 +186,13 @@ impl Found {
         let mut outdated = Outdated::default();
         for info in &infos {
             if let Some(set) = Set::named(&info.name) {
-                let is_outdated = counts_wrongly(set, info);
-                if set.has_slots() && depth == Depth::Reachable && !is_outdated {
+                let mut copies = counts_wrongly(set, info).then(Vec::new);
+                if set.has_slots() && depth == Depth::Reachable {
                     self.unlisted.insert((family, set));
-                    continue;
+                } else {
+                    self.read_set(netlink, family, set, copies.as_mut())?;
                 }
-                let elements = self.read_set(netlink, family, set, is_outdated)?;
-                outdated.sets.extend(elements.map(|elements| (set, elements)));
+                outdated.sets.extend(copies.map(|copies| (set, copies)));
             } else if let Some(object) = named(info).filter(|object| matches!(object.kind, Kind::Members(_)))
             {
                 if info.counts != self.counting {
@@ -185,6 +203,9 @@ impl Found {
             }
         }
         if !outdated.sets.is_empty() {
+            let names = self.elements.keys().filter(|name| name.family == family);
+            let picks = names.filter_map(|name| Picks::of(name, 0)).collect();
+            self.ask(&mut Copying { netlink, outdated: &mut outdated }, picks)?;
             outdated
                 .chains
                 .extend(chains.into_iter().filter(|name| Object::named(name, family, true).is_none()));
@@ -194,24 +215,24 @@ impl Found {
         Ok(if complete { TableState::Current } else { TableState::Absent })
     }
 
-    /// Reads the elements of a set; hands them back, too, where it is `outdated`.
+    /// Reads the elements of a set, and copies them where it is outdated.
     fn read_set(
         &mut self,
         netlink: &mut Netlink,
         family: Family,
         set: Set,
-        outdated: bool,
-    ) -> Result<Option<Vec<Element>>, Errno> {
-        let mut copies = Vec::new();
+        mut copies: Option<&mut Vec<Element>>,
+    ) -> Result<(), Errno> {
         again(|| {
-            copies.clear();
+            if let Some(copies) = &mut copies {
+                copies.clear();
+            }
             netlink.read(family, Wanted::Elements(set.name()), |message| {
                 parse_elements(message, |element| match element.key {
                     Some(key) => {
                         let place = Place { family, set, key };
-                        if outdated {
-                            let comment = element.comment.map(|text| String::from_utf8_lossy(text).into());
-                            copies.push(Element { place, data: element.data.clone(), comment });
+                        if let Some(copies) = &mut copies {
+                            copies.push(Element::copied(place, element.data.clone(), element.comment));
                         }
                         self.count += 1;
                         self.put(place, element.data, element.comment);
@@ -219,8 +240,7 @@ impl Found {
                     None => warn!(set = set.name(), "an element of a strange size is left alone"),
                 });
             })
-        })?;
-        Ok(outdated.then_some(copies))
+        })
     }
 
     fn put(&mut self, place: Place, data: Option<Data>, comment: Option<&[u8]>) {
