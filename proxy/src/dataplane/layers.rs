@@ -29,7 +29,8 @@ const LOOK: Duration = Duration::from_secs(1);
 const FORGOTTEN: &str =
     "further clients of Services with session affinity: kubeLane.socketLB.maxAffinityClients are remembered";
 /// What it means that nobody is known to be a pod.
-const NO_PODS: &str = "nftables alone answers pods; kubeLane.socketLB.podCgroups (--socket-lb-pod-cgroups) names the cgroup that they run below";
+const NO_PODS: &str = "nftables alone answers pods; kubeLane.socketLB.podCgroups (--socket-lb-pod-cgroups) names the \
+                       cgroup that they run below";
 /// How many Services without room a commit names in the log.
 const NAMED: usize = 10;
 
@@ -91,9 +92,7 @@ impl Layers {
         };
         Self { nftables, front, withdrawal, told: Box::new(told) }
     }
-}
 
-impl Layers {
     /// A descriptor that becomes readable when the socket layer has something to follow that comes in no batch: then call
     /// [`Dataplane::catch_up`].
     ///

@@ -15,8 +15,8 @@ use crate::causes::with_causes;
 /// How often it is tried again.
 const PAUSE: Duration = Duration::from_secs(1);
 /// What helps.
-const REMEDY: &str = "mount the node's BPF file system there, as deploy/ebpf does, also with mode nftables, and it is taken away; \
-                      or stop this agent and run `kube-lane cleanup` on the node";
+const REMEDY: &str = "mount the node's BPF file system there, as deploy/ebpf does, also with mode nftables, and it is \
+                      taken away; or stop this agent and run `kube-lane cleanup` on the node";
 
 /// What an earlier run left.
 pub struct Withdrawal {
