@@ -392,8 +392,7 @@ pub(super) fn frontends(plan: &Plan) -> impl Iterator<Item = (&PortPlan, &Fronte
 
 /// What no two frontends have in common.
 fn name((port, frontend): (&PortPlan, &Frontend)) -> Place {
-    let [name, _] = Target::new(port, frontend).picked();
-    name
+    Target::new(port, frontend).refusals
 }
 
 fn shared_delta(part: &[Staged<'_>]) -> BTreeMap<Shared, i64> {

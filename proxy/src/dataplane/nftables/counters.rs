@@ -101,9 +101,9 @@ fn of(plan: &Plan, port: &PortPlan, readings: &Readings) -> Counts {
     }
     for frontend in &port.frontends {
         let at = Target::new(port, frontend);
-        counts.refused += readings.at(&at.refusals());
+        counts.refused += readings.at(&at.refusals);
         if port.affinity.is_none() {
-            for (backend, connections) in readings.below(at.slots()) {
+            for (backend, connections) in at.slots.iter().flat_map(|slots| readings.below(slots.all)) {
                 *counts.connections.entry(backend).or_default() += connections;
             }
         }

@@ -101,6 +101,8 @@ pub(crate) enum Verdict {
     Drop,
     /// `accept`.
     Accept,
+    /// `return`.
+    Return,
     /// `jump`.
     Jump(String),
     /// `goto`.
@@ -111,8 +113,6 @@ pub(crate) enum Verdict {
 pub(crate) const STATE_NEW: u32 = 1 << 3;
 /// `IPS_DST_NAT`: the bit of `ct status dnat`.
 pub(crate) const STATUS_DNAT: u32 = 1 << 5;
-/// `IPS_CONFIRMED`: the connection's first packet has left this host's hooks, or reached a socket.
-pub(crate) const STATUS_CONFIRMED: u32 = 1 << 3;
 /// The name of every anonymous set: the kernel puts a number in.
 pub(crate) const ANONYMOUS_SET: &CStr = c"__set%d";
 
@@ -308,6 +308,7 @@ fn immediate(verdict: &Verdict) -> Builder {
     let (code, chain) = match verdict {
         Verdict::Drop => (libc::NF_DROP, None),
         Verdict::Accept => (libc::NF_ACCEPT, None),
+        Verdict::Return => (libc::NFT_RETURN, None),
         Verdict::Jump(chain) => (libc::NFT_JUMP, Some(chain)),
         Verdict::Goto(chain) => (libc::NFT_GOTO, Some(chain)),
     };

@@ -15,7 +15,7 @@ use super::lower::{Applied, Lowered, lower};
 use super::object::Object;
 use super::observe::{Each, Found, LookUp};
 use super::rules::Chain;
-use super::schema::{LOCAL_SLOTS, Set};
+use super::schema::Set;
 use super::shared::{Shared, SharedCounts};
 use crate::dataplane::history::{Random, World, each_seed, fresh, settings};
 use crate::model::input::{Family, ServiceKey};
@@ -155,7 +155,7 @@ struct Content {
 type Commented<T> = (T, Option<Arc<str>>);
 
 /// The slot map, the key but for the slot, and whether it is the Local set.
-type EndpointSet = (Family, Set, Vec<u8>, bool);
+type EndpointSet = (Family, Set, Vec<u8>);
 
 /// What the kernel holds when the order of slots says nothing: the other elements, the backends of each endpoint set,
 /// the objects.
@@ -261,10 +261,8 @@ impl Model {
                 continue;
             };
             let (frontend, slot) = place.key.as_bytes().split_last_chunk().unwrap();
-            let slot = u32::from_ne_bytes(*slot);
-            let local = slot >= LOCAL_SLOTS;
-            let key = (place.family, place.set, frontend.to_vec(), local);
-            slots.entry(key.clone()).or_default().insert(slot - if local { LOCAL_SLOTS } else { 0 });
+            let key = (place.family, place.set, frontend.to_vec());
+            slots.entry(key.clone()).or_default().insert(u32::from_ne_bytes(*slot));
             let first = meaning.backends.entry(key).or_default().insert((backend, comment.clone()));
             assert!(first, "{backend} has two slots at {place}");
         }

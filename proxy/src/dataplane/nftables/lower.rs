@@ -13,7 +13,7 @@ use ipnetwork::IpNetwork;
 use super::affinity;
 use super::element::{Data, Element, Key, Place, comment};
 use super::kernel::Kernel;
-use super::schema::{CLASSES, LOCAL_SLOTS, MAX_SLOTS, Set};
+use super::schema::{CLASSES, MAX_SLOTS, Set};
 use super::shared::{SharedChange, only_in};
 use crate::model::input::{Family, Protocol};
 use crate::model::plan::{
@@ -57,12 +57,11 @@ impl Applied {
             for frontend in &port.plan.frontends {
                 let at = Target::new(port.plan, frontend);
                 let shape = Shape::new(frontend, port.plan, port.slots);
-                places.extend(shape.is_in(at.reject).then_some(at.refusals()));
+                places.extend(shape.is_in(at.refusals.set).then_some(at.refusals));
                 if port.plan.affinity.is_none() {
-                    let sets = BASES.into_iter().zip(shape.endpoints);
-                    places.extend(
-                        sets.flat_map(|(first, order)| (first..first + order.len()).map(|i| at.slot(i))),
-                    );
+                    let sets = at.slots.into_iter().zip(shape.endpoints);
+                    places
+                        .extend(sets.flat_map(|(slots, order)| (0..order.len()).map(move |i| slots.slot(i))));
                 }
             }
         }
@@ -230,13 +229,13 @@ fn found(port: &PortPlan, set: EndpointSet, kernel: &impl Kernel) -> Vec<Option<
         // Twice in the kernel can only be somebody else's doing; the second place counts as a gap.
         (!std::mem::replace(&mut placed[i], true)).then(|| u16::try_from(i).ok())?
     };
-    let Some((target, first)) = port.frontends.iter().find_map(|frontend| {
-        let base = layout(frontend).1.iter().position(|used| *used == Some(set))?;
-        Some((Target::new(port, frontend), BASES[base]))
+    let Some(held) = port.frontends.iter().find_map(|frontend| {
+        let held = layout(frontend).1.iter().position(|used| *used == Some(set))?;
+        Some(Target::new(port, frontend).slots[held])
     }) else {
         return Vec::new();
     };
-    let slots = (first..first + MAX_SLOTS as u32).map_while(|slot| kernel.backend(&target.slot(slot)));
+    let slots = (0..MAX_SLOTS as u32).map_while(|slot| kernel.backend(&held.slot(slot)));
     slots.map(&mut position).collect()
 }
 
@@ -288,9 +287,6 @@ impl Order<'_> {
     }
 }
 
-/// The first slot of each of the two endpoint sets that a frontend may have.
-pub(crate) const BASES: [u32; 2] = [0, LOCAL_SLOTS];
-
 /// The sets that name frontends. Each kind of frontend uses some of them.
 const NAMING: [Set; 8] = [
     Set::Vips,
@@ -303,7 +299,7 @@ const NAMING: [Set; 8] = [
     Set::Ranged,
 ];
 
-/// The sets that name a frontend, and its endpoint sets at each of [`BASES`].
+/// The sets that name a frontend, and its endpoint sets in each of [`Target::slots`].
 fn layout(frontend: &Frontend) -> (&'static [Set], [Option<EndpointSet>; 2]) {
     use EndpointSet as E;
     use FrontendAddress::{NodePort, Vip};
@@ -319,7 +315,7 @@ fn layout(frontend: &Frontend) -> (&'static [Set], [Option<EndpointSet>; 2]) {
     }
 }
 
-/// How many slots a frontend has at each of [`BASES`]; `None`: nobody draws there.
+/// How many slots a frontend has in each of [`Target::slots`]; `None`: nobody draws there.
 pub(crate) fn sizes(port: &PortPlan, frontend: &Frontend) -> [Option<usize>; 2] {
     layout(frontend).1.map(|set| set.map(|set| set.of(port).len()))
 }
@@ -329,7 +325,7 @@ pub(crate) fn sizes(port: &PortPlan, frontend: &Frontend) -> [Option<usize>; 2] 
 struct Shape<'a> {
     /// The sets that name it, `ranged` apart.
     named: &'static [Set],
-    /// Its endpoint sets, at each of [`BASES`].
+    /// Its endpoint sets, in each of [`Target::slots`].
     endpoints: [Order<'a>; 2],
     /// Who may dial it; `None`: everybody.
     ranges: Option<&'a [IpNetwork]>,
@@ -350,55 +346,79 @@ impl<'a> Shape<'a> {
 
 /// Where a frontend's elements are.
 pub(crate) struct Target {
-    family: Family,
-    key: Key,
-    slots: Set,
-    more: Set,
-    reject: Set,
+    /// Where it is refused.
+    pub(crate) refusals: Place,
+    /// Where its slots are: the first, and those for clients from outside where it leads them to its Local set.
+    pub(crate) slots: [SlotsAt; 2],
+    has_ranges: bool,
+}
+
+/// Where the slots of one endpoint set of a frontend are.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SlotsAt {
+    /// Where the frontend is named if it has them.
+    pub(crate) named: Place,
+    /// The beginning of all their keys.
+    pub(crate) all: Place,
+    /// The same of how many there are.
+    more: Place,
+}
+
+/// A set of names, and where the slots are of whoever is named there: the map, and the set of how many there are.
+type SlotSets = (Set, Set, Set);
+
+/// Those of VIPs, in the order of [`Target::slots`].
+const VIP_SLOTS: [SlotSets; 2] =
+    [(Set::Vips, Set::Endpoints, Set::More), (Set::VipsLocal, Set::EndpointsLocal, Set::MoreLocal)];
+/// Those of NodePorts.
+const NODEPORT_SLOTS: [SlotSets; 2] =
+    [(Set::Nps, Set::NpEndpoints, Set::NpMore), (Set::NpsLocal, Set::NpEndpointsLocal, Set::NpMoreLocal)];
+
+impl SlotsAt {
+    /// Those of the frontend with this name; `None`: nothing is picked because of that set of names.
+    pub(crate) fn of(name: &Place) -> Option<Self> {
+        let sets = VIP_SLOTS.into_iter().chain(NODEPORT_SLOTS).find(|(named, ..)| *named == name.set)?;
+        Some(Self::new(sets, |set| Place { set, ..*name }))
+    }
+
+    fn new((named, all, more): SlotSets, place: impl Fn(Set) -> Place) -> Self {
+        Self { named: place(named), all: place(all), more: place(more) }
+    }
+
+    /// A slot.
+    pub(crate) fn slot(self, slot: u32) -> Place {
+        Place { key: self.all.key.slot(slot), ..self.all }
+    }
+
+    /// Where it says that there are more slots than this.
+    pub(crate) fn more(self, than: u32) -> Place {
+        Place { key: self.more.key.slot(than), ..self.more }
+    }
 }
 
 impl Target {
     /// Where those of this frontend are.
     pub(crate) fn new(port: &PortPlan, frontend: &Frontend) -> Self {
         let (family, protocol) = (port.family, port.protocol);
-        match frontend.at {
+        let (key, refusals, slots) = match frontend.at {
             FrontendAddress::Vip(address) => {
-                let key = Key::vip(address.socket(), protocol);
-                Self { family, key, slots: Set::Endpoints, more: Set::More, reject: Set::VipsReject }
+                (Key::vip(address.socket(), protocol), Set::VipsReject, VIP_SLOTS)
             }
             FrontendAddress::NodePort(port) => {
-                let key = Key::nodeport(port, protocol);
-                Self { family, key, slots: Set::NpEndpoints, more: Set::NpMore, reject: Set::NpsReject }
+                (Key::nodeport(port, protocol), Set::NpsReject, NODEPORT_SLOTS)
             }
+        };
+        let place = |set| Place { family, set, key };
+        Self {
+            refusals: place(refusals),
+            slots: slots.map(|sets| SlotsAt::new(sets, place)),
+            has_ranges: matches!(frontend.at, FrontendAddress::Vip(_)),
         }
     }
 
-    fn place(&self, set: Set, key: Key) -> Place {
-        Place { family: self.family, set, key }
-    }
-
-    /// Where it is named if there are slots at each of [`BASES`].
-    pub(crate) fn picked(&self) -> [Place; 2] {
-        let sets = if self.slots == Set::Endpoints {
-            [Set::Vips, Set::VipsLocal]
-        } else {
-            [Set::Nps, Set::NpsLocal]
-        };
-        sets.map(|set| self.place(set, self.key))
-    }
-
-    /// Where it is refused.
-    pub(crate) fn refusals(&self) -> Place {
-        self.place(self.reject, self.key)
-    }
-
-    /// The beginning of all its slots' keys.
-    pub(crate) fn slots(&self) -> Place {
-        self.place(self.slots, self.key)
-    }
-
-    fn slot(&self, slot: u32) -> Place {
-        self.place(self.slots, self.key.slot(slot))
+    /// It in one of the sets that name it.
+    fn named(&self, set: Set) -> Place {
+        Place { set, ..self.refusals }
     }
 }
 
@@ -414,17 +434,15 @@ impl<K: Kernel> Change<'_, K> {
     /// goes.
     fn lower(&self, old: Shape<'_>, new: Shape<'_>, out: &mut Lowered) {
         for set in NAMING {
-            let place = self.at.place(set, self.at.key);
-            self.toggle(place, old.is_in(set), new.is_in(set), out);
+            self.toggle(self.at.named(set), old.is_in(set), new.is_in(set), out);
         }
-        for ((first, old), new) in BASES.into_iter().zip(old.endpoints).zip(new.endpoints) {
-            self.slots(first, old, new, out);
+        for ((at, old), new) in self.at.slots.into_iter().zip(old.endpoints).zip(new.endpoints) {
+            self.slots(at, old, new, out);
             for step in (0..CLASSES - 1).map(|i| 1 << i) {
-                let place = self.at.place(self.at.more, self.at.key.slot(first + step));
-                self.toggle(place, old.len() > step, new.len() > step, out);
+                self.toggle(at.more(step), old.len() > step, new.len() > step, out);
             }
         }
-        if self.at.slots == Set::Endpoints {
+        if self.at.has_ranges {
             self.ranges(old.ranges.unwrap_or_default(), new.ranges.unwrap_or_default(), out);
         }
     }
@@ -438,9 +456,9 @@ impl<K: Kernel> Change<'_, K> {
         }
     }
 
-    fn slots(&self, first: u32, old: Order<'_>, new: Order<'_>, out: &mut Lowered) {
+    fn slots(&self, at: SlotsAt, old: Order<'_>, new: Order<'_>, out: &mut Lowered) {
         for slot in 0.. {
-            let (old, new, place) = (old.at(slot), new.at(slot), self.at.slot(first + slot));
+            let (old, new, place) = (old.at(slot), new.at(slot), at.slot(slot));
             let stale = (old, new) == (None, None);
             if stale && !self.kernel.holds(&place) {
                 break;
@@ -455,8 +473,9 @@ impl<K: Kernel> Change<'_, K> {
     }
 
     fn ranges(&self, old: &[IpNetwork], new: &[IpNetwork], out: &mut Lowered) {
-        let place = |network: &IpNetwork| self.at.place(Set::Ranges, self.at.key.clients(*network));
-        let stale = self.kernel.ranges(self.at.place(Set::Ranges, self.at.key));
+        let all = self.at.named(Set::Ranges);
+        let place = |network: &IpNetwork| Place { key: all.key.clients(*network), ..all };
+        let stale = self.kernel.ranges(all);
         out.removed.extend(stale.filter(|held| new.iter().all(|network| place(network) != *held)));
         out.removed.extend(only_in(old, new).map(place));
         for network in only_in(new, old) {

@@ -124,10 +124,7 @@ fn meaning(kernel: &Model) -> BTreeSet<String> {
     let slotless = |place: &Place, data: &Option<Data>| {
         let text = place.to_string();
         match (data, text.rsplit_once(" . ")) {
-            (Some(data), Some((frontend, slot))) => {
-                let local = slot.trim_end_matches(" }").parse::<u32>().unwrap() >= LOCAL_SLOTS;
-                format!("{frontend} → {data:?} local={local}")
-            }
+            (Some(data), Some((frontend, _))) => format!("{frontend} → {data:?}"),
             _ => text,
         }
     };
@@ -159,7 +156,7 @@ fn each_kind_of_frontend_has_its_sets() {
         )
     };
     let balancer = "203.0.113.1 . 6 . 80";
-    let local = format!("\nendpoints {{ {balancer} . 65536 }}\nranges {{ {balancer} . 10.0.0.0/8 }}");
+    let local = format!("\nendpoints-local {{ {balancer} . 0 }}\nranges {{ {balancer} . 10.0.0.0/8 }}");
     let names = format!("vips {{ {balancer} }}\nvips-local {{ {balancer} }}\nranged {{ {balancer} }}\n");
     assert_eq!(places(balancer), names + &vip(balancer, &local));
     let external = "198.51.100.1 . 6 . 80";
@@ -169,7 +166,7 @@ fn each_kind_of_frontend_has_its_sets() {
         places("6 . 30080"),
         "nps { 6 . 30080 }\nnps-local { 6 . 30080 }\n\
          np-endpoints { 6 . 30080 . 0 }\nnp-endpoints { 6 . 30080 . 1 }\nnp-endpoints { 6 . 30080 . 2 }\n\
-         np-more { 6 . 30080 . 1 }\nnp-more { 6 . 30080 . 2 }\nnp-endpoints { 6 . 30080 . 65536 }"
+         np-more { 6 . 30080 . 1 }\nnp-more { 6 . 30080 . 2 }\nnp-endpoints-local { 6 . 30080 . 0 }"
     );
 }
 

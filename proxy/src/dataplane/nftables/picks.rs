@@ -9,18 +9,14 @@
 //! these keys leads nobody anywhere.
 
 use super::element::Place;
-use super::lower::{BASES, Target, sizes};
-use super::schema::{CLASSES, Set};
+use super::lower::{SlotsAt, Target, sizes};
+use super::schema::CLASSES;
 use crate::model::plan::{Frontend, PortPlan};
 
 /// The picks from one endpoint set of a frontend, as far as it has been asked for.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Picks {
-    /// The beginnings of the keys in the map of slots and in the set `more` beside it.
-    slots: Place,
-    more: Place,
-    /// The first slot.
-    first: u32,
+    slots: SlotsAt,
     /// The class of sizes that has been asked for, if any.
     asked: Option<u32>,
     /// The class to ask for: up to 2^k slots.
@@ -31,16 +27,8 @@ impl Picks {
     /// Those of the frontend with this name, as one set of names has it; `None`: nothing is picked because of that set.
     /// `slots`: how many there probably are.
     pub(crate) fn of(name: &Place, slots: usize) -> Option<Self> {
-        let (map, more, first) = match name.set {
-            Set::Vips => (Set::Endpoints, Set::More, BASES[0]),
-            Set::VipsLocal => (Set::Endpoints, Set::More, BASES[1]),
-            Set::Nps => (Set::NpEndpoints, Set::NpMore, BASES[0]),
-            Set::NpsLocal => (Set::NpEndpoints, Set::NpMore, BASES[1]),
-            _ => return None,
-        };
         let class = slots.next_power_of_two().trailing_zeros().min(CLASSES - 1);
-        let (slots, more) = (Place { set: map, ..*name }, Place { set: more, ..*name });
-        Some(Self { slots, more, first, asked: None, class })
+        Some(Self { slots: SlotsAt::of(name)?, asked: None, class })
     }
 
     /// Those of a frontend that is taken over as planned; `is_there`: whether the kernel has this name.
@@ -49,8 +37,8 @@ impl Picks {
         frontend: &Frontend,
         is_there: impl Fn(&Place) -> bool,
     ) -> impl Iterator<Item = Self> {
-        let named = Target::new(port, frontend).picked();
-        named.into_iter().zip(sizes(port, frontend)).filter_map(move |(name, size)| {
+        let names = Target::new(port, frontend).slots.map(|slots| slots.named);
+        names.into_iter().zip(sizes(port, frontend)).filter_map(move |(name, size)| {
             // Where it has no name there are no slots, unless somebody else took the name away.
             let slots = if is_there(&name) { size.unwrap_or_default() } else { size.map(|_| 0)? };
             Self::of(&name, slots)
@@ -59,18 +47,15 @@ impl Picks {
 
     /// What to ask for: the slots of the class, and where `more` says whether there are more than that.
     pub(crate) fn places(&self) -> impl Iterator<Item = Place> + use<> {
-        let Self { slots, more, first, asked, class } = *self;
-        let at =
-            move |beginning: Place, number| Place { key: beginning.key.slot(first + number), ..beginning };
+        let Self { slots, asked, class } = *self;
         let of_slots = asked.map_or(0, |asked| 1 << asked)..1 << class;
         let of_more = asked.map_or(0, |asked| asked + 1)..(class + 1).min(CLASSES - 1);
-        let of_more = of_more.map(|i| 1 << i);
-        of_slots.map(move |slot| at(slots, slot)).chain(of_more.map(move |step| at(more, step)))
+        of_slots.map(move |slot| slots.slot(slot)).chain(of_more.map(move |i| slots.more(1 << i)))
     }
 
     /// What is to be asked for then; `is_there`: what has been found.
     pub(crate) fn next(self, is_there: impl Fn(&Place) -> bool) -> Option<Self> {
-        let top = Place { key: self.more.key.slot(self.first + (1 << self.class)), ..self.more };
+        let top = self.slots.more(1 << self.class);
         (self.class < CLASSES - 1 && is_there(&top)).then_some(Self {
             asked: Some(self.class),
             class: self.class + 1,
@@ -83,6 +68,7 @@ impl Picks {
 mod tests {
     use super::*;
     use crate::dataplane::nftables::element::Key;
+    use crate::dataplane::nftables::schema::Set;
     use crate::model::input::{Family, Protocol};
 
     fn name(set: Set) -> Place {
@@ -93,8 +79,7 @@ mod tests {
     /// The numbers of the slots and of `more` that are asked for, round by round, where the kernel has so many slots.
     fn asked(set: Set, expected: usize, held: u32) -> Vec<(Vec<u32>, Vec<u32>)> {
         let number = |place: &Place| u32::from_ne_bytes(*place.key.as_bytes().last_chunk().unwrap());
-        let first = number(&Picks::of(&name(set), 0).unwrap().places().next().unwrap());
-        let is_there = |place: &Place| place.set == Set::More && number(place) - first < held;
+        let is_there = |place: &Place| place.set == Set::More && number(place) < held;
         let (mut rounds, mut picks) = (Vec::new(), Picks::of(&name(set), expected));
         while let Some(round) = picks {
             let (slots, more): (Vec<_>, Vec<_>) = round.places().partition(|at| at.set == Set::Endpoints);
@@ -115,7 +100,9 @@ mod tests {
         ] {
             assert_eq!(asked(Set::Vips, slots, slots as u32), [expected], "{slots}");
         }
-        assert_eq!(asked(Set::VipsLocal, 2, 2), [(vec![65536, 65537], vec![65537, 65538])]);
+        let local = Picks::of(&name(Set::VipsLocal), 2).unwrap().places().map(|place| place.set);
+        let (slots, more) = (Set::EndpointsLocal, Set::MoreLocal);
+        assert_eq!(local.collect::<Vec<_>>(), [slots, slots, more, more]);
         let (slots, more) = asked(Set::Vips, 1 << 20, 1 << 14).remove(0);
         assert_eq!((slots.len(), more.len()), (1 << 14, 14), "no port has more");
     }

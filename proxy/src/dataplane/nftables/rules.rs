@@ -14,10 +14,8 @@
 
 use nftnl::{ChainType, Hook};
 
-use super::expr::{
-    ADDRESS_LOCAL, ConnectionWord, Expr, LookupIn, Reg, STATE_NEW, STATUS_CONFIRMED, STATUS_DNAT, Verdict,
-};
-use super::schema::{CLASSES, LOCAL_SLOTS, Set, address_len};
+use super::expr::{ADDRESS_LOCAL, ConnectionWord, Expr, LookupIn, Reg, STATE_NEW, STATUS_DNAT, Verdict};
+use super::schema::{CLASSES, Set, address_len};
 use crate::model::input::Family;
 
 /// A chain and its rules.
@@ -67,15 +65,14 @@ pub(crate) enum Detection {
 /// Ours come just before kube-proxy's (−100, 100), so that both can run side by side: the first DNAT decides.
 const FIREWALL_PRIORITY: i32 = -115;
 const DNAT_PRIORITY: i32 = -105;
-const LEARN_PRIORITY: i32 = -95;
 const SNAT_PRIORITY: i32 = 95;
 const FILTER_PRIORITY: i32 = 0;
 
 /// `IFNAMSIZ`: what `iifname` loads, the name padded with zeros.
 const INTERFACE_NAME: usize = 16;
 
-/// How often a pick draws again on a miss. A class is more than half full, so 2^−8 is left at worst.
-const TRIES: usize = 8;
+/// How seldom all draws of a class may miss: what comes next is not even.
+const ALL_MISS: f64 = 1.0 / 256.0;
 
 /// What a rule looks up: by the packet's destination, or by that of the connection's first packet.
 pub(crate) struct Keys {
@@ -196,17 +193,18 @@ impl Keys {
 pub(crate) fn chains(family: Family, policy: &Policy) -> Vec<Chain> {
     let keys = Keys { family };
     let mut chains = Vec::new();
-    let vip = Pick { keys: &keys, key: keys.vip(), slots: Set::Endpoints, more: Set::More };
-    let nodeport = Pick { keys: &keys, key: keys.nodeport(), slots: Set::NpEndpoints, more: Set::NpMore };
-    let sets = [
-        (vip, "vip", Set::VipsLocal, [Set::Aff, Set::AffLocal]),
-        (nodeport, "np", Set::NpsLocal, [Set::NpAff, Set::NpAffLocal]),
+    let vips = [(Set::Endpoints, Set::More, Set::Aff), (Set::EndpointsLocal, Set::MoreLocal, Set::AffLocal)];
+    let nodeports = [
+        (Set::NpEndpoints, Set::NpMore, Set::NpAff),
+        (Set::NpEndpointsLocal, Set::NpMoreLocal, Set::NpAffLocal),
     ];
-    for (pick, prefix, local, [affinity, affinity_local]) in sets {
-        let cluster = format!("{prefix}-pick");
-        pick.chains(&mut chains, prefix, affinity, 0, vec![vec![Expr::Verdict(Verdict::Drop)]]);
-        let gone = vec![then(pick.key.0.clone(), local, Verdict::Drop), goto(&cluster)];
-        pick.chains(&mut chains, &format!("{prefix}-local"), affinity_local, LOCAL_SLOTS, gone);
+    let kinds =
+        [("vip", keys.vip(), Set::VipsLocal, vips), ("np", keys.nodeport(), Set::NpsLocal, nodeports)];
+    for (prefix, key, led_to_local, [cluster, local]) in kinds {
+        let pick = |(slots, more, affinity)| Pick { keys: &keys, key: key.clone(), slots, more, affinity };
+        pick(cluster).chains(&mut chains, prefix, vec![vec![Expr::Verdict(Verdict::Drop)]]);
+        let gone = vec![then(key.0.clone(), led_to_local, Verdict::Drop), goto(&format!("{prefix}-pick"))];
+        pick(local).chains(&mut chains, &format!("{prefix}-local"), gone);
         chains.push(short_circuit(prefix, &keys, policy));
     }
     translation(&mut chains, &keys);
@@ -217,34 +215,36 @@ pub(crate) fn chains(family: Family, policy: &Policy) -> Vec<Chain> {
     chains
 }
 
-/// Where the endpoint sets of a kind of frontend are.
+/// How a backend of one endpoint set of a kind of frontend is found.
 struct Pick<'a> {
     keys: &'a Keys,
-    /// Its key, and the register of the slot behind it.
+    /// The frontend's key, and the register of the slot behind it.
     key: (Vec<Expr>, Reg),
     slots: Set,
     more: Set,
+    /// Who is remembered.
+    affinity: Set,
 }
 
 impl Pick<'_> {
-    /// One backend of the set whose slots begin at `first`; `last` is what happens where not even that slot exists.
-    /// Clients enter by `…-balance`: who is remembered (`affinity`) is led back to its backend, all others return to be
-    /// picked for. It stands apart from the pick, which many rules lead to: with a new element of a verdict map, older
-    /// kernels check every way to it again.
-    fn chains(&self, chains: &mut Vec<Chain>, prefix: &str, affinity: Set, first: u32, last: Vec<Vec<Expr>>) {
+    /// One backend of the set; `last` is what happens where not even the first slot exists. Clients enter by
+    /// `…-balance`: who is remembered is led back to its backend, all others return to be picked for. It stands apart
+    /// from the pick, which many rules lead to: with a new element of a verdict map, older kernels check every way to it
+    /// again.
+    fn chains(&self, chains: &mut Vec<Chain>, prefix: &str, last: Vec<Vec<Expr>>) {
         let class = |k: u32| format!("{prefix}-{k}");
-        chains.push(regular(&class(1), [vec![self.draw(1, first)], last].concat()));
+        chains.push(regular(&class(1), [vec![self.draw(1)], last].concat()));
         for k in (1..CLASSES).map(|i| 1 << i) {
-            let mut rules = vec![self.draw(k, first); TRIES];
+            let mut rules = vec![self.draw(k); tries(k)];
             if k > 2 {
-                rules.push(self.draw(k / 2, first));
+                rules.push(self.draw(k / 2));
             }
             rules.push(goto(&class(1)));
             chains.push(regular(&class(k), rules));
         }
         let climb = (0..CLASSES - 1).map(|i| {
             // `numgen random mod 1 offset K` is the one constant that nft can print inside a concatenation.
-            let mut rule = self.key(1, first + (1 << i));
+            let mut rule = self.key(1, 1 << i);
             rule.push(Expr::Lookup {
                 set: LookupIn::Table(self.more),
                 key: Reg(0),
@@ -257,13 +257,14 @@ impl Pick<'_> {
         let rules = climb.chain([goto(&class(1 << (CLASSES - 1)))]).collect();
         let pick = format!("{prefix}-pick");
         chains.push(regular(&pick, rules));
-        let remembered = [self.key.0.clone(), vec![Expr::VerdictMap { map: affinity, key: Reg(0) }]].concat();
+        let remembered =
+            [self.key.0.clone(), vec![Expr::VerdictMap { map: self.affinity, key: Reg(0) }]].concat();
         chains.push(regular(&format!("{prefix}-balance"), vec![remembered, goto(&pick)]));
     }
 
     /// DNAT to a slot that is drawn.
-    fn draw(&self, modulus: u32, offset: u32) -> Vec<Expr> {
-        let mut rule = self.key(modulus, offset);
+    fn draw(&self, modulus: u32) -> Vec<Expr> {
+        let mut rule = self.key(modulus, 0);
         let slots = LookupIn::Table(self.slots);
         rule.push(Expr::Lookup { set: slots, key: Reg(0), data: Some(Reg(0)), invert: false });
         rule.push(Expr::Dnat { v6: self.keys.v6(), address: Reg(0), port: self.keys.after_address() });
@@ -275,6 +276,13 @@ impl Pick<'_> {
         key.push(Expr::Random { modulus, offset, reg });
         key
     }
+}
+
+/// How often a class of 2^k slots is drawn from: at least half of them and one more exist.
+fn tries(slots: u32) -> usize {
+    let miss = f64::from(slots / 2 - 1) / f64::from(slots);
+    let is_enough = |tries: &usize| miss.powi(*tries as i32) <= ALL_MISS;
+    (1..).find(is_enough).unwrap_or(1)
 }
 
 /// `externalTrafficPolicy: Local`: this node's own clients get the Cluster set all the same.
@@ -322,9 +330,9 @@ fn firewall(chains: &mut Vec<Chain>, keys: &Keys) {
 }
 
 /// Where a new connection was led, by the destination that it was opened to, is remembered for the Service ports with
-/// affinity. VIPs come before NodePorts, as in the translation. Only a connection's first packet counts: `ct state new`
-/// holds for the next ones, too, until an answer comes, and a client that tries a backend again which is gone must not be
-/// led there for that.
+/// affinity. VIPs come before NodePorts, as in the translation. This is done where the source is decided, which a
+/// connection's first packet alone comes by: `ct state new` holds for the next ones, too, until an answer comes, and a
+/// client that tries a backend again which is gone must not be led there for that.
 fn learning(chains: &mut Vec<Chain>, keys: &Keys) {
     let search = |mut rule: Vec<Expr>, map| {
         rule.push(Expr::VerdictMap { map, key: Reg(0) });
@@ -334,7 +342,7 @@ fn learning(chains: &mut Vec<Chain>, keys: &Keys) {
     chains.push(regular(
         "learn-np",
         vec![
-            then(keys.original_vip(), Set::Vips, Verdict::Accept),
+            then(keys.original_vip(), Set::Vips, Verdict::Return),
             search(keys.original_nodeport(), Set::NpAffLearn),
         ],
     ));
@@ -345,12 +353,8 @@ fn learning(chains: &mut Vec<Chain>, keys: &Keys) {
             then(on_nodeport_address, Set::NodeportIps, Verdict::Goto("learn-np".into())),
         ],
     ));
-    let dnatted = bit(ConnectionWord::Status, STATUS_DNAT, true);
-    let first = bit(ConnectionWord::Status, STATUS_CONFIRMED, false);
-    let enter = [dnatted, first, goto("learn")].concat();
-    for (name, hook) in [("learn-prerouting", Hook::PreRouting), ("learn-output", Hook::Out)] {
-        chains.push(base(name, ChainType::Filter, hook, LEARN_PRIORITY, vec![enter.clone()]));
-    }
+    let enter = [dnatted(), goto("learn")].concat();
+    chains.push(base("nat-input", ChainType::Nat, Hook::In, SNAT_PRIORITY, vec![enter]));
 }
 
 /// ICMP for what has no endpoint and for unused ports; drop for unallocated ServiceCIDR addresses.
@@ -400,7 +404,8 @@ fn masquerading(chains: &mut Vec<Chain>, keys: &Keys, policy: &Policy) {
     let go = |chain: &str| Verdict::Goto(chain.into());
     let itself = vec![keys.source(Reg(0)), keys.destination(keys.after_address())];
     let original = vec![Expr::OriginalAddress { v6: keys.v6(), reg: Reg(0) }];
-    let dnatted = vec![
+    let rules = vec![
+        vec![Expr::Verdict(Verdict::Jump("learn".into()))],
         then(itself, Set::Hairpin, go("masq")),
         then(keys.original_vip(), Set::VipsMasq, go("masq")),
         then(keys.original_vip(), Set::VipsLocal, go("masq-etp-local")),
@@ -409,9 +414,8 @@ fn masquerading(chains: &mut Vec<Chain>, keys: &Keys, policy: &Policy) {
         then(keys.original_nodeport(), Set::NpsLocal, go("masq-etp-local")),
         then(keys.original_nodeport(), Set::Nps, go("masq")),
     ];
-    chains.push(regular("dnatted", dnatted));
-    let status = bit(ConnectionWord::Status, STATUS_DNAT, true);
-    let enter = [status, goto("dnatted")].concat();
+    chains.push(regular("dnatted", rules));
+    let enter = [dnatted(), goto("dnatted")].concat();
     chains.push(base("nat-postrouting", ChainType::Nat, Hook::PostRouting, SNAT_PRIORITY, vec![enter]));
 }
 
@@ -441,6 +445,11 @@ fn then(mut rule: Vec<Expr>, set: Set, verdict: Verdict) -> Vec<Expr> {
 
 fn goto(chain: &str) -> Vec<Expr> {
     vec![Expr::Verdict(Verdict::Goto(chain.into()))]
+}
+
+/// `ct status dnat`.
+fn dnatted() -> Vec<Expr> {
+    bit(ConnectionWord::Status, STATUS_DNAT, true)
 }
 
 fn state_new() -> Vec<Expr> {

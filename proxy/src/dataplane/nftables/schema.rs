@@ -16,9 +16,6 @@ pub(crate) const CLASSES: u32 = 15;
 /// The largest number of backends that one port spreads over.
 pub(crate) const MAX_SLOTS: usize = 1 << (CLASSES - 1);
 
-/// Where the slots of the Local set begin, at a frontend that has both sets (`externalTrafficPolicy: Local`).
-pub(crate) const LOCAL_SLOTS: u32 = 1 << 16;
-
 /// `NFT_SET_CONCAT`: ranges in a concatenation.
 const NFT_SET_CONCAT: u32 = 0x80;
 
@@ -29,10 +26,18 @@ pub(crate) enum Set {
     Endpoints,
     /// (address, protocol, port, 2^i): present where the VIP has more than 2^i slots.
     More,
+    /// The same for clients from outside, of the VIPs that lead them to their Local set.
+    EndpointsLocal,
+    /// Where `more` is of these.
+    MoreLocal,
     /// (protocol, port, slot) → backend: the slots of every NodePort.
     NpEndpoints,
     /// (protocol, port, 2^i): present where the NodePort has more than 2^i slots.
     NpMore,
+    /// `endpoints-local` of NodePorts.
+    NpEndpointsLocal,
+    /// `more-local` of NodePorts.
+    NpMoreLocal,
     /// The VIPs that are translated.
     Vips,
     /// Those of them that lead clients from outside to the Local set.
@@ -90,11 +95,15 @@ pub(crate) enum Field {
 
 impl Set {
     /// All of them, in the order in which they are created.
-    pub(crate) const ALL: [Self; 24] = [
+    pub(crate) const ALL: [Self; 28] = [
         Self::Endpoints,
         Self::More,
+        Self::EndpointsLocal,
+        Self::MoreLocal,
         Self::NpEndpoints,
         Self::NpMore,
+        Self::NpEndpointsLocal,
+        Self::NpMoreLocal,
         Self::Vips,
         Self::VipsLocal,
         Self::VipsMasq,
@@ -122,8 +131,12 @@ impl Set {
         match self {
             Self::Endpoints => "endpoints",
             Self::More => "more",
+            Self::EndpointsLocal => "endpoints-local",
+            Self::MoreLocal => "more-local",
             Self::NpEndpoints => "np-endpoints",
             Self::NpMore => "np-more",
+            Self::NpEndpointsLocal => "np-endpoints-local",
+            Self::NpMoreLocal => "np-more-local",
             Self::Vips => "vips",
             Self::VipsLocal => "vips-local",
             Self::VipsMasq => "vips-masq",
@@ -156,8 +169,12 @@ impl Set {
     pub(crate) fn key(self) -> &'static [Field] {
         use Field::{Address, Port, Protocol, Slot};
         match self {
-            Self::Endpoints | Self::More => &[Address, Protocol, Port, Slot],
-            Self::NpEndpoints | Self::NpMore => &[Protocol, Port, Slot],
+            Self::Endpoints | Self::More | Self::EndpointsLocal | Self::MoreLocal => {
+                &[Address, Protocol, Port, Slot]
+            }
+            Self::NpEndpoints | Self::NpMore | Self::NpEndpointsLocal | Self::NpMoreLocal => {
+                &[Protocol, Port, Slot]
+            }
             Self::Vips
             | Self::VipsLocal
             | Self::VipsMasq
@@ -186,18 +203,20 @@ impl Set {
         )
     }
 
+    /// Whether it maps slots to backends.
+    fn holds_backends(self) -> bool {
+        matches!(self, Self::Endpoints | Self::EndpointsLocal | Self::NpEndpoints | Self::NpEndpointsLocal)
+    }
+
     /// The components of what it maps to; `None` for a plain set, and for chains.
     pub(crate) fn data(self) -> Option<&'static [Field]> {
-        match self {
-            Self::Endpoints | Self::NpEndpoints => Some(&[Field::Address, Field::Port]),
-            _ => None,
-        }
+        self.holds_backends().then_some(&[Field::Address, Field::Port])
     }
 
     /// Whether its elements can count the packets that find them: a connection's first one, drawing its backend, or one
     /// that is refused.
     pub(crate) fn counts(self) -> bool {
-        matches!(self, Self::Endpoints | Self::NpEndpoints | Self::VipsReject | Self::NpsReject)
+        self.holds_backends() || matches!(self, Self::VipsReject | Self::NpsReject)
     }
 
     /// Whether a frontend may have many elements in it: slots, and how many there are.
