@@ -10,7 +10,7 @@ use nftnl::{Chain, MsgType, NlMsg, Rule};
 
 use super::element::fnv1a;
 use super::expr::{Expr, InRule};
-use super::message::Scratch;
+use super::scratch::Scratch;
 use crate::dataplane::netlink::HEADER;
 
 /// `NFTA_RULE_USERDATA`.

@@ -10,13 +10,14 @@ use std::time::Duration;
 
 use mnl::mnl_sys::mnl_attr_put_strz;
 use nftnl::nftnl_sys::{self as sys, libc};
-use nftnl::{MsgType, NlMsg, ProtoFamily, Rule, Table, nft_nlmsg_maxsize};
+use nftnl::{MsgType, NlMsg, ProtoFamily, Rule, Table};
 
 use super::element::{Data, Element, Key, Place};
 use super::expr::{ANONYMOUS_SET, Expr, LookupIn, c_name, counter};
 use super::fingerprint::{Fingerprint, rule};
 use super::rules::Chain;
 use super::schema::{Field, Set, TABLE, len_of, protocols_userdata, type_of};
+use super::scratch::Scratch;
 use crate::model::input::{Family, Protocol};
 
 /// Elements in one message: an element is at most some 250 bytes, and the attribute that holds them all says its
@@ -41,29 +42,6 @@ pub(crate) struct Transaction<Owner> {
     table: &'static str,
     /// Elements count: sets that can are made so, and what an element counted is told when it goes.
     pub(super) counting: bool,
-}
-
-/// Where libnftnl writes one message: room for the largest, aligned for `nlmsghdr`. Allocated when it is first written
-/// to; handed on from one transaction to the next, since it is far larger than what most of them write.
-#[derive(Debug, Default)]
-pub(crate) struct Scratch(Box<[u64]>);
-
-impl Scratch {
-    pub(super) fn start<T>(&mut self) -> *mut T {
-        if self.0.is_empty() {
-            self.0 = vec![0; (nft_nlmsg_maxsize() as usize).div_ceil(size_of::<u64>())].into();
-        }
-        self.0.as_mut_ptr().cast()
-    }
-
-    /// The message that was written last.
-    pub(super) fn message(&mut self) -> &mut [u8] {
-        let room = self.0.len() * size_of::<u64>();
-        // SAFETY: any bytes make valid `u64`s and the other way round; the length is the same memory's.
-        let bytes = unsafe { slice::from_raw_parts_mut(self.0.as_mut_ptr().cast::<u8>(), room) };
-        let len = bytes.first_chunk().map_or(0, |len| u32::from_ne_bytes(*len) as usize);
-        &mut bytes[..len.min(room)]
-    }
 }
 
 impl<Owner: Copy> Transaction<Owner> {

@@ -42,6 +42,7 @@ mod recall;
 mod remembered;
 mod rules;
 mod schema;
+mod scratch;
 mod shared;
 
 use std::collections::{BTreeMap, BTreeSet};

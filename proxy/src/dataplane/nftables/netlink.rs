@@ -15,10 +15,11 @@ use nix::sys::socket::{MsgFlags, recv};
 
 use super::element::Place;
 use super::fingerprint::{Fingerprint, RULE_USERDATA};
-use super::message::{Scratch, Transaction, Wanted, protocol_family, questions, request};
+use super::message::{Transaction, Wanted, protocol_family, questions, request};
 use super::readings::Readings;
 use super::rules;
 use super::schema::TABLE;
+use super::scratch::Scratch;
 pub(crate) use crate::dataplane::netlink::{HEADER, Header, attribute, messages, set_option};
 use crate::model::input::Family;
 
