@@ -67,7 +67,7 @@ pub(super) fn init_only(flags: &RunFlags) -> anyhow::Result<ExitCode> {
 
 /// Writes the resolved configuration to a file.
 pub(super) fn write_config(flags: &RunFlags, path: &Path) -> anyhow::Result<ExitCode> {
-    let resolved = flags.resolve(&Environment::read())?;
+    let resolved = flags.resolve_for_node(&Environment::read())?;
     std::fs::write(path, resolved.to_yaml())
         .with_context(|| format!("--write-config-to {}", path.display()))?;
     telemetry::init(&resolved.config.logging)?;
@@ -173,14 +173,14 @@ fn agent(
     let flows = Flows::register(registry);
     let no_local_endpoints = NoLocalEndpoints::register(registry);
     let is_wanted = why.is_some() || matches!(at_connect, AtConnect::Socket(..));
-    let layer = is_wanted.then(|| SocketLayer::register(registry));
+    let layer = SocketLayer::register(registry, is_wanted);
     async move {
         let (events, inbox) = mpsc::channel(EVENTS);
         let origins = start_sources(&config, events).await?;
         let planner = Planner::new(settings::planner(&config.node_name, origins, &config.network));
         let nftables = Nftables::open(settings::nftables(&config))?;
         let foreign = ready::readable(nftables.descriptor()?)?;
-        let told = move |in_place| layer.iter().for_each(|layer| layer.tell(in_place));
+        let told = move |front| layer.tell(front);
         let dataplane = Layers::new(nftables, at_connect, told);
         let behind = dataplane.descriptor()?.map(ready::readable).transpose()?;
         let conntrack = Conntrack::spawn(config.conntrack.clean_sctp, move |looked| flows.looked(&looked))?;

@@ -39,8 +39,16 @@ pub struct Layers {
     nftables: Nftables,
     front: Option<Front>,
     withdrawal: Option<Withdrawal>,
-    /// Told whether the socket layer is in place.
-    told: Box<dyn Fn(bool)>,
+    told: Box<dyn Fn(InFront)>,
+}
+
+/// What is in front of nftables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InFront {
+    /// The socket layer.
+    pub in_place: bool,
+    /// That of an earlier run may be there, and nobody can take it away.
+    pub left_over: bool,
 }
 
 /// What there is in front of nftables.
@@ -71,9 +79,8 @@ struct Front {
 }
 
 impl Layers {
-    /// nftables, and what is in front of it; `told` hears again and again whether the socket layer is in place.
-    pub fn new(nftables: Nftables, at_connect: AtConnect, told: impl Fn(bool) + 'static) -> Self {
-        told(matches!(at_connect, AtConnect::Socket(..)));
+    /// nftables, and what is in front of it; `told` hears of that again and again.
+    pub fn new(nftables: Nftables, at_connect: AtConnect, told: impl Fn(InFront) + 'static) -> Self {
         let look = Instant::now() + LOOK;
         let front = |socket, marks, bpf_root| Front {
             socket,
@@ -90,7 +97,16 @@ impl Layers {
             AtConnect::Socket(socket, marks, bpf_root) => (Some(front(socket, marks, bpf_root)), None),
             AtConnect::Nothing(withdrawal) => (None, Some(withdrawal)),
         };
-        Self { nftables, front, withdrawal, told: Box::new(told) }
+        let layers = Self { nftables, front, withdrawal, told: Box::new(told) };
+        layers.tell();
+        layers
+    }
+
+    fn tell(&self) {
+        (self.told)(InFront {
+            in_place: self.front.as_ref().is_some_and(|front| front.socket.is_in_place()),
+            left_over: self.withdrawal.as_ref().is_some_and(|withdrawal| withdrawal.trouble().is_some()),
+        });
     }
 
     /// A descriptor that becomes readable when the socket layer has something to follow that comes in no batch: then call
@@ -112,7 +128,7 @@ impl Dataplane for Layers {
         let is_empty = batch.node.is_none() && batch.services.is_empty() && !batch.sweep;
         if let Some(front) = self.front.as_mut().filter(|_| !is_empty) {
             outcome.socket = front.apply(batch, &outcome);
-            (self.told)(front.socket.is_in_place());
+            self.tell();
         }
         Ok(outcome)
     }
@@ -130,11 +146,11 @@ impl Dataplane for Layers {
         // It may be too early: see `apply`.
         if let Some(front) = self.front.as_mut().filter(|front| front.due.is_some()) {
             front.apply(&Batch::default(), &Outcome::default());
-            (self.told)(front.socket.is_in_place());
         }
         if let Some(withdrawal) = &mut self.withdrawal {
             withdrawal.attempt();
         }
+        self.tell();
     }
 
     fn inspect(&mut self, plan: &Plan) -> Inspection {
@@ -183,6 +199,8 @@ impl Front {
             Ok(applied) => {
                 if self.trouble.take().is_some() || !was_in_place {
                     info!("the socket layer follows again");
+                } else if self.due.is_none() {
+                    info!("the socket layer is in place");
                 }
                 self.note_full(applied.full);
                 self.note_forgetful();

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub use self::inspection::{Counts, Inspection};
-pub use self::layers::{AtConnect, Layers};
+pub use self::layers::{AtConnect, InFront, Layers};
 pub use self::withdrawal::Withdrawal;
 use crate::model::input::{Family, Protocol, ServiceKey};
 use crate::model::plan::{FrontendAddress, NodePlan, Plan};

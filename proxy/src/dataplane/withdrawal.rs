@@ -65,8 +65,12 @@ impl Withdrawal {
         };
         let Some(mark) = mark else {
             return match socket::withdraw(&self.bpf_root, false) {
+                Ok(removal) => {
+                    say(removal);
+                    None
+                }
                 // It is the other's, in another network namespace.
-                Ok(_) | Err(SocketError::Owned { .. }) => None,
+                Err(SocketError::Owned { .. }) => None,
                 Err(error) => Some(with_causes(&error)),
             };
         };
@@ -79,9 +83,18 @@ impl Withdrawal {
                 Some(format!("it is pinned at {mark}, which is on no BPF file system here"))
             }
             Ok(Removal::Nothing) if mark.bpf_root.is_none() => Some(format!("it is pinned at {mark}")),
-            Ok(_) => self.marks.remove().err().map(|error| with_causes(&error)),
+            Ok(removal) => {
+                say(removal);
+                self.marks.remove().err().map(|error| with_causes(&error))
+            }
             Err(error) => Some(with_causes(&error)),
         }
+    }
+}
+
+fn say(removal: Removal) {
+    if removal == Removal::Done {
+        info!("removed the socket layer of an earlier run");
     }
 }
 

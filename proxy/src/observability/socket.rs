@@ -1,28 +1,41 @@
-//! The metric of the socket layer as a whole, for who asked for one.
+//! The metrics of the socket layer as a whole.
 
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
 use super::metrics::KUBE_LANE;
+use crate::dataplane::InFront;
 
-/// Whether the socket layer is in place.
-#[derive(Clone, Debug)]
-pub struct SocketLayer(Gauge);
+/// Whether there is a socket layer, the agent's own or an earlier run's.
+#[derive(Clone, Debug, Default)]
+pub struct SocketLayer {
+    in_place: Gauge,
+    left_over: Gauge,
+}
 
 impl SocketLayer {
-    /// Registers the family: where no socket layer is asked for, there is none.
-    pub fn register(registry: &mut Registry) -> Self {
-        let layer = Self(Gauge::default());
-        registry.sub_registry_with_prefix(KUBE_LANE).register(
-            "socket_layer_in_place",
-            "Whether the socket layer that was asked for is in place; 0: nftables alone serves",
-            layer.0.clone(),
+    /// Registers the families: where no socket layer is asked for, that of its being in place is not there.
+    pub fn register(registry: &mut Registry, is_wanted: bool) -> Self {
+        let layer = Self::default();
+        let registry = registry.sub_registry_with_prefix(KUBE_LANE);
+        if is_wanted {
+            registry.register(
+                "socket_layer_in_place",
+                "Whether the socket layer that was asked for is in place; 0: nftables alone serves",
+                layer.in_place.clone(),
+            );
+        }
+        registry.register(
+            "socket_layer_left_over",
+            "Whether the socket layer of an earlier run may still lead clients to endpoints that are gone",
+            layer.left_over.clone(),
         );
         layer
     }
 
-    /// It is in place, or it is not.
-    pub fn tell(&self, in_place: bool) {
-        self.0.set(in_place.into());
+    /// How it is now.
+    pub fn tell(&self, front: InFront) {
+        self.in_place.set(front.in_place.into());
+        self.left_over.set(front.left_over.into());
     }
 }

@@ -80,12 +80,14 @@ fn an_agent_that_cannot_see_what_was_left_says_so_until_it_has_gone() {
     let (log, told) = (|| world.agents[0].log(), || world.agents[0].status(&[]).unwrap().1);
     let warning = format!("{LEFT}: it is pinned at {}", root.display());
     wait("it warns", || log().contains(&warning) && told().contains(&warning), log);
+    let left_over = || world.agents[0].metric("kubelane_socket_layer_left_over").unwrap();
+    assert_eq!(left_over(), 1.0);
     assert!(!attached(&node).is_empty());
     let (success, said) = agent::clean_up(world.lab.node(0), "cleanup").unwrap();
     assert!(!success && said.contains("nothing is removed"), "{said}");
 
     umount2(&root, MntFlags::MNT_DETACH).unwrap();
-    wait("it is over", || log().contains(GONE), log);
+    wait("it is over", || log().contains(GONE) && left_over() == 0.0, log);
     assert_eq!((attached(&node), mark(world.lab.node(0)), root.join("v1").exists()), (vec![], None, false));
     assert!(!told().contains(LEFT) && log().matches(LEFT).count() == 1, "{}", log());
 }

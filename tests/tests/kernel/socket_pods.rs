@@ -93,12 +93,15 @@ fn where_there_is_no_cgroup_of_pods_it_is_said_until_there_is() {
     for words in ["nowhere, kubepods/later", "nftables alone answers pods", "--socket-lb-pod-cgroups"] {
         wait(words, &|| told().contains(words) && log().contains(words));
     }
+    let answered = || world.agents[0].status(&["--all"]).unwrap().1;
+    assert!(answered().contains("[socket for host processes; nftables for pods (none of"), "{}", answered());
 
     let later = client.cgroup().join("later");
     for turn in 0..2 {
         fs::create_dir(&later).unwrap();
         fs::write(later.join("cgroup.type"), "threaded").unwrap();
         wait("it is there", &|| !told().contains("podCgroups"));
+        assert!(answered().contains("[socket for pods and host processes]"), "{}", answered());
         wait("answered", &|| meet_in(&later, &client, vip(10)).at_socket);
         assert!(!meet_in(client.cgroup(), &client, vip(10)).at_socket);
         let again = log().matches("pods are answered at the socket").count();

@@ -113,7 +113,7 @@ impl Policy {
             true => (self.external, self.external, false),
         };
         let namespaces = !self.host_namespace_only;
-        Answering { pods: pods && namespaces, hosts, others: others && namespaces }
+        Answering { pods: pods && namespaces, hosts, others: others && namespaces, awaits_pods: false }
     }
 }
 
@@ -149,6 +149,8 @@ pub struct Answering {
     pub hosts: bool,
     /// Those of other network namespaces: containers beside Kubernetes.
     pub others: bool,
+    /// Nobody is known to be a pod: what is said of pods holds once there is a cgroup of pods.
+    pub awaits_pods: bool,
 }
 
 /// Who answers a frontend. `Display` is for people.
@@ -315,6 +317,17 @@ impl Answer {
         }
     }
 
+    /// The same where nobody is known to be a pod, if that matters.
+    pub fn awaiting_pods(self) -> Self {
+        match self {
+            Self::Socket { clients, set } => {
+                let awaits_pods = clients.pods && !clients.others;
+                Self::Socket { clients: Answering { awaits_pods, ..clients }, set }
+            }
+            Self::Nftables(_) => self,
+        }
+    }
+
     /// The layer's name: `socket` or `nftables`.
     pub fn layer(self) -> &'static str {
         match self {
@@ -327,6 +340,9 @@ impl Answer {
 impl Display for Answer {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Socket { clients: Answering { awaits_pods: true, .. }, .. } => {
+                f.write_str("socket for host processes; nftables for pods (none of the podCgroups is there)")
+            }
             Self::Socket { clients: Answering { pods: true, hosts: true, .. }, .. } => {
                 f.write_str("socket for pods and host processes")
             }

@@ -63,9 +63,9 @@ const DETECTED: Policy = Policy {
 const EXTERNAL: Policy = Policy { external: true, ..DETECTED };
 const UNDETECTED: Policy = Policy { detector: Clients::None, ..EXTERNAL };
 
-const ALL: Answering = Answering { pods: true, hosts: true, others: false };
-const PODS: Answering = Answering { pods: true, hosts: false, others: true };
-const HOSTS: Answering = Answering { pods: false, hosts: true, others: false };
+const ALL: Answering = Answering { pods: true, hosts: true, others: false, awaits_pods: false };
+const PODS: Answering = Answering { pods: true, hosts: false, others: true, awaits_pods: false };
+const HOSTS: Answering = Answering { pods: false, hosts: true, others: false, awaits_pods: false };
 
 fn all(port: &PortPlan, policy: &Policy) -> Vec<Answer> {
     answers(port, policy, &node(), Clashes::default()).into()

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use tracing::warn;
 
-use super::super::answers::{Limit, Policy};
+use super::super::answers::{Answer, Limit, Policy};
 use super::super::lower::{Lowering, PortView, Retired};
 use super::super::write::Write;
 use super::affinity::Memories;
@@ -292,8 +292,10 @@ impl Socket {
             // What has no id has id 0, of which nothing is counted.
             refused: self.maps.refused(port.id),
         };
+        let has_pods = self.missing_pods().is_none();
+        let told = |answer: &Answer| if has_pods { *answer } else { answer.awaiting_pods() };
         Inspection {
-            answers: ports.iter().map(|port| port.answers.into()).collect(),
+            answers: ports.iter().map(|port| port.answers.iter().map(told).collect()).collect(),
             at_socket: ports.iter().map(counts).collect(),
             in_nftables: Vec::new(),
         }
