@@ -49,7 +49,7 @@ fn remove(log: &LogFlags, agent: &RunFlags) -> anyhow::Result<ExitCode> {
     }
     nftables::cleanup().context("cleanup (it needs CAP_NET_ADMIN)")?;
     info!(
-        "removed everything of kube-lane in nftables; what it translated ends unless another proxy is in place"
+        "no table `kube-lane` is left in nftables; what one translated ends unless another proxy is in place"
     );
     let removal = socket.context("cleanup of the socket layer")?;
     let at = bpf_root.display();
