@@ -64,6 +64,14 @@ impl Owner {
     }
 }
 
+impl Drop for Owner {
+    /// Closing is not enough: a process that is just being forked off has the folder open, too, until it runs its program.
+    fn drop(&mut self) {
+        // Fails where there is nothing to unlock.
+        let _ = self.folder.unlock();
+    }
+}
+
 fn is_at(folder: &File, path: &Path) -> bool {
     let number = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
     folder.metadata().ok().map(number) == fs::metadata(path).ok().map(number)
@@ -93,7 +101,7 @@ mod tests {
         first.lock().unwrap();
         assert!(matches!(open().try_lock(), Err(TryLockError::WouldBlock)));
         assert_eq!(holder(&open()), Some(std::process::id().cast_signed()));
-        drop(first);
+        first.unlock().unwrap();
         assert_eq!(holder(&open()), None);
         fs::remove_dir(&folder).unwrap();
     }
