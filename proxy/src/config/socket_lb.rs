@@ -254,19 +254,10 @@ fn relative(path: &Path) -> Option<PathBuf> {
 }
 
 fn leave_alone(written: &[PathBuf], check: &mut Checker) -> Vec<PathBuf> {
-    let mut paths = Vec::with_capacity(written.len());
-    for path in written {
-        match not_empty(relative(path)) {
-            Some(path) => paths.push(path),
-            None => check.invalid(
-                "kubeLane.socketLB.leaveAlone (--socket-lb-leave-alone)",
-                &path.display().to_string(),
-                "is no path of a cgroup below the cgroup root",
-                "write it as /proc/PID/cgroup does, like /system.slice/libvirtd.service",
-            ),
-        }
-    }
-    paths
+    const FIELD: &str = "kubeLane.socketLB.leaveAlone (--socket-lb-leave-alone)";
+    let wrong = "is no path of a cgroup below the cgroup root";
+    let remedy = "write it as /proc/PID/cgroup does, like /system.slice/libvirtd.service";
+    cgroups(written, |path| not_empty(relative(path)), |path| check.invalid(FIELD, path, wrong, remedy))
 }
 
 fn pod_cgroups(written: Option<&[PathBuf]>, check: &mut Checker) -> Vec<PathBuf> {
@@ -276,16 +267,21 @@ fn pod_cgroups(written: Option<&[PathBuf]>, check: &mut Checker) -> Vec<PathBuf>
         let count = written.len().to_string();
         check.invalid(FIELD, &count, "is no number of cgroups that can be told", "name one to four");
     }
+    let remedy = "write it as /proc/PID/cgroup does, without the pod's own part, like /kubepods.slice";
+    cgroups(written, relative, |path| check.invalid(FIELD, path, "is no path of a cgroup", remedy))
+}
+
+/// What is written, as `read` has it; `invalid` hears of each that it has not.
+fn cgroups(
+    written: &[PathBuf],
+    read: impl Fn(&Path) -> Option<PathBuf>,
+    mut invalid: impl FnMut(&str),
+) -> Vec<PathBuf> {
     let mut paths = Vec::with_capacity(written.len());
     for path in written {
-        match relative(path) {
+        match read(path) {
             Some(path) => paths.push(path),
-            None => check.invalid(
-                FIELD,
-                &path.display().to_string(),
-                "is no path of a cgroup",
-                "write it as /proc/PID/cgroup does, without the pod's own part, like /kubepods.slice",
-            ),
+            None => invalid(&path.display().to_string()),
         }
     }
     paths

@@ -163,10 +163,15 @@ impl Nftables {
             (Some(_), true) => 1,
             (Some(_), false) => 2,
         });
-        // What is programmed is known, and what becomes of it is in this batch.
-        let programmed = services.iter().filter_map(|(key, _)| self.applied.get(key));
-        let programmed: BTreeSet<_> =
-            programmed.flat_map(|applied| frontends(applied.plan())).map(name).collect();
+        // What is programmed is known, and what becomes of it is in this batch. Once nothing is taken over any more,
+        // nobody asks.
+        let programmed: BTreeSet<_> = match self.state {
+            State::Adopted(_) => {
+                let programmed = services.iter().filter_map(|(key, _)| self.applied.get(key));
+                programmed.flat_map(|applied| frontends(applied.plan())).map(name).collect()
+            }
+            State::Unknown(_) | State::Exact => BTreeSet::new(),
+        };
         let mut part = Vec::new();
         let mut elements = 0;
         for services in ordered.chunks(TAKEN_OVER_TOGETHER) {

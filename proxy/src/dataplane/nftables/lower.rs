@@ -13,7 +13,7 @@ use ipnetwork::IpNetwork;
 use super::affinity;
 use super::element::{Data, Element, Key, Place, comment};
 use super::kernel::Kernel;
-use super::schema::{CLASSES, MAX_SLOTS, Set};
+use super::schema::{CLASSES, MAX_SLOTS, NODEPORT_SLOTS, Set, SlotSets, VIP_SLOTS};
 use super::shared::{SharedChange, only_in};
 use crate::model::input::{Family, Protocol};
 use crate::model::plan::{
@@ -364,25 +364,15 @@ pub(crate) struct SlotsAt {
     more: Place,
 }
 
-/// A set of names, and where the slots are of whoever is named there: the map, and the set of how many there are.
-type SlotSets = (Set, Set, Set);
-
-/// Those of VIPs, in the order of [`Target::slots`].
-const VIP_SLOTS: [SlotSets; 2] =
-    [(Set::Vips, Set::Endpoints, Set::More), (Set::VipsLocal, Set::EndpointsLocal, Set::MoreLocal)];
-/// Those of NodePorts.
-const NODEPORT_SLOTS: [SlotSets; 2] =
-    [(Set::Nps, Set::NpEndpoints, Set::NpMore), (Set::NpsLocal, Set::NpEndpointsLocal, Set::NpMoreLocal)];
-
 impl SlotsAt {
     /// Those of the frontend with this name; `None`: nothing is picked because of that set of names.
     pub(crate) fn of(name: &Place) -> Option<Self> {
-        let sets = VIP_SLOTS.into_iter().chain(NODEPORT_SLOTS).find(|(named, ..)| *named == name.set)?;
+        let sets = VIP_SLOTS.into_iter().chain(NODEPORT_SLOTS).find(|sets| sets.named == name.set)?;
         Some(Self::new(sets, |set| Place { set, ..*name }))
     }
 
-    fn new((named, all, more): SlotSets, place: impl Fn(Set) -> Place) -> Self {
-        Self { named: place(named), all: place(all), more: place(more) }
+    fn new(sets: SlotSets, place: impl Fn(Set) -> Place) -> Self {
+        Self { named: place(sets.named), all: place(sets.slots), more: place(sets.more) }
     }
 
     /// A slot.

@@ -11,19 +11,17 @@ use std::path::{Path, PathBuf};
 use mnl::mnl_sys::{mnl_attr_put, mnl_attr_put_strz};
 use nftnl::nftnl_sys::{self as sys, libc};
 use nftnl::{MsgType, NlMsg};
-use nix::errno::Errno;
 
 use super::NftablesError;
 use super::commit::{self, Owner};
 use super::message::{comment, protocol_family};
-use super::netlink::Netlink;
+use super::netlink::{Netlink, TABLE_NAME, TABLE_USERDATA};
+use super::observe::again;
 use crate::model::input::Family;
 
 const NAME: &CStr = c"kube-lane-socket";
 /// The most that `nft -f` takes as a comment, in bytes.
 const MOST: usize = 127;
-/// Whoever changes the ruleset meanwhile has a list of tables begin anew.
-const ATTEMPTS: usize = 10;
 
 /// What a mark says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,16 +49,8 @@ impl Marks {
     /// # Errors
     /// [`NftablesError::ReadBack`].
     pub fn read(&mut self) -> Result<Option<Mark>, NftablesError> {
-        for _ in 0..ATTEMPTS {
-            match self.netlink.table(NAME, Family::V4) {
-                Err(Errno::EINTR) => {}
-                userdata => {
-                    let userdata = userdata.map_err(NftablesError::ReadBack)?;
-                    return Ok(userdata.map(|userdata| Mark::of(&userdata)));
-                }
-            }
-        }
-        Err(NftablesError::ReadBack(Errno::EINTR))
+        let userdata = again(|| self.netlink.table(NAME, Family::V4)).map_err(NftablesError::ReadBack)?;
+        Ok(userdata.map(|userdata| Mark::of(&userdata)))
     }
 
     /// Says that a layer may be attached that is pinned there, and of no other.
@@ -130,9 +120,6 @@ struct Table<'a>(Option<&'a str>);
 // SAFETY: it writes one message, which is far smaller than the largest.
 unsafe impl NlMsg for Table<'_> {
     unsafe fn write(&self, buffer: *mut c_void, seq: u32, change: MsgType) {
-        /// `NFTA_TABLE_NAME`, `NFTA_TABLE_USERDATA`.
-        const TABLE_NAME: u16 = 1;
-        const TABLE_USERDATA: u16 = 6;
         let kind = match change {
             MsgType::Add => libc::NFT_MSG_NEWTABLE,
             MsgType::Del => libc::NFT_MSG_DELTABLE,

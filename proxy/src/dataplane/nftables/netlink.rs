@@ -31,6 +31,9 @@ const RECEIVE_BUFFER: libc::c_int = 16 << 20;
 const READ_WORDS: usize = 8192;
 /// Elements that are asked for at once. Each answer takes a kilobyte of the room for them at most.
 const QUESTIONS: usize = 1000;
+/// `NFTA_TABLE_NAME`, `NFTA_TABLE_USERDATA`.
+pub(super) const TABLE_NAME: u16 = 1;
+pub(super) const TABLE_USERDATA: u16 = 6;
 /// Size of `struct nfgenmsg`.
 const FAMILY_HEADER: usize = 4;
 /// `NLMSGERR_ATTR_MSG`.
@@ -295,15 +298,14 @@ impl Netlink {
         chain: &Chain<'_>,
         spec: &rules::Chain,
     ) -> Result<bool, Errno> {
-        let scratch = &mut self.scratch;
-        let wanted: Vec<_> =
-            spec.rules.iter().map(|rule| Some(Fingerprint::of(chain, rule, scratch))).collect();
         let mut held = Vec::new();
         self.read(family, Wanted::Rules(&spec.name), |message| {
             let attributes = message.get(HEADER + FAMILY_HEADER..).unwrap_or_default();
             held.push(attribute(attributes, RULE_USERDATA).and_then(Fingerprint::from_userdata));
         })?;
-        Ok(held == wanted)
+        let is_right =
+            |(held, rule): (_, &Vec<_>)| held == Some(Fingerprint::of(chain, rule, &mut self.scratch));
+        Ok(held.len() == spec.rules.len() && held.into_iter().zip(&spec.rules).all(is_right))
     }
 
     /// The userdata of a table, empty where it has none; `None`: there is no such table.
@@ -311,9 +313,6 @@ impl Netlink {
     /// # Errors
     /// `EINTR` where tables changed meanwhile and must be read again.
     pub(crate) fn table(&mut self, name: &CStr, family: Family) -> Result<Option<Vec<u8>>, Errno> {
-        /// `NFTA_TABLE_NAME`, `NFTA_TABLE_USERDATA`.
-        const TABLE_NAME: u16 = 1;
-        const TABLE_USERDATA: u16 = 6;
         let mut found = None;
         let family = protocol_family(family) as u8;
         self.ask(libc::NFT_MSG_GETTABLE, libc::NLM_F_DUMP, family, &mut |message| {

@@ -15,7 +15,7 @@
 use nftnl::{ChainType, Hook};
 
 use super::expr::{ADDRESS_LOCAL, ConnectionWord, Expr, LookupIn, Reg, STATE_NEW, STATUS_DNAT, Verdict};
-use super::schema::{CLASSES, Set, address_len};
+use super::schema::{CLASSES, NODEPORT_SLOTS, Set, SlotSets, VIP_SLOTS, address_len};
 use crate::model::input::Family;
 
 /// A chain and its rules.
@@ -193,17 +193,11 @@ impl Keys {
 pub(crate) fn chains(family: Family, policy: &Policy) -> Vec<Chain> {
     let keys = Keys { family };
     let mut chains = Vec::new();
-    let vips = [(Set::Endpoints, Set::More, Set::Aff), (Set::EndpointsLocal, Set::MoreLocal, Set::AffLocal)];
-    let nodeports = [
-        (Set::NpEndpoints, Set::NpMore, Set::NpAff),
-        (Set::NpEndpointsLocal, Set::NpMoreLocal, Set::NpAffLocal),
-    ];
-    let kinds =
-        [("vip", keys.vip(), Set::VipsLocal, vips), ("np", keys.nodeport(), Set::NpsLocal, nodeports)];
-    for (prefix, key, led_to_local, [cluster, local]) in kinds {
-        let pick = |(slots, more, affinity)| Pick { keys: &keys, key: key.clone(), slots, more, affinity };
+    let kinds = [("vip", keys.vip(), VIP_SLOTS), ("np", keys.nodeport(), NODEPORT_SLOTS)];
+    for (prefix, key, [cluster, local]) in kinds {
+        let pick = |sets| Pick { keys: &keys, key: key.clone(), sets };
         pick(cluster).chains(&mut chains, prefix, vec![vec![Expr::Verdict(Verdict::Drop)]]);
-        let gone = vec![then(key.0.clone(), led_to_local, Verdict::Drop), goto(&format!("{prefix}-pick"))];
+        let gone = vec![then(key.0.clone(), local.named, Verdict::Drop), goto(&format!("{prefix}-pick"))];
         pick(local).chains(&mut chains, &format!("{prefix}-local"), gone);
         chains.push(short_circuit(prefix, &keys, policy));
     }
@@ -220,10 +214,7 @@ struct Pick<'a> {
     keys: &'a Keys,
     /// The frontend's key, and the register of the slot behind it.
     key: (Vec<Expr>, Reg),
-    slots: Set,
-    more: Set,
-    /// Who is remembered.
-    affinity: Set,
+    sets: SlotSets,
 }
 
 impl Pick<'_> {
@@ -246,7 +237,7 @@ impl Pick<'_> {
             // `numgen random mod 1 offset K` is the one constant that nft can print inside a concatenation.
             let mut rule = self.key(1, 1 << i);
             rule.push(Expr::Lookup {
-                set: LookupIn::Table(self.more),
+                set: LookupIn::Table(self.sets.more),
                 key: Reg(0),
                 data: None,
                 invert: true,
@@ -258,14 +249,14 @@ impl Pick<'_> {
         let pick = format!("{prefix}-pick");
         chains.push(regular(&pick, rules));
         let remembered =
-            [self.key.0.clone(), vec![Expr::VerdictMap { map: self.affinity, key: Reg(0) }]].concat();
+            [self.key.0.clone(), vec![Expr::VerdictMap { map: self.sets.affinity, key: Reg(0) }]].concat();
         chains.push(regular(&format!("{prefix}-balance"), vec![remembered, goto(&pick)]));
     }
 
     /// DNAT to a slot that is drawn.
     fn draw(&self, modulus: u32) -> Vec<Expr> {
         let mut rule = self.key(modulus, 0);
-        let slots = LookupIn::Table(self.slots);
+        let slots = LookupIn::Table(self.sets.slots);
         rule.push(Expr::Lookup { set: slots, key: Reg(0), data: Some(Reg(0)), invert: false });
         rule.push(Expr::Dnat { v6: self.keys.v6(), address: Reg(0), port: self.keys.after_address() });
         rule

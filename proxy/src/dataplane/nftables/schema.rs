@@ -80,6 +80,41 @@ pub(crate) enum Set {
     Hairpin,
 }
 
+/// The sets of one endpoint set of a kind of frontend.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SlotSets {
+    /// Where a frontend is named if it has slots here.
+    pub(crate) named: Set,
+    /// The slots.
+    pub(crate) slots: Set,
+    /// How many there are.
+    pub(crate) more: Set,
+    /// Who is led back to a backend, instead of one being drawn from the slots.
+    pub(crate) affinity: Set,
+}
+
+/// Those of VIPs: of the first endpoint set, and of the Local set where clients from outside are led to that.
+pub(crate) const VIP_SLOTS: [SlotSets; 2] = [
+    SlotSets { named: Set::Vips, slots: Set::Endpoints, more: Set::More, affinity: Set::Aff },
+    SlotSets {
+        named: Set::VipsLocal,
+        slots: Set::EndpointsLocal,
+        more: Set::MoreLocal,
+        affinity: Set::AffLocal,
+    },
+];
+
+/// Those of NodePorts.
+pub(crate) const NODEPORT_SLOTS: [SlotSets; 2] = [
+    SlotSets { named: Set::Nps, slots: Set::NpEndpoints, more: Set::NpMore, affinity: Set::NpAff },
+    SlotSets {
+        named: Set::NpsLocal,
+        slots: Set::NpEndpointsLocal,
+        more: Set::NpMoreLocal,
+        affinity: Set::NpAffLocal,
+    },
+];
+
 /// One component of a key or of a map's data. Each is padded to a multiple of four bytes, as nftables does it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Field {

@@ -6,8 +6,8 @@ use std::slice;
 
 use nftnl::nft_nlmsg_maxsize;
 
-/// Room for the largest message, aligned for `nlmsghdr`. Allocated when it is first written
-/// to; handed on from one transaction to the next, since it is far larger than what most of them write.
+/// Room for the largest message, aligned for `nlmsghdr`. Allocated when it is first written to; handed on from one
+/// transaction to the next, since it is far larger than what most of them write.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch(Box<[u64]>);
 
