@@ -16,6 +16,7 @@ use crate::config::values::go_bool;
 use crate::config::{Config, Environment, Mode, Resolved, SocketLb};
 use crate::dataplane::nftables::{Settings, try_ruleset};
 use crate::dataplane::{conntrack, socket};
+use crate::model::input::Family;
 
 #[derive(Args, Debug)]
 pub(super) struct CheckFlags {
@@ -75,11 +76,14 @@ pub(super) fn run(flags: &CheckFlags) -> anyhow::Result<ExitCode> {
 }
 
 fn nftables(config: &Config) -> Vec<Row> {
-    let attempt = |count_connections| {
+    let attempt = |family, count_connections| {
         let settings = Settings { count_connections, ..settings::nftables(config) };
-        let taken = try_ruleset(&settings).map(|()| "the kernel takes it".to_owned());
+        let taken = try_ruleset(&settings, family).map(|()| "the kernel takes it".to_owned());
         taken.map_err(|error| with_causes(&error))
     };
+    let [v4, v6] = Family::ALL.map(|family| attempt(family, false));
+    let counting = attempt(Family::V4, true);
+    let counting = if v6.is_ok() { counting.and_then(|_| attempt(Family::V6, true)) } else { counting };
     let tracking = conntrack::load().map(|()| "can be read".to_owned());
     vec![
         Row {
@@ -93,15 +97,22 @@ fn nftables(config: &Config) -> Vec<Row> {
             name: "the ruleset",
             required: true,
             needed_for: "everything",
-            found: attempt(false),
+            found: v4,
             means: "kube-lane does not work here: it takes a kernel with nf_tables, nft_fib, nft_numgen, nft_nat, \
-                    nft_masq and nft_reject for IPv4 and IPv6",
+                    nft_masq and nft_reject",
+        },
+        Row {
+            name: "the ruleset for IPv6",
+            required: false,
+            needed_for: "Services with an IPv6 address",
+            found: v6,
+            means: "these are not served, dual-stack ones neither; it takes the same of the kernel for IPv6",
         },
         Row {
             name: "the ruleset with counters",
             required: config.count_connections,
             needed_for: "--count-connections",
-            found: attempt(true),
+            found: counting,
             means: "nftables counts no connections",
         },
         Row {

@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
 use super::{instance, rights, settings, sysctls};
+use crate::causes::with_causes;
 use crate::config::flags::RunFlags;
 use crate::config::{Api, Config, Environment, Mode, Resolved};
 use crate::controller::Controller;
@@ -21,7 +22,7 @@ use crate::dataplane::nftables::{self, Marks, Nftables};
 use crate::dataplane::socket::{Owner, Socket};
 use crate::dataplane::{AtConnect, Follower, Layers, Withdrawal};
 use crate::health::{HealthState, Servers, ServiceHealth};
-use crate::model::input::{Event, Origin};
+use crate::model::input::{Event, Family, Origin};
 use crate::model::planner::Planner;
 use crate::observability::commits::Commits;
 use crate::observability::events::{Events, Reason};
@@ -60,7 +61,11 @@ pub(super) fn run(flags: &RunFlags) -> anyhow::Result<ExitCode> {
 pub(super) fn init_only(flags: &RunFlags) -> anyhow::Result<ExitCode> {
     let config = say(flags.resolve_for_node(&Environment::read())?)?;
     sysctls::apply(&config.conntrack);
-    nftables::try_ruleset(&settings::nftables(&config)).context("the node cannot be prepared")?;
+    let nftables = settings::nftables(&config);
+    nftables::try_ruleset(&nftables, Family::V4).context("the node cannot be prepared")?;
+    if let Err(error) = nftables::try_ruleset(&nftables, Family::V6) {
+        warn!(error = with_causes(&error), "Services with an IPv6 address cannot be served here");
+    }
     info!("--init-only: the node is prepared");
     Ok(ExitCode::SUCCESS)
 }

@@ -58,7 +58,7 @@ fn the_rights_of_an_agent_are_enough_and_nothing_is_left_behind() {
     let node = lab.node(0);
     let (success, told) = check(node, NFTABLES, &[]);
     assert!(success && told["works"] == true, "{told:#}");
-    for name in ["capabilities", "the ruleset", "the ruleset with counters"] {
+    for name in ["capabilities", "the ruleset", "the ruleset for IPv6", "the ruleset with counters"] {
         assert_eq!(row(&told, "nftables", name)["works"], true, "{told:#}");
     }
     let places = places(node);

@@ -90,10 +90,10 @@ fn apply(dataplane: &mut Nftables, batch: &Batch) -> (usize, usize) {
 }
 
 /// What `nft list ruleset` says, line by line and element by element, each with where it stands; of slots only whether
-/// they are of the Local set.
+/// they are of the Local set. A table that nothing needs is none: one that was needed once stays.
 fn meaning(listing: &str) -> BTreeSet<String> {
     let (mut table, mut object, mut line) = (String::new(), String::new(), 0);
-    let mut said = BTreeSet::new();
+    let (mut said, mut needed) = (BTreeSet::new(), BTreeSet::new());
     for text in listing.replace(",\n", ", ").lines() {
         let text = text.trim();
         line += 1;
@@ -103,6 +103,10 @@ fn meaning(listing: &str) -> BTreeSet<String> {
             // Ends and blanks say which object comes last.
             None if matches!(text, "" | "}") => continue,
             _ => {}
+        }
+        let is_of_node = object.contains("nodeport-ips") || object.contains("pod-cidrs");
+        if text.starts_with("elements = {") && !is_of_node {
+            needed.insert(table.clone());
         }
         match text.strip_prefix("elements = {") {
             Some(elements) => said.extend(elements.trim_end_matches('}').split(", ").map(|element| {
@@ -114,6 +118,7 @@ fn meaning(listing: &str) -> BTreeSet<String> {
             None => drop(said.insert(format!("{table} {object} {line} {text}"))),
         }
     }
+    said.retain(|line| needed.iter().any(|table| line.starts_with(table)));
     said
 }
 

@@ -12,6 +12,8 @@ mod conntrack;
 #[cfg(test)]
 mod counters;
 #[cfg(test)]
+mod families;
+#[cfg(test)]
 mod foreign;
 #[cfg(test)]
 mod health;

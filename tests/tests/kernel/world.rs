@@ -47,6 +47,16 @@ impl World {
         Self::with(false, &["--cluster-cidr", &cidrs], arguments)
     }
 
+    /// The same in a cluster whose Services are IPv4; nodes and pods have addresses of both families.
+    pub(super) fn single_stack() -> Self {
+        let cidrs = topology::cluster_cidrs().map(|cidr| cidr.to_string()).join(",");
+        let lab = Lab::builder().nodes(2).build().unwrap();
+        let mut world = Self::prepare(lab, Mode::Nftables, &["--cluster-cidr", &cidrs]);
+        world.folder.put("cidrs", &[service_cidr(0, topology::service_cidrs()[0])]).unwrap();
+        world.start_agents(&[]);
+        world
+    }
+
     /// The same in a mode.
     pub(super) fn in_mode(mode: Mode) -> Self {
         Self::configured(mode, |_| json!({}))

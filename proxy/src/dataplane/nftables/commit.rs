@@ -18,7 +18,8 @@ use super::readings::Readings;
 use super::remembered::Edits;
 use super::schema::Set;
 use super::shared::Shared;
-use super::{Nftables, NftablesError, State, rewrite};
+use super::tables::rewrite;
+use super::{Nftables, NftablesError, State};
 use crate::dataplane::{Batch, Outcome};
 use crate::model::input::{Family, ServiceKey};
 use crate::model::plan::{Frontend, NodePlan, Plan, PortPlan};
@@ -86,7 +87,8 @@ impl Nftables {
         if batch.services.len() >= BULK {
             self.expect_bulk()?;
         }
-        self.commit_services(&batch.services, outcome)?;
+        let refused = self.establish(batch, outcome)?;
+        self.commit_services(&batch.services, &refused, outcome)?;
         // After the Services: with the ServiceCIDRs in force, an address that has none yet is dropped, and a client
         // whose first packet is dropped waits a second.
         self.commit_node(batch.node.as_ref(), batch.sweep, outcome)?;
@@ -107,6 +109,9 @@ impl Nftables {
         let node = node.unwrap_or(&self.node).clone();
         let (mut removed, mut added, mut owned) = (Vec::new(), Vec::new(), self.node_places.clone());
         for (family, set, wanted) in node_elements(&node) {
+            if !self.tables.contains_key(&family) {
+                continue;
+            }
             let found = self.state.found().map(|found| found.places_in(family, set)).unwrap_or_default();
             // Where pods are is known or it is not; it does not grow with what the sources have listed.
             let partial = set != Set::PodCidrs || wanted.is_empty();
@@ -124,11 +129,13 @@ impl Nftables {
         let mut transaction = self.netlink.begin();
         write_removals(&mut transaction, &removed, Owner::Node);
         write_additions(&mut transaction, &added, Owner::Node);
-        let pod_cidrs = self.pod_cidrs_after(&owned);
-        for family in self.pod_cidrs.symmetric_difference(&pod_cidrs) {
-            let policy = |families: &BTreeSet<_>| self.settings.policy(families.contains(family));
-            let (old, new) = (policy(&self.pod_cidrs), policy(&pod_cidrs));
-            rewrite(&mut transaction, *family, &old, &new, Owner::Node);
+        let mut tables = self.tables.clone();
+        for (family, policy) in &mut tables {
+            // Where no pod CIDRs are owned yet, those that were found count.
+            if let Some(places) = owned.get(&(*family, Set::PodCidrs)) {
+                let old = std::mem::replace(policy, self.settings.policy(!places.is_empty()));
+                rewrite(&mut transaction, *family, &old, policy, Owner::Node);
+            }
         }
         self.send(&mut transaction, removed.len(), added.len(), outcome).map_err(failure)?;
         if let Some(found) = self.state.found_mut() {
@@ -136,28 +143,29 @@ impl Nftables {
         }
         self.node = node;
         self.node_places = owned;
-        self.pod_cidrs = pod_cidrs;
+        self.tables = tables;
         Ok(())
     }
 
-    /// The families that have pod CIDRs when the node's own elements are these; where none are owned yet, what was
-    /// found counts.
-    fn pod_cidrs_after(&self, owned: &BTreeMap<(Family, Set), BTreeSet<Place>>) -> BTreeSet<Family> {
-        let has = |family: &Family| match owned.get(&(*family, Set::PodCidrs)) {
-            Some(places) => !places.is_empty(),
-            None => self.pod_cidrs.contains(family),
-        };
-        Family::ALL.into_iter().filter(has).collect()
-    }
-
     /// All Services of a batch. Together where they fit one transaction; else first what goes, then what changes,
-    /// then what is new, so that an address which moves from one Service to another is free when it is claimed.
+    /// then what is new, so that an address which moves from one Service to another is free when it is claimed. Those of a
+    /// `refused` family are left out.
     fn commit_services(
         &mut self,
         services: &[(ServiceKey, Option<Arc<Plan>>)],
+        refused: &BTreeMap<Family, String>,
         outcome: &mut Outcome,
     ) -> Result<(), Failure> {
-        let mut ordered: Vec<_> = services.iter().collect();
+        let mut ordered = Vec::with_capacity(services.len());
+        for service in services {
+            let mut ports = service.1.iter().flat_map(|plan| &plan.ports);
+            match ports.find_map(|port| refused.get_key_value(&port.family)) {
+                Some((family, why)) => {
+                    outcome.failed.push((service.0.clone(), format!("no table for {family}: {why}")));
+                }
+                None => ordered.push(service),
+            }
+        }
         ordered.sort_by_key(|(key, plan)| match (plan, self.applied.contains_key(key)) {
             (None, _) => 0,
             (Some(_), true) => 1,
@@ -374,7 +382,7 @@ impl Nftables {
 const TOO_LARGE: &str = "it does not fit a netlink message";
 
 /// The sets that belong to the node rather than to Services, and what is wanted in them.
-fn node_elements(node: &NodePlan) -> Vec<(Family, Set, Vec<Element>)> {
+pub(super) fn node_elements(node: &NodePlan) -> Vec<(Family, Set, Vec<Element>)> {
     let mut sets = Vec::new();
     for family in Family::ALL {
         let of_family = node.nodeport_addresses.iter().filter(|address| Family::of(**address) == family);
@@ -448,7 +456,7 @@ fn disagrees(refusal: &Refusal) -> bool {
 }
 
 /// Refusals in words; the first few say it all.
-fn words(refusals: &[Refusal]) -> String {
+pub(super) fn words(refusals: &[Refusal]) -> String {
     let words: BTreeSet<_> = refusals.iter().map(ToString::to_string).take(3).collect();
     words.into_iter().collect::<Vec<_>>().join("; ")
 }

@@ -69,9 +69,9 @@ pub(crate) fn rule<'a>(chain: &'a Chain<'_>, expressions: &[Expr], anonymous_set
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dataplane::nftables::chain;
     use crate::dataplane::nftables::message::table;
     use crate::dataplane::nftables::rules::{Detection, Policy, chains};
+    use crate::dataplane::nftables::tables::chain;
     use crate::model::input::Family;
 
     fn fingerprints(family: Family, masquerade_all: bool, scratch: &mut Scratch) -> Vec<u64> {

@@ -1,12 +1,13 @@
 //! The nftables dataplane: a constant ruleset in our own tables, a handful of elements for each Service.
 //!
-//! Owns the tables `ip kube-lane` and `ip6 kube-lane`. Never touches any other table, never runs `nft`, never lists
+//! Owns the tables `ip kube-lane` and `ip6 kube-lane`, each where something of its family is there. Never touches any other table, never runs `nft`, never lists
 //! a table to make a change. One Service that the kernel refuses is left out; the others go in.
 //!
 //! | file | owns |
 //! |---|---|
 //! | `schema`, `rules`, `expr` | the constant part: sets, chains and rules as data, and libnftnl's form of them |
 //! | `fingerprint` | what tells that a chain is right as it is |
+//! | `tables` | which families have a table; the constant part as messages |
 //! | `element`, `lower`, `shared` | a Service's part: elements, and what a change adds and removes (pure) |
 //! | `affinity`, `object`, `dynamic` | session affinity: a port's own chains and maps (pure), and their messages |
 //! | `remembered`, `recall` | what these maps remember: what to change (pure), and reading them |
@@ -44,6 +45,7 @@ mod rules;
 mod schema;
 mod scratch;
 mod shared;
+mod tables;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -51,20 +53,18 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use nftnl::MsgType;
-use nftnl::nftnl_sys::libc;
 use nix::errno::Errno;
-use tracing::{debug, info, warn};
+use tracing::{debug, info};
 
-use self::commit::{Failure, Owner, write_additions};
+use self::commit::{Failure, Owner};
 use self::counters::Carried;
 use self::element::Place;
-use self::expr::c_name;
 use self::lower::Applied;
 pub use self::mark::{Mark, Marks};
-use self::message::{ELEMENTS_PER_MESSAGE, Transaction, Wanted, table};
+use self::message::{ELEMENTS_PER_MESSAGE, Wanted, table};
 use self::monitor::Monitor;
 use self::netlink::Netlink;
-use self::observe::{Depth, Found, Outdated, TableState, again};
+use self::observe::{Depth, Found};
 pub use self::probe::try_ruleset;
 use self::readings::Readings;
 use self::rules::{Detection, Policy};
@@ -149,8 +149,8 @@ pub struct Nftables {
     recheck: Vec<(Arc<Plan>, usize)>,
     /// Where the node's own elements are, as programmed.
     node_places: BTreeMap<(Family, Set), BTreeSet<Place>>,
-    /// The families whose rules are written for a set of pod CIDRs that has any.
-    pod_cidrs: BTreeSet<Family>,
+    /// The tables that are in place, and what their rules are written for.
+    tables: BTreeMap<Family, Policy>,
     state: State,
     /// The generation that the ruleset has if nobody but us changed it; `None` while notifications tell.
     expected_generation: Option<u32>,
@@ -200,7 +200,7 @@ impl Nftables {
             node: NodePlan::default(),
             recheck: Vec::new(),
             node_places: BTreeMap::new(),
-            pod_cidrs: BTreeSet::new(),
+            tables: BTreeMap::new(),
             state: State::Unknown(Batch::default()),
             expected_generation: None,
         })
@@ -213,66 +213,6 @@ impl Nftables {
     /// When the process is out of descriptors.
     pub fn descriptor(&self) -> io::Result<OwnedFd> {
         self.monitor.descriptor()
-    }
-
-    /// Reads back what the kernel holds and puts the constant part in place, in one transaction. Afterwards nothing
-    /// counts as programmed: applying everything again changes only what differs.
-    fn adopt(&mut self, depth: Depth, outcome: &mut Outcome) -> Result<(), NftablesError> {
-        self.applied.clear();
-        self.shared = SharedCounts::default();
-        self.node_places.clear();
-        self.pod_cidrs.clear();
-        self.expected_generation = Some(self.netlink.generation().map_err(NftablesError::ReadBack)?);
-        let mut found = Found::default();
-        let mut transaction = self.netlink.begin::<Owner>();
-        for family in Family::ALL {
-            let state = found.read(&mut self.netlink, family, depth).map_err(NftablesError::ReadBack)?;
-            if state == TableState::Foreign {
-                warn!(?family, "table `kube-lane` has another layout than this build's: it is replaced");
-                transaction.object(&table(family), MsgType::Del, Owner::Ruleset);
-            }
-            let pod_cidrs = !found.places_in(family, Set::PodCidrs).is_empty();
-            if pod_cidrs {
-                self.pod_cidrs.insert(family);
-            }
-            let outdated = found.take_outdated(family);
-            if !outdated.sets.is_empty() {
-                info!(
-                    ?family,
-                    counting = self.settings.count_connections,
-                    "sets are made anew for their counters"
-                );
-            }
-            let chains = rules::chains(family, &self.settings.policy(pod_cidrs));
-            let right = match state {
-                TableState::Foreign => BTreeSet::new(),
-                _ if !outdated.sets.is_empty() => BTreeSet::new(),
-                _ => self.right(family, &chains).map_err(NftablesError::ReadBack)?,
-            };
-            ruleset(&mut transaction, family, &chains, &right, &outdated);
-        }
-        outcome.listed += found.count;
-        outcome.messages += transaction.messages();
-        outcome.bytes += transaction.len();
-        self.netlink
-            .commit(&mut transaction)
-            .map_err(|error| commit::fatal(error, NftablesError::Ruleset))?;
-        self.committed();
-        self.state = State::Adopted(found);
-        Ok(())
-    }
-
-    /// The names of those chains that the kernel has as they should be.
-    fn right(&mut self, family: Family, chains: &[rules::Chain]) -> Result<BTreeSet<String>, Errno> {
-        let table = table(family);
-        let mut right = BTreeSet::new();
-        for spec in chains {
-            let chain = chain(spec, &table);
-            if again(|| self.netlink.has_rules(family, &chain, spec))? {
-                right.insert(spec.name.clone());
-            }
-        }
-        Ok(right)
     }
 
     /// What was counted of a Service, by port of its plan; `None` where nothing counts, or it cannot be read.
@@ -403,71 +343,12 @@ impl Dataplane for Nftables {
     }
 }
 
-/// Puts the constant part of one family's table into a transaction: what exists stays, but for sets that are outdated and
-/// the rules of chains that are not `right`.
-fn ruleset(
-    transaction: &mut Transaction<Owner>,
-    family: Family,
-    chains: &[rules::Chain],
-    right: &BTreeSet<String>,
-    outdated: &Outdated,
-) {
-    let owner = Owner::Ruleset;
-    let table = transaction.table(family);
-    transaction.object(&table, MsgType::Add, owner);
-    // A set goes only when no rule names it.
-    for chain in &outdated.chains {
-        transaction.empty_chain(chain, family, owner);
-    }
-    for (set, _) in &outdated.sets {
-        transaction.whole_set(libc::NFT_MSG_DELSET, set.name(), family, owner);
-    }
-    for set in Set::ALL {
-        transaction.set(set, family, owner);
-    }
-    for (_, elements) in &outdated.sets {
-        write_additions(transaction, elements, owner);
-    }
-    for spec in chains {
-        transaction.object(&chain(spec, &table), MsgType::Add, owner);
-    }
-    for spec in chains.iter().filter(|spec| !right.contains(&spec.name)) {
-        transaction.rules(&chain(spec, &table), spec, family, owner);
-    }
-}
-
-/// Writes anew those chains whose rules differ between two policies.
-fn rewrite(transaction: &mut Transaction<Owner>, family: Family, old: &Policy, new: &Policy, owner: Owner) {
-    let table = table(family);
-    for (old, new) in rules::chains(family, old).iter().zip(&rules::chains(family, new)) {
-        if old != new {
-            transaction.rules(&chain(new, &table), new, family, owner);
-        }
-    }
-}
-
-fn chain<'a>(spec: &rules::Chain, table: &'a nftnl::Table) -> nftnl::Chain<'a> {
-    let mut chain = nftnl::Chain::new(c_name(&spec.name), table);
-    if let Some(base) = spec.base {
-        chain.set_type(base.kind);
-        chain.set_hook(base.hook, base.priority);
-        chain.set_policy(nftnl::Policy::Accept);
-    }
-    chain
-}
-
 /// Whether there is anything of ours in the current network namespace.
 ///
 /// # Errors
 /// [`NftablesError`].
 pub fn is_installed() -> Result<bool, NftablesError> {
-    let mut netlink = Netlink::open(false)?;
-    for family in Family::ALL {
-        if !netlink.chains(family).map_err(NftablesError::ReadBack)?.is_empty() {
-            return Ok(true);
-        }
-    }
-    Ok(false)
+    Ok(!tables::installed(&mut Netlink::open(false)?)?.is_empty())
 }
 
 /// Removes all that is ours from the current network namespace. Established flows lose their translation unless another
@@ -478,9 +359,7 @@ pub fn is_installed() -> Result<bool, NftablesError> {
 pub fn cleanup() -> Result<(), NftablesError> {
     let mut netlink = Netlink::open(false)?;
     let mut transaction = netlink.begin::<Owner>();
-    for family in Family::ALL {
-        // Adding it first makes the removal succeed also where there is none.
-        transaction.object(&table(family), MsgType::Add, Owner::Ruleset);
+    for family in tables::installed(&mut netlink)? {
         transaction.object(&table(family), MsgType::Del, Owner::Ruleset);
     }
     netlink.commit(&mut transaction).map_err(|error| commit::fatal(error, NftablesError::Ruleset))?;

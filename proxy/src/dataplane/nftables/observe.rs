@@ -115,8 +115,10 @@ pub(crate) struct Outdated {
 /// The state of one of our tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum TableState {
-    /// It does not exist, or lacks sets.
+    /// It does not exist.
     Absent,
+    /// It lacks sets.
+    Partial,
     /// Its sets are laid out as this build lays them out.
     Current,
     /// A set of the same name has another layout: another build's.
@@ -212,7 +214,7 @@ impl Found {
             self.outdated.insert(family, outdated);
         }
         let complete = Set::ALL.iter().all(|set| infos.iter().any(|info| info.name == set.name()));
-        Ok(if complete { TableState::Current } else { TableState::Absent })
+        Ok(if complete { TableState::Current } else { TableState::Partial })
     }
 
     /// Reads the elements of a set, and copies them where it is outdated.

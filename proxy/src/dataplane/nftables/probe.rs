@@ -9,22 +9,22 @@ use super::commit::{Owner, fatal};
 use super::netlink::Netlink;
 use super::observe::Outdated;
 use super::rules::chains;
-use super::{NftablesError, Settings, ruleset};
+use super::tables::ruleset;
+use super::{NftablesError, Settings};
 use crate::model::input::Family;
 
-/// What the tables would be called.
+/// What the table would be called.
 const TABLE: &str = "kube-lane-check";
 
-/// Has the kernel check the whole constant ruleset, in this network namespace, with the rights that an agent needs.
+/// Has the kernel check the whole constant ruleset of one family, in this network namespace, with the rights that an agent
+/// needs.
 ///
 /// # Errors
 /// [`NftablesError::Ruleset`], where the kernel would not take it; [`NftablesError::Socket`].
-pub fn try_ruleset(settings: &Settings) -> Result<(), NftablesError> {
+pub fn try_ruleset(settings: &Settings, family: Family) -> Result<(), NftablesError> {
     let mut netlink = Netlink::open(settings.count_connections)?;
     let mut transaction = netlink.begin::<Owner>().into_tables(TABLE);
-    for family in Family::ALL {
-        let chains = chains(family, &settings.policy(true));
-        ruleset(&mut transaction, family, &chains, &BTreeSet::new(), &Outdated::default());
-    }
+    let chains = chains(family, &settings.policy(true));
+    ruleset(&mut transaction, family, &chains, &BTreeSet::new(), &Outdated::default());
     netlink.check(&mut transaction).map_err(|error| fatal(error, NftablesError::Ruleset))
 }

@@ -1,0 +1,251 @@
+//! The families' tables: which of them are in place, and the constant part of each.
+//!
+//! Owns when a table comes: with the first Service or ServiceCIDR of its family, since the kernel walks every chain of a
+//! namespace in each transaction, and NodePort addresses or pod CIDRs alone lead nobody anywhere. It stays while the agent
+//! runs. Never takes one away, nor does the sweep: the kernel translates established connections of a family as long as
+//! there is a nat chain of it, and connections may outlive the last Service.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use nftnl::MsgType;
+use nftnl::nftnl_sys::libc;
+use nix::errno::Errno;
+use tracing::{info, warn};
+
+use super::commit::{Failure, Owner, failure, fatal, node_elements, words, write_additions};
+use super::expr::c_name;
+use super::message::{Transaction, table};
+use super::netlink::{CommitError, Netlink};
+use super::observe::{Depth, Found, Outdated, TableState, again};
+use super::rules::{self, Policy};
+use super::schema::{Set, TABLE};
+use super::shared::SharedCounts;
+use super::{Nftables, NftablesError, State};
+use crate::dataplane::{Batch, Outcome};
+use crate::model::input::Family;
+
+impl Nftables {
+    /// Reads back what the kernel holds and puts the constant part of the tables that are there in place, in one
+    /// transaction. Afterwards nothing counts as programmed: applying everything again changes only what differs.
+    pub(super) fn adopt(&mut self, depth: Depth, outcome: &mut Outcome) -> Result<(), NftablesError> {
+        self.applied.clear();
+        self.shared = SharedCounts::default();
+        self.node_places.clear();
+        self.tables.clear();
+        self.expected_generation = Some(self.netlink.generation().map_err(NftablesError::ReadBack)?);
+        let mut found = Found::default();
+        let mut transaction = self.netlink.begin::<Owner>();
+        for family in Family::ALL {
+            let state = found.read(&mut self.netlink, family, depth).map_err(NftablesError::ReadBack)?;
+            match state {
+                TableState::Absent => continue,
+                TableState::Foreign => {
+                    warn!(?family, "table `kube-lane` has another layout than this build's: it is replaced");
+                    transaction.object(&table(family), MsgType::Del, Owner::Ruleset);
+                }
+                TableState::Partial | TableState::Current => {}
+            }
+            let outdated = found.take_outdated(family);
+            if !outdated.sets.is_empty() {
+                info!(
+                    ?family,
+                    counting = self.settings.count_connections,
+                    "sets are made anew for their counters"
+                );
+            }
+            let policy = self.settings.policy(!found.places_in(family, Set::PodCidrs).is_empty());
+            let chains = rules::chains(family, &policy);
+            let right = match state {
+                TableState::Foreign => BTreeSet::new(),
+                _ if !outdated.sets.is_empty() => BTreeSet::new(),
+                _ => self.right(family, &chains).map_err(NftablesError::ReadBack)?,
+            };
+            ruleset(&mut transaction, family, &chains, &right, &outdated);
+            self.tables.insert(family, policy);
+        }
+        outcome.listed += found.count;
+        self.send(&mut transaction, 0, 0, outcome).map_err(|error| fatal(error, NftablesError::Ruleset))?;
+        self.state = State::Adopted(found);
+        Ok(())
+    }
+
+    /// The names of those chains that the kernel has as they should be.
+    fn right(&mut self, family: Family, chains: &[rules::Chain]) -> Result<BTreeSet<String>, Errno> {
+        let table = table(family);
+        let mut right = BTreeSet::new();
+        for spec in chains {
+            let chain = chain(spec, &table);
+            if again(|| self.netlink.has_rules(family, &chain, spec))? {
+                right.insert(spec.name.clone());
+            }
+        }
+        Ok(right)
+    }
+
+    /// Puts the tables in place that a batch is the first to need, each with the node's elements as they are. Tells which
+    /// families the kernel takes no table of, and why, in its words: a Service without them is none the worse.
+    ///
+    /// # Errors
+    /// [`NftablesError::Ruleset`] where it takes none at all.
+    pub(super) fn establish(
+        &mut self,
+        batch: &Batch,
+        outcome: &mut Outcome,
+    ) -> Result<BTreeMap<Family, String>, Failure> {
+        let mut refused = BTreeMap::new();
+        for family in needed(batch) {
+            if self.tables.contains_key(&family) {
+                continue;
+            }
+            let elements: Vec<_> =
+                node_elements(&self.node).into_iter().filter(|(of, ..)| *of == family).collect();
+            let has_pods =
+                elements.iter().any(|(_, set, wanted)| *set == Set::PodCidrs && !wanted.is_empty());
+            let policy = self.settings.policy(has_pods);
+            let chains = rules::chains(family, &policy);
+            let mut transaction = self.netlink.begin();
+            ruleset(&mut transaction, family, &chains, &BTreeSet::new(), &Outdated::default());
+            elements.iter().for_each(|(_, _, wanted)| write_additions(&mut transaction, wanted, Owner::Node));
+            let added = elements.iter().map(|(_, _, wanted)| wanted.len()).sum();
+            match self.send(&mut transaction, 0, added, outcome) {
+                Ok(_) => {
+                    let places = elements.into_iter().map(|(family, set, wanted)| {
+                        ((family, set), wanted.into_iter().map(|element| element.place).collect())
+                    });
+                    self.node_places.extend(places);
+                    self.tables.insert(family, policy);
+                }
+                // Nothing was there to be removed: what is missing is an expression or a type of chain.
+                Err(CommitError::Refused(refusals)) if refusals.iter().all(|r| r.errno != Errno::EEXIST) => {
+                    let why = words(&refusals);
+                    if batch.node.is_some() {
+                        warn!(
+                            why,
+                            "the kernel takes no table `kube-lane` for {family}: nothing of it is served"
+                        );
+                    }
+                    refused.insert(family, why);
+                }
+                Err(error) => return Err(failure(error)),
+            }
+        }
+        match refused.first_key_value() {
+            Some((_, words)) if self.tables.is_empty() => Err(NftablesError::Ruleset(words.clone()).into()),
+            _ => Ok(refused),
+        }
+    }
+}
+
+/// The families whose tables a batch needs.
+fn needed(batch: &Batch) -> BTreeSet<Family> {
+    let plans = batch.services.iter().filter_map(|(_, plan)| plan.as_deref());
+    let of_services = plans.flat_map(|plan| &plan.ports).map(|port| port.family);
+    let cidrs = batch.node.iter().flat_map(|node| &node.service_cidrs);
+    of_services.chain(cidrs.map(|cidr| Family::of(cidr.ip()))).collect()
+}
+
+/// The families that have a table.
+///
+/// # Errors
+/// [`NftablesError::ReadBack`].
+pub(super) fn installed(netlink: &mut Netlink) -> Result<BTreeSet<Family>, NftablesError> {
+    let mut families = BTreeSet::new();
+    for family in Family::ALL {
+        let found = again(|| netlink.table(&c_name(TABLE), family)).map_err(NftablesError::ReadBack)?;
+        families.extend(found.map(|_| family));
+    }
+    Ok(families)
+}
+
+/// Puts the constant part of one family's table into a transaction: what exists stays, but for sets that are outdated and
+/// the rules of chains that are not `right`.
+pub(super) fn ruleset(
+    transaction: &mut Transaction<Owner>,
+    family: Family,
+    chains: &[rules::Chain],
+    right: &BTreeSet<String>,
+    outdated: &Outdated,
+) {
+    let owner = Owner::Ruleset;
+    let table = transaction.table(family);
+    transaction.object(&table, MsgType::Add, owner);
+    // A set goes only when no rule names it.
+    for chain in &outdated.chains {
+        transaction.empty_chain(chain, family, owner);
+    }
+    for (set, _) in &outdated.sets {
+        transaction.whole_set(libc::NFT_MSG_DELSET, set.name(), family, owner);
+    }
+    for set in Set::ALL {
+        transaction.set(set, family, owner);
+    }
+    for (_, elements) in &outdated.sets {
+        write_additions(transaction, elements, owner);
+    }
+    for spec in chains {
+        transaction.object(&chain(spec, &table), MsgType::Add, owner);
+    }
+    for spec in chains.iter().filter(|spec| !right.contains(&spec.name)) {
+        transaction.rules(&chain(spec, &table), spec, family, owner);
+    }
+}
+
+/// Writes anew those chains whose rules differ between two policies.
+pub(super) fn rewrite(
+    transaction: &mut Transaction<Owner>,
+    family: Family,
+    old: &Policy,
+    new: &Policy,
+    owner: Owner,
+) {
+    if old == new {
+        return;
+    }
+    let table = table(family);
+    for (old, new) in rules::chains(family, old).iter().zip(&rules::chains(family, new)) {
+        if old != new {
+            transaction.rules(&chain(new, &table), new, family, owner);
+        }
+    }
+}
+
+pub(super) fn chain<'a>(spec: &rules::Chain, table: &'a nftnl::Table) -> nftnl::Chain<'a> {
+    let mut chain = nftnl::Chain::new(c_name(&spec.name), table);
+    if let Some(base) = spec.base {
+        chain.set_type(base.kind);
+        chain.set_hook(base.hook, base.priority);
+        chain.set_policy(nftnl::Policy::Accept);
+    }
+    chain
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::input::{Protocol, ServiceKey};
+    use crate::model::plan::{NodePlan, Plan, PortPlan};
+
+    #[test]
+    fn services_and_service_cidrs_need_a_table() {
+        let service = |families: &[Family]| {
+            let ports = families.iter().map(|family| PortPlan::new(*family, Protocol::Tcp, "http"));
+            let key = ServiceKey::new("default", "web");
+            (key.clone(), Some(Plan::new(key, ports.collect::<Vec<_>>()).into()))
+        };
+        let needs = |node: NodePlan, services| {
+            needed(&Batch { node: Some(node), services, sweep: true }).into_iter().collect::<Vec<_>>()
+        };
+        let node = NodePlan {
+            nodeport_addresses: vec!["192.168.77.1".parse().unwrap(), "fd00:77::1".parse().unwrap()],
+            pod_cidrs: vec!["10.244.0.0/16".parse().unwrap(), "fd00:244::/56".parse().unwrap()],
+            service_cidrs: Vec::new(),
+        };
+        let of_v6 = NodePlan { service_cidrs: vec!["fd00:96::/108".parse().unwrap()], ..node.clone() };
+        assert_eq!(needs(node.clone(), vec![]), []);
+        assert_eq!(needs(node.clone(), vec![(ServiceKey::new("default", "web"), None)]), []);
+        assert_eq!(needs(node.clone(), vec![service(&[Family::V4])]), [Family::V4]);
+        assert_eq!(needs(node, vec![service(&[Family::V6, Family::V4])]), Family::ALL);
+        assert_eq!(needs(of_v6.clone(), vec![]), [Family::V6]);
+        assert_eq!(needs(of_v6, vec![service(&[Family::V4])]), Family::ALL);
+    }
+}
