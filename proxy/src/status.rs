@@ -18,6 +18,8 @@ use crate::health::HealthState;
 use crate::model::input::ServiceKey;
 use crate::model::plan::{NodePlan, Plan};
 use crate::model::render::Annotated;
+use crate::source::Problem;
+use crate::source::manifest::Condition;
 
 mod server;
 
@@ -25,6 +27,8 @@ pub use self::server::serve;
 
 /// How many Services the controller hands out at a time.
 pub const PAGE: usize = 256;
+/// How many problems of manifests are told in the text; the rest is in the JSON, and in the log.
+const NAMED: usize = 20;
 
 /// A question to the controller.
 #[derive(Debug)]
@@ -106,12 +110,23 @@ pub struct Head {
 struct Agent<'a> {
     facts: &'a Facts,
     health: &'a HealthState,
+    manifests: &'a Condition,
     report: &'a Report,
 }
 
 impl Agent<'_> {
     fn to_json(self) -> Value {
-        let Self { facts, health, report } = self;
+        let Self { facts, health, manifests, report } = self;
+        let problem = |is_read: bool| {
+            move |problem: &Problem| {
+                let place = problem.place.as_ref();
+                let line = place.map(|place| place.line).filter(|line| *line > 0);
+                let file = place.map(|place| place.file.as_path());
+                json!({ "file": file, "line": line, "isRead": is_read, "words": problem.to_string() })
+            }
+        };
+        let unread = manifests.unread.iter().map(problem(false));
+        let problems: Vec<_> = unread.chain(manifests.odd.iter().map(problem(true))).collect();
         let refused = |(service, words)| json!({ "service": service, "words": words });
         let left_alone = |(cgroup, exists): &(PathBuf, bool)| json!({ "cgroup": cgroup, "exists": exists });
         json!({
@@ -125,6 +140,7 @@ impl Agent<'_> {
             "services": report.count,
             "refused": report.refused.iter().map(refused).collect::<Vec<_>>(),
             "troubles": report.troubles,
+            "manifests": { "complete": manifests.complete, "problems": problems },
             "leftAlone": report.left_alone.iter().map(left_alone).collect::<Vec<_>>(),
             "node": report.node,
         })
@@ -133,7 +149,7 @@ impl Agent<'_> {
 
 impl Display for Agent<'_> {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        let Self { facts, health, report } = self;
+        let Self { facts, health, manifests, report } = self;
         let version = env!("CARGO_PKG_VERSION");
         writeln!(f, "kube-lane v{version}, node {}, mode {}", facts.node, facts.mode.as_str())?;
         if let Some(why) = &facts.why {
@@ -146,6 +162,17 @@ impl Display for Agent<'_> {
         }
         if let Some(time) = health.pending_since {
             writeln!(f, "  a change waits since {time:.0}")?;
+        }
+        if !manifests.complete {
+            writeln!(
+                f,
+                "  not all manifests were read yet: what an earlier run left stays, and /healthz says 503"
+            )?;
+        }
+        let problems = manifests.unread.iter().chain(&manifests.odd);
+        problems.clone().take(NAMED).try_for_each(|problem| writeln!(f, "  {problem}"))?;
+        if let Some(more @ 1..) = problems.count().checked_sub(NAMED) {
+            writeln!(f, "  and {more} more that is wrong with manifests: the log names it")?;
         }
         report.troubles.iter().try_for_each(|trouble| writeln!(f, "  {trouble}"))?;
         for (cgroup, exists) in &report.left_alone {
@@ -177,6 +204,7 @@ impl Known {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::source::Place;
 
     #[test]
     fn the_agent_is_told_as_text_and_as_json() {
@@ -192,16 +220,28 @@ mod tests {
             ..Report::default()
         };
         let health = HealthState::default();
-        let agent = Agent { facts: &facts, health: &health, report: &report };
+        let place = Place { file: Arc::new("/m/web.yaml".into()), line: 7, column: 0 };
+        let (object, field, value) = (None, String::new(), None);
+        let problem = Problem { place: Some(place), object, field, value, remedy: "no YAML".into() };
+        let manifests =
+            Condition { complete: false, unread: vec![problem.clone()], odd: vec![problem; NAMED] };
+        let agent = Agent { facts: &facts, health: &health, manifests: &manifests, report: &report };
+        let problems = "  /m/web.yaml:7: no YAML\n".repeat(NAMED);
         assert_eq!(
             agent.to_string(),
             concat!("kube-lane v", env!("CARGO_PKG_VERSION"), ", node node-a, mode nftables\n").to_owned()
-                + "  not ebpf: no eBPF\n  2 Services, not all listed or programmed yet\n  a map is full\n  left alone at the \
+                + "  not ebpf: no eBPF\n  2 Services, not all listed or programmed yet\n  not all manifests were read yet: what \
+                   an earlier run left stays, and /healthz says 503\n"
+                + &problems
+                + "  and 1 more that is wrong with manifests: the log names it\n  a map is full\n  left alone at the \
                    socket: /cg/a\n  left alone at the socket: /cg/b (not there)\n  \
                    the kernel refuses a/b: No space\nnode\n"
         );
         let json = agent.to_json();
         assert_eq!(json["refused"], json!([{"service": "a/b", "words": "No space"}]));
+        let problem =
+            json!({"file": "/m/web.yaml", "line": 7, "isRead": false, "words": "/m/web.yaml:7: no YAML"});
+        assert_eq!(json["manifests"]["problems"][0], problem);
         assert_eq!(json["leftAlone"][1], json!({"cgroup": "/cg/b", "exists": false}));
         assert_eq!((&json["mode"], &json["whyNotEbpf"]), (&json!("nftables"), &json!("no eBPF")));
     }

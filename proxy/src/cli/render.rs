@@ -22,7 +22,7 @@ use crate::model::input::{Change, Event, Origin};
 use crate::model::plan::{NodePlan, Plan};
 use crate::model::planner::Planner;
 use crate::model::render::Annotated;
-use crate::source::manifest;
+use crate::source::manifest::{self, Checked};
 
 #[derive(Args, Debug)]
 pub(super) struct RenderFlags {
@@ -60,7 +60,7 @@ pub(super) fn run(flags: &RenderFlags) -> anyhow::Result<ExitCode> {
         bail!("{} is not a folder; name one that holds manifests", flags.folder.display());
     }
     let name = flags.node_name.clone().unwrap_or_else(|| Environment::read().hostname).trim().to_lowercase();
-    let (events, problems) = manifest::check_dir(&flags.folder, Some(&name));
+    let Checked { events, problems, .. } = manifest::check_dir(&flags.folder, Some(&name));
     let network = flags.network.resolve()?;
     let mut planner = Planner::new(settings::planner(&name, vec![Origin::Static], &network));
     // Nothing is known of that node's interfaces: they are taken to have the addresses of its Node.

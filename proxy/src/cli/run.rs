@@ -28,9 +28,11 @@ use crate::observability::commits::Commits;
 use crate::observability::events::{Events, Reason};
 use crate::observability::flows::Flows;
 use crate::observability::local::NoLocalEndpoints;
+use crate::observability::manifests::Manifests;
 use crate::observability::socket::SocketLayer;
 use crate::observability::{metrics, telemetry};
 use crate::source::kube::{self, KubeSourceConfig};
+use crate::source::manifest::Condition;
 use crate::source::{host, manifest};
 use crate::status::{self, Facts, Query};
 use crate::{memory, ready};
@@ -143,10 +145,12 @@ async fn serve(config: Config, front: Front, listener: Option<UnixListener>) -> 
     let events = start_events(&config).await?;
     let (queries, asked) = mpsc::channel(1);
     let facts = Facts { node: config.node_name.clone(), mode: config.mode, why: front.1.clone() };
-    let agent = agent(config, front, health, asked, events.clone(), &mut registry);
+    let (manifests, condition) = watch::channel(Condition::default());
+    let told = Told { health, manifests };
+    let agent = agent(config, front, told, asked, events.clone(), &mut registry);
     // Tasks of their own: a commit blocks this one.
     if let Some(listener) = listener {
-        let answering = status::serve(listener, facts, health_state.clone(), queries);
+        let answering = status::serve(listener, facts, health_state.clone(), condition, queries);
         tokio::spawn(async move {
             if let Err(error) = answering.await {
                 warn!(%error, "`kube-lane status` cannot be answered");
@@ -164,11 +168,17 @@ async fn serve(config: Config, front: Front, listener: Option<UnixListener>) -> 
     Ok(())
 }
 
+/// Who is told how the agent fares.
+struct Told {
+    health: watch::Sender<HealthState>,
+    manifests: watch::Sender<Condition>,
+}
+
 /// The agent proper: sources, model, dataplane, and the controller that joins them.
 fn agent(
     config: Config,
     (at_connect, why): Front,
-    health: watch::Sender<HealthState>,
+    Told { health, manifests }: Told,
     queries: mpsc::Receiver<Query>,
     kubernetes: Events,
     registry: &mut Registry,
@@ -178,10 +188,15 @@ fn agent(
     let flows = Flows::register(registry);
     let no_local_endpoints = NoLocalEndpoints::register(registry);
     let is_wanted = why.is_some() || matches!(at_connect, AtConnect::Socket(..));
+    let files = Manifests::register(registry);
     let layer = SocketLayer::register(registry, is_wanted);
     async move {
         let (events, inbox) = mpsc::channel(EVENTS);
-        let origins = start_sources(&config, events).await?;
+        let followed = move |condition| {
+            files.tell(&condition);
+            manifests.send_replace(condition);
+        };
+        let origins = start_sources(&config, events, followed).await?;
         let planner = Planner::new(settings::planner(&config.node_name, origins, &config.network));
         let nftables = Nftables::open(settings::nftables(&config))?;
         let foreign = ready::readable(nftables.descriptor()?)?;
@@ -200,13 +215,17 @@ fn agent(
     }
 }
 
-/// Starts what the configuration names; tells which origins there are.
-async fn start_sources(config: &Config, events: mpsc::Sender<Vec<Event>>) -> anyhow::Result<Vec<Origin>> {
+/// Starts what the configuration names; tells which origins there are. `followed` hears how the manifests fare.
+async fn start_sources(
+    config: &Config,
+    events: mpsc::Sender<Vec<Event>>,
+    followed: impl Fn(Condition) + Send + Sync + 'static,
+) -> anyhow::Result<Vec<Origin>> {
     let mut origins = Vec::new();
     if let Some(dir) = &config.manifests {
         origins.push(Origin::Static);
         let node = Some(config.node_name.clone());
-        manifest::spawn(dir.clone(), node, config.api.is_none(), events.clone());
+        manifest::spawn(dir.clone(), node, config.api.is_none(), events.clone(), followed);
     }
     if let Some(api) = &config.api {
         origins.push(Origin::Api);

@@ -6,6 +6,7 @@ pub mod commits;
 pub mod events;
 pub mod flows;
 pub mod local;
+pub mod manifests;
 pub mod metrics;
 pub mod socket;
 pub mod telemetry;

@@ -56,6 +56,21 @@ pub(crate) enum Ignored {
     AddressType,
 }
 
+impl Ignored {
+    /// What that means for the clients of a Service.
+    pub(crate) fn meaning(self) -> &'static str {
+        match self {
+            Self::OtherProxy => {
+                "another proxy serves it: it has the label service.kubernetes.io/service-proxy-name"
+            }
+            Self::ExternalName => "ExternalName: DNS answers with another name, no address is served",
+            Self::Headless => "headless: DNS answers with its endpoints, which clients dial themselves",
+            Self::NoClusterIp => "it has no clusterIP yet",
+            Self::NoServiceName | Self::AddressType => "it is not served",
+        }
+    }
+}
+
 /// Converts objects of one origin and collects what is wrong with them.
 pub(crate) struct Converter {
     origin: Origin,

@@ -24,13 +24,32 @@ use tracing::{info, warn};
 use self::folder::{Folder, Found, Scope};
 use self::watch::Watch;
 use super::problem::Problem;
-use crate::model::input::{Change, Event, Origin};
+use crate::model::input::{Change, Event, Origin, ServiceKey};
 
 /// How long a file may be gone before its objects are: editors that replace a file remove the old one first.
 const GRACE: Duration = Duration::from_millis(250);
 
 /// How often the folder is looked at where it cannot be watched.
 const POLL: Duration = Duration::from_secs(5);
+
+/// How a folder fares.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Condition {
+    /// The folder was there, and each of its files good, at least once. Until then what an earlier run left in the kernel
+    /// stays, since it may be theirs, and `/healthz` says 503.
+    pub complete: bool,
+    /// The folder, and files of which the present content cannot be read: what was in force before is.
+    pub unread: Vec<Problem>,
+    /// What is wrong with objects and fields of the content that is in force.
+    pub odd: Vec<Problem>,
+}
+
+impl Default for Condition {
+    /// Of no folder.
+    fn default() -> Self {
+        Self { complete: true, unread: Vec::new(), odd: Vec::new() }
+    }
+}
 
 /// Reads a folder once. The events end with [`Change::Synced`].
 ///
@@ -39,12 +58,23 @@ pub fn read_dir(dir: &Path, node: Option<&str>) -> (Vec<Event>, Vec<Problem>) {
     read(&mut Folder::new(dir.to_owned(), node.map(str::to_owned)))
 }
 
-/// As [`read_dir`], where the folder is all that there is: slices whose Service or port is not in it are problems, too.
-pub fn check_dir(dir: &Path, node: Option<&str>) -> (Vec<Event>, Vec<Problem>) {
+/// What a folder holds that is all there is.
+#[derive(Debug)]
+pub struct Checked {
+    /// They end with [`Change::Synced`].
+    pub events: Vec<Event>,
+    /// What is wrong; slices whose Service or port is not in the folder, too.
+    pub problems: Vec<Problem>,
+    /// The Services of which nothing is programmed, and why, in the order of their keys.
+    pub not_served: Vec<(ServiceKey, &'static str)>,
+}
+
+/// As [`read_dir`], where the folder is all that there is.
+pub fn check_dir(dir: &Path, node: Option<&str>) -> Checked {
     let mut folder = Folder::new(dir.to_owned(), node.map(str::to_owned));
     let (events, mut problems) = read(&mut folder);
     problems.extend(folder.unmatched());
-    (events, problems)
+    Checked { events, problems, not_served: folder.not_for_us() }
 }
 
 fn read(folder: &mut Folder) -> (Vec<Event>, Vec<Problem>) {
@@ -56,21 +86,31 @@ fn read(folder: &mut Folder) -> (Vec<Event>, Vec<Problem>) {
 /// Follows a folder until the receiver is dropped. Must be called within a tokio runtime.
 ///
 /// `node` is the own node's name: the Node of that name is read, others are not. `alone`: there is no other source, so
-/// that slices which lead nowhere at the start are worth a word.
+/// that slices which lead nowhere at the start are worth a word. `told` hears how the folder fares whenever something of
+/// it was read.
 pub fn spawn(
     dir: PathBuf,
     node: Option<String>,
     alone: bool,
     events: mpsc::Sender<Vec<Event>>,
+    told: impl Fn(Condition) + Send + Sync + 'static,
 ) -> JoinHandle<()> {
     tokio::spawn(async move {
         // A relative path has another meaning after a chdir, and no parent to watch.
         let dir = std::path::absolute(&dir).unwrap_or(dir);
+        let mut followed = Followed { folder: Some(Folder::new(dir.clone(), node)), told: Box::new(told) };
         tokio::select! {
             () = events.closed() => {}
-            () = follow(dir, node, alone, &events) => {}
+            () = follow(dir, &mut followed, alone, &events) => {}
         }
     })
+}
+
+/// A folder that is followed.
+struct Followed {
+    /// `None` while it is read.
+    folder: Option<Folder>,
+    told: Box<dyn Fn(Condition) + Send + Sync>,
 }
 
 fn synced() -> Event {
@@ -78,8 +118,7 @@ fn synced() -> Event {
 }
 
 /// Returns when the receiver is gone.
-async fn follow(dir: PathBuf, node: Option<String>, alone: bool, events: &mpsc::Sender<Vec<Event>>) {
-    let mut folder = Some(Folder::new(dir.clone(), node));
+async fn follow(dir: PathBuf, followed: &mut Followed, alone: bool, events: &mpsc::Sender<Vec<Event>>) {
     let mut is_first = true;
     let mut is_watched = true;
     loop {
@@ -94,17 +133,17 @@ async fn follow(dir: PathBuf, node: Option<String>, alone: bool, events: &mpsc::
             }
             Err(_) => {}
         }
-        let Some(mut found) = scan(&mut folder, Scope::Folder).await else { return };
+        let Some(mut found) = followed.scan(Scope::Folder).await else { return };
         if std::mem::take(&mut is_first) {
             found.push(synced());
-            let unmatched = folder.as_ref().filter(|_| alone).map(Folder::unmatched);
+            let unmatched = followed.folder.as_ref().filter(|_| alone).map(Folder::unmatched);
             unmatched.into_iter().flatten().for_each(|problem| warn!("{problem}"));
         }
         if !found.is_empty() && events.send(found).await.is_err() {
             return;
         }
         let ended = match &mut watch {
-            Ok(watch) => watched(watch, &mut folder, events).await,
+            Ok(watch) => watched(watch, followed, events).await,
             Err(_) => {
                 sleep(POLL).await;
                 Some(Ok(()))
@@ -127,7 +166,7 @@ async fn follow(dir: PathBuf, node: Option<String>, alone: bool, events: &mpsc::
 /// Reads what changes until the folder must be watched anew; `None` when the receiver is gone.
 async fn watched(
     watch: &mut Watch,
-    folder: &mut Option<Folder>,
+    followed: &mut Followed,
     events: &mpsc::Sender<Vec<Event>>,
 ) -> Option<io::Result<()>> {
     let mut unsettled: BTreeMap<String, Instant> = BTreeMap::new();
@@ -156,7 +195,7 @@ async fn watched(
                 Scope::Files(ready)
             }
         };
-        let found = scan(folder, scope).await?;
+        let found = followed.scan(scope).await?;
         if !found.is_empty() && events.send(found).await.is_err() {
             return None;
         }
@@ -170,22 +209,27 @@ async fn settle(due: Option<Instant>) {
     }
 }
 
-/// Reads off the runtime's threads and logs what is wrong; `None` when the runtime shuts down.
-async fn scan(folder: &mut Option<Folder>, scope: Scope) -> Option<Vec<Event>> {
-    let mut taken = folder.take()?;
-    let (taken, found) = tokio::task::spawn_blocking(move || {
-        let found = taken.scan(scope);
-        (taken, found)
-    })
-    .await
-    .ok()?;
-    *folder = Some(taken);
-    let Found { events, problems, over } = found;
-    for problem in problems {
-        warn!("{problem}");
+impl Followed {
+    /// Reads off the runtime's threads and tells what is wrong; `None` when the runtime shuts down.
+    async fn scan(&mut self, scope: Scope) -> Option<Vec<Event>> {
+        let mut folder = self.folder.take()?;
+        let (folder, found) = tokio::task::spawn_blocking(move || {
+            let found = folder.scan(scope);
+            (folder, found)
+        })
+        .await
+        .ok()?;
+        let Found { events, problems, over, stirred } = found;
+        if stirred {
+            (self.told)(folder.condition());
+        }
+        self.folder = Some(folder);
+        for problem in problems {
+            warn!("{problem}");
+        }
+        for words in over {
+            info!("{words}");
+        }
+        Some(events)
     }
-    for words in over {
-        info!("{words}");
-    }
-    Some(events)
 }

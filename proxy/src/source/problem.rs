@@ -32,6 +32,20 @@ pub struct Place {
     pub column: u64,
 }
 
+impl Problem {
+    /// What stays the same as long as it is the same trouble: it may move to another line of its file.
+    pub(crate) fn identity(&self) -> impl Ord {
+        // What names neither object nor field is told apart by its place alone.
+        let is_named = self.object.is_some() || !self.field.is_empty();
+        let place = self.place.as_ref().map(
+            |Place { file, line, column }| {
+                if is_named { (file, 0, 0) } else { (file, *line, *column) }
+            },
+        );
+        (place, &self.object, &self.field, &self.value, &self.remedy)
+    }
+}
+
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.file.display())?;

@@ -18,6 +18,7 @@ use tracing::{debug, warn};
 use super::{About, Agent, Facts, Head, Query, Report, Request};
 use crate::health::HealthState;
 use crate::model::input::ServiceKey;
+use crate::source::manifest::Condition;
 
 /// The longest request: room for some ten thousand names.
 const REQUEST: u64 = 1 << 20;
@@ -27,6 +28,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 struct Server {
     facts: Facts,
     health: watch::Receiver<HealthState>,
+    manifests: watch::Receiver<Condition>,
     queries: mpsc::Sender<Query>,
 }
 
@@ -38,11 +40,12 @@ pub async fn serve(
     listener: StdListener,
     facts: Facts,
     health: watch::Receiver<HealthState>,
+    manifests: watch::Receiver<Condition>,
     queries: mpsc::Sender<Query>,
 ) -> io::Result<()> {
     listener.set_nonblocking(true)?;
     let listener = UnixListener::from_std(listener)?;
-    let server = Arc::new(Server { facts, health, queries });
+    let server = Arc::new(Server { facts, health, manifests, queries });
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
@@ -83,8 +86,8 @@ impl Server {
         let known = |name: &String| page.services.iter().any(|known| known.plan.service.as_str() == name);
         let unknown = request.services.iter().filter(|name| !known(name)).cloned().collect();
         let mut text = serde_json::to_string(&Head { unknown })? + "\n";
-        let health = *self.health.borrow();
-        let agent = Agent { facts: &self.facts, health: &health, report: &page };
+        let (health, manifests) = (*self.health.borrow(), self.manifests.borrow().clone());
+        let agent = Agent { facts: &self.facts, health: &health, manifests: &manifests, report: &page };
         text += &if request.json {
             format!("{{\"agent\":{},\"services\":[", agent.to_json())
         } else {

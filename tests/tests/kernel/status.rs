@@ -1,6 +1,7 @@
 //! `kube-lane status`: what it says of a running agent, and that what it says of the layers is true.
 
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use kube_lane_lab::{Host, Outcome, Proto};
 use kube_lane_tests::agent::binary;
@@ -61,6 +62,42 @@ fn the_agent_tells_what_it_has_programmed() {
     for part in ["no kube-lane runs here", "its nftables tables", "kube-lane cleanup"] {
         assert!(words.contains(part), "{words}");
     }
+}
+
+#[test]
+fn it_names_manifests_that_are_not_read() {
+    let mut world = World::new(&[]);
+    let file = world.folder.path().join("web.json");
+    let metric = |world: &World, name: &str| world.agents[0].metric(name).unwrap();
+    let is_bad = |world: &World| metric(world, "kubelane_manifests_unread") > 0.0;
+    let wait = |what: &str, is_so: &dyn Fn() -> bool| {
+        let deadline = Instant::now() + SYNC;
+        while !is_so() {
+            assert!(Instant::now() < deadline, "{what}");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    };
+    world.put("web", &web_ports(), 10, &[]);
+    wait("it is read", &|| json(&world, &[])["agent"]["services"] == 1);
+    std::fs::write(&file, "\n{]\n").unwrap();
+    wait("it is counted", &|| is_bad(&world));
+    let words = format!("  {}:2:", file.display());
+    let told = |world: &World| world.agents[0].status(&[]).unwrap().1;
+    assert!(told(&world).contains(&words) && !told(&world).contains("says 503"), "{}", told(&world));
+
+    // Another run never saw it good.
+    world.agents.clear();
+    let agent = world.start_agent(0, &[]);
+    world.agents.push(agent);
+    wait("the metrics are served", &|| world.agents[0].metric("kubelane_manifests_unread").is_ok());
+    wait("it is counted again", &|| is_bad(&world));
+    assert!(told(&world).contains(&words) && told(&world).contains("/healthz says 503"), "{}", told(&world));
+    assert_eq!(world.agents[0].healthz().unwrap().0, 503);
+    world.put("web", &web_ports(), 10, &[]);
+    world.agents[0].wait_synced(SYNC).unwrap();
+    let status = json(&world, &[]);
+    let manifests = serde_json::json!({"complete": true, "problems": []});
+    assert_eq!((&status["agent"]["manifests"], is_bad(&world)), (&manifests, false));
 }
 
 /// What `status` says where no agent runs.

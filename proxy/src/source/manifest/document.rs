@@ -13,7 +13,7 @@ use serde::de::IgnoredAny;
 
 use super::body::{Body, Format, Malformed, split};
 use crate::model::input::{EndpointSlice, Node, Origin, Service, ServiceKey, SliceKey};
-use crate::source::convert::{Converted, Converter};
+use crate::source::convert::{Converted, Converter, Ignored};
 use crate::source::problem::{Place, Problem, shorten};
 use crate::source::wire;
 
@@ -43,7 +43,7 @@ pub(super) struct Contents {
     /// Objects of which nothing is usable: what they had before stays in force.
     pub(super) bad: BTreeSet<Id>,
     /// Objects that are fine, and not for a Service proxy.
-    pub(super) ignored: BTreeSet<Id>,
+    pub(super) ignored: BTreeMap<Id, Ignored>,
     /// There is a document that does not say which object it is: it may be any that the file had before.
     pub(super) unknown: bool,
 }
@@ -51,7 +51,7 @@ pub(super) struct Contents {
 impl Contents {
     /// Whether there is a document of this object.
     fn names(&self, id: &Id) -> bool {
-        self.objects.contains_key(id) || self.bad.contains(id) || self.ignored.contains(id)
+        self.objects.contains_key(id) || self.bad.contains(id) || self.ignored.contains_key(id)
     }
 }
 
@@ -232,7 +232,7 @@ impl Reader {
             }
             Converted::Ignored(why) => {
                 tracing::debug!(place = %document.place(), object = %id, %why, "not for a Service proxy");
-                contents.ignored.insert(id);
+                contents.ignored.insert(id, why);
             }
             Converted::Bad => {
                 contents.bad.insert(id);

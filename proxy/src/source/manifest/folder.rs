@@ -10,9 +10,11 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::Condition;
 use super::body::Format;
 use super::document::{Content, Contents, Id, Reader};
-use crate::model::input::{Change, Event, Origin, ServicePort};
+use crate::model::input::{Change, Event, Origin, ServiceKey, ServicePort};
+use crate::source::convert::Ignored;
 use crate::source::problem::{Place, Problem, shorten};
 
 /// A file larger than this is reported and not read: no one writes such a manifest on purpose.
@@ -25,8 +27,10 @@ pub(super) struct Folder {
     files: BTreeMap<Arc<str>, File>,
     /// Every object and the files that name it: the first is in force.
     objects: BTreeMap<Id, BTreeMap<Arc<str>, Content>>,
-    /// Whether the folder itself could be listed, so that trouble is reported once.
-    listed: bool,
+    /// What of it is said of objects that several files name.
+    doubles: BTreeMap<Id, Vec<Problem>>,
+    /// Why the folder itself cannot be listed.
+    unlisted: Option<Problem>,
     /// Whether it could be at least once.
     known: bool,
     /// What was last said of [`Self::is_complete`].
@@ -38,11 +42,23 @@ struct File {
     /// `None` where the file could not be read.
     stamp: Option<Stamp>,
     ids: BTreeSet<Id>,
-    /// The objects that it names and that are not in force: bad ones, and those that no Service proxy reads.
-    others: BTreeSet<Id>,
-    failed: bool,
+    /// The objects that it names and of which nothing is usable.
+    bad: BTreeSet<Id>,
+    /// Those that are not for a Service proxy.
+    ignored: BTreeMap<Id, Ignored>,
+    /// Why its present content is not in force.
+    failed: Option<Problem>,
+    /// What is wrong in the content that is.
+    problems: Vec<Problem>,
     /// It was good at least once.
     read: bool,
+}
+
+impl File {
+    /// Whether it has a document of an object that is not in force.
+    fn names(&self, id: &Id) -> bool {
+        self.bad.contains(id) || self.ignored.contains_key(id)
+    }
 }
 
 /// What tells one version of a file from another without reading it.
@@ -79,9 +95,21 @@ pub(super) enum Scope {
 #[derive(Default)]
 pub(super) struct Found {
     pub(super) events: Vec<Event>,
+    /// What is wrong and was not before.
     pub(super) problems: Vec<Problem>,
     /// What was wrong before and no longer is, in words.
     pub(super) over: Vec<String>,
+    /// Something was read, or has gone.
+    pub(super) stirred: bool,
+}
+
+impl Found {
+    /// What is wrong with something now, and was before.
+    fn note(&mut self, now: &[Problem], before: &[Problem]) {
+        self.stirred = true;
+        let before: BTreeSet<_> = before.iter().map(Problem::identity).collect();
+        self.problems.extend(now.iter().filter(|problem| !before.contains(&problem.identity())).cloned());
+    }
 }
 
 /// What each touched object was before.
@@ -90,8 +118,8 @@ type Touched = BTreeMap<Id, Option<Content>>;
 impl Folder {
     pub(super) fn new(dir: PathBuf, node: Option<String>) -> Self {
         let reader = Reader::new(node);
-        let (files, objects) = (BTreeMap::new(), BTreeMap::new());
-        Self { dir, reader, files, objects, listed: true, known: false, complete: true }
+        let (files, objects, doubles) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        Self { dir, reader, files, objects, doubles, unlisted: None, known: false, complete: true }
     }
 
     /// Reads what changed and says what that means.
@@ -106,7 +134,8 @@ impl Folder {
             }
             Scope::Folder => match self.list() {
                 Ok(names) => {
-                    if !std::mem::replace(&mut self.listed, true) {
+                    if self.unlisted.take().is_some() {
+                        found.stirred = true;
                         found.over.push(format!("{}: the folder is read again", self.dir.display()));
                     }
                     self.known = true;
@@ -121,7 +150,6 @@ impl Folder {
                 Err(error) => self.unlisted(&error, &mut touched, &mut found),
             },
         }
-        found.problems.append(&mut self.reader.problems);
         self.report_doubles(&touched, &mut found);
         found.events = self.events(touched);
         let complete = self.is_complete();
@@ -133,7 +161,15 @@ impl Folder {
 
     /// Whether the folder was ever there, and no file is bad that was never good: what such a one holds, nobody knows.
     fn is_complete(&self) -> bool {
-        self.known && self.files.values().all(|file| file.read || !file.failed)
+        self.known && self.files.values().all(|file| file.read || file.failed.is_none())
+    }
+
+    /// All that is wrong, whether or not it was said before.
+    pub(super) fn condition(&self) -> Condition {
+        let files = self.files.values();
+        let unread = self.unlisted.iter().chain(files.clone().filter_map(|file| file.failed.as_ref()));
+        let odd = files.flat_map(|file| &file.problems).chain(self.doubles.values().flatten());
+        Condition { complete: self.complete, unread: unread.cloned().collect(), odd: odd.cloned().collect() }
     }
 
     /// The names of the manifest files.
@@ -157,15 +193,14 @@ impl Folder {
                 self.forget(&name, touched, found);
             }
         }
-        if self.listed {
-            let remedy = if absent {
-                "the folder does not exist: its objects are read when it is created".to_owned()
-            } else {
-                format!("the folder cannot be listed: {error}; its last content stays in force")
-            };
-            found.problems.push(at_file(&Arc::new(self.dir.clone()), remedy));
-        }
-        self.listed = false;
+        let remedy = if absent {
+            "the folder does not exist: its objects are read when it is created".to_owned()
+        } else {
+            format!("the folder cannot be listed: {error}; its last content stays in force")
+        };
+        let problem = at_file(&Arc::new(self.dir.clone()), remedy);
+        found.note(std::slice::from_ref(&problem), self.unlisted.as_slice());
+        self.unlisted = Some(problem);
     }
 
     /// Looks at one file again.
@@ -213,17 +248,20 @@ impl Folder {
         };
         let file = self.files.entry(Arc::clone(name)).or_default();
         file.stamp = stamp;
+        let problems = std::mem::take(&mut self.reader.problems);
         match contents {
             Ok(contents) => {
                 file.read = true;
-                if std::mem::take(&mut file.failed) {
+                found.note(&problems, &file.problems);
+                file.problems = problems;
+                if file.failed.take().is_some() {
                     found.over.push(format!("{}: good again, its new content is in force", path.display()));
                 }
                 self.replace(name, contents, touched);
             }
             Err(problem) => {
-                file.failed = true;
-                found.problems.push(problem);
+                found.note(std::slice::from_ref(&problem), file.failed.as_slice());
+                file.failed = Some(problem);
             }
         }
     }
@@ -237,7 +275,7 @@ impl Folder {
         let (kept, dropped): (BTreeSet<Id>, BTreeSet<Id>) = before.into_iter().partition(kept);
         file.ids = kept;
         file.ids.extend(objects.keys().cloned());
-        file.others = bad.into_iter().chain(ignored).collect();
+        (file.bad, file.ignored) = (bad, ignored);
         for id in dropped {
             self.drop_object(id, name, touched);
         }
@@ -250,8 +288,9 @@ impl Folder {
 
     /// Drops a file that is no more.
     fn forget(&mut self, name: &Arc<str>, touched: &mut Touched, found: &mut Found) {
-        let File { ids, failed, .. } = self.files.remove(name).unwrap_or_default();
-        if failed {
+        let Some(File { ids, failed, .. }) = self.files.remove(name) else { return };
+        found.stirred = true;
+        if failed.is_some() {
             let path = self.dir.join(&**name);
             found.over.push(format!("{}: gone, and with it what was in force of it", path.display()));
         }
@@ -271,19 +310,23 @@ impl Folder {
         }
     }
 
-    fn report_doubles(&self, touched: &Touched, found: &mut Found) {
+    fn report_doubles(&mut self, touched: &Touched, found: &mut Found) {
         for id in touched.keys() {
-            let Some(holders) = self.objects.get(id).filter(|holders| holders.len() > 1) else { continue };
-            let mut names = holders.keys();
-            let Some(winner) = names.next().map(|name| self.dir.join(&**name)) else { continue };
+            let mut names = self.objects.get(id).into_iter().flat_map(BTreeMap::keys);
+            let winner = names.next().map(|name| self.dir.join(&**name));
             // A file that is being renamed is there under both names for a moment.
-            if !winner.exists() {
-                continue;
-            }
-            for loser in names {
-                let remedy = format!("also in {}, which wins: remove one of them", winner.display());
+            let winner = winner.filter(|winner| winner.exists());
+            let double = |loser: &Arc<str>| {
+                let remedy =
+                    format!("also in {}, which wins: remove one of them", winner.as_ref()?.display());
                 let problem = at_file(&Arc::new(self.dir.join(&**loser)), remedy);
-                found.problems.push(Problem { object: Some(id.to_string()), ..problem });
+                Some(Problem { object: Some(id.to_string()), ..problem })
+            };
+            let doubles: Vec<Problem> = names.filter_map(double).collect();
+            let before = self.doubles.remove(id).unwrap_or_default();
+            found.note(&doubles, &before);
+            if !doubles.is_empty() {
+                self.doubles.insert(id.clone(), doubles);
             }
         }
     }
@@ -312,7 +355,7 @@ impl Folder {
                         }
                     }
                 }
-                _ if self.files.values().any(|file| file.others.contains(&service)) => {}
+                _ if self.files.values().any(|file| file.names(&service)) => {}
                 _ => {
                     let remedy = "no Service of this name is in the folder".to_owned();
                     add("metadata.labels[kubernetes.io/service-name]", Some(slice.service.name()), remedy);
@@ -320,6 +363,21 @@ impl Folder {
             }
         }
         problems
+    }
+
+    /// The Services that are not for a Service proxy, and why.
+    pub(super) fn not_for_us(&self) -> Vec<(ServiceKey, &'static str)> {
+        let ignored = self.files.values().flat_map(|file| &file.ignored);
+        let mut found: Vec<_> = ignored
+            .filter_map(|(id, why)| match id {
+                Id::Service(service) if !self.objects.contains_key(id) => {
+                    Some((service.clone(), why.meaning()))
+                }
+                _ => None,
+            })
+            .collect();
+        found.sort_unstable();
+        found
     }
 
     fn events(&self, touched: Touched) -> Vec<Event> {

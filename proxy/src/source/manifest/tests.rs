@@ -234,7 +234,7 @@ fn fields_of_kubernetes_that_no_proxy_reads_are_known() {
     );
     // What nobody reads may even be of another type.
     dir.write("odd.yaml", &service("odd", "10.0.0.2").replace("spec: {", "spec: {selector: 5, "));
-    let (events, problems) = check_dir(&dir.0, None);
+    let Checked { events, problems, .. } = check_dir(&dir.0, None);
     assert_eq!((summary(&events).len(), problems), (3, vec![]));
 }
 
@@ -268,7 +268,8 @@ fn slices_that_lead_nowhere_are_named_where_the_folder_is_all() {
         ]
         .concat(),
     );
-    let (_, problems) = check_dir(&dir.0, None);
+    let Checked { problems, not_served, .. } = check_dir(&dir.0, None);
+    assert_eq!(not_served.len(), 1, "{not_served:?}");
     let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
     for expected in [
         "slices.yaml: EndpointSlice default/web-2: ports[].name is \"htp\": Service default/web has no TCP port of this name",
@@ -283,15 +284,15 @@ fn slices_that_lead_nowhere_are_named_where_the_folder_is_all() {
 }
 
 /// Follows a folder and hands over what changes, batch by batch.
-struct Followed {
+struct Follower {
     batches: mpsc::Receiver<Vec<Event>>,
     task: JoinHandle<()>,
 }
 
-impl Followed {
+impl Follower {
     fn new(dir: &Path) -> Self {
         let (sender, batches) = mpsc::channel(16);
-        Self { batches, task: spawn(dir.to_owned(), None, true, sender) }
+        Self { batches, task: spawn(dir.to_owned(), None, true, sender, drop) }
     }
 
     async fn next(&mut self) -> Vec<String> {
@@ -310,7 +311,7 @@ impl Followed {
 async fn follows_writes_renames_and_removals() {
     let dir = TempDir::new();
     dir.write("web.yaml", &service("web", "10.0.0.1"));
-    let mut followed = Followed::new(&dir.0);
+    let mut followed = Follower::new(&dir.0);
     assert_eq!(followed.next().await, ["+web 10.0.0.1", "synced"]);
 
     dir.write("web.yaml", &service("web", "10.0.0.2"));
@@ -330,7 +331,7 @@ async fn follows_writes_renames_and_removals() {
     fs::remove_file(dir.0.join("api.yaml")).unwrap();
     assert_eq!(followed.next().await, ["-web"]);
 
-    let Followed { batches, task } = followed;
+    let Follower { batches, task } = followed;
     drop(batches);
     timeout(Duration::from_secs(5), task).await.expect("ends with its receiver").unwrap();
 }
@@ -339,7 +340,7 @@ async fn follows_writes_renames_and_removals() {
 async fn a_folder_may_come_later_go_and_come_again() {
     let above = TempDir::new();
     let dir = above.0.join("etc/manifests");
-    let mut followed = Followed::new(&dir);
+    let mut followed = Follower::new(&dir);
     assert_eq!(followed.next().await, ["complete false", "synced"], "absent is not empty");
 
     fs::create_dir_all(&dir).unwrap();
@@ -375,7 +376,7 @@ async fn follows_a_mounted_config_map() {
     }
     symlink("..1", dir.0.join("..data")).unwrap();
     symlink("..data/web.yaml", dir.0.join("web.yaml")).unwrap();
-    let mut followed = Followed::new(&dir.0);
+    let mut followed = Follower::new(&dir.0);
     assert_eq!(followed.next().await, ["+web 10.0.0.1", "synced"]);
 
     symlink("..2", dir.0.join("..data_tmp")).unwrap();
@@ -392,9 +393,44 @@ fn a_file_that_was_never_good_leaves_the_folder_incomplete() {
     dir.write("b.yaml", "kind: [");
     let mut folder = Folder::new(dir.0.clone(), None);
     assert_eq!(summary(&folder.scan(Scope::Folder).events), ["+a 10.96.0.1", "complete false"]);
+    assert!(!folder.condition().complete);
     dir.write("b.yaml", &service("b", "10.96.0.2"));
     assert_eq!(summary(&folder.scan(Scope::Folder).events), ["+b 10.96.0.2", "complete true"]);
     // From now on there is a last good content.
     dir.write("b.yaml", "kind: [[");
     assert!(folder.scan(Scope::Folder).events.is_empty());
+}
+
+#[test]
+fn a_warning_is_said_once_until_it_changes_or_goes() {
+    let dir = TempDir::new();
+    let odd = service("web", "10.0.0.1").replace("spec: {", "spec: {selektor: 5, ");
+    dir.write("web.yaml", &odd);
+    let mut folder = Folder::new(dir.0.clone(), None);
+    let said = |folder: &mut Folder| scan(folder).1;
+    assert!(
+        said(&mut folder)[0].contains("web.yaml:1: Service default/web: spec.selektor: Kubernetes has no")
+    );
+    dir.write("web.yaml", &format!("# moved\n---\n{odd}"));
+    assert_eq!(said(&mut folder), [""; 0]);
+    assert_eq!(folder.condition().odd[0].place.as_ref().unwrap().line, 2, "where it stands is known");
+
+    // What is in force is as odd as before while the file does not parse.
+    dir.write("web.yaml", &format!("{odd}---\n["));
+    assert!(said(&mut folder)[0].contains("web.yaml:6"));
+    assert_eq!((folder.condition().unread.len(), folder.condition().odd.len()), (1, 1));
+    dir.write("web.yaml", &format!("{odd}---\n\n["));
+    assert!(said(&mut folder)[0].contains("web.yaml:7"), "another line, another trouble");
+    dir.write("web.yaml", &odd);
+    assert_eq!(said(&mut folder), [""; 0]);
+    dir.write("web.yaml", &odd.replace("selektor", "sellector"));
+    assert_eq!(said(&mut folder).len(), 1);
+
+    dir.write("web.yaml", &service("web", "10.0.0.1"));
+    dir.write("zweb.yaml", &service("web", "10.0.0.2"));
+    assert!(said(&mut folder)[0].contains("zweb.yaml: Service default/web: also in"));
+    dir.write("web.yaml", &service("web", "10.0.0.3"));
+    assert_eq!((said(&mut folder), folder.condition().odd.len()), (vec![], 1));
+    fs::remove_file(dir.0.join("web.yaml")).unwrap();
+    assert_eq!((said(&mut folder), folder.condition()), (vec![], Condition::default()));
 }
