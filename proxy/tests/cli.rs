@@ -192,6 +192,68 @@ fn render_prints_the_plan_as_text_and_as_json() {
 }
 
 #[test]
+fn render_reads_the_configuration_and_flags_go_before_it() {
+    let folder = Folder::new("render-config");
+    let config = folder.path("config.conf");
+    let fields = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nmode: ebpf\n\
+        hostnameOverride: there\nclusterCIDR: 10.0.0.0/8\nodd: 1\nkubeLane: {socketLB: {external: true}}\n";
+    std::fs::write(&config, fields).unwrap();
+    std::fs::write(folder.path("web.yaml"), SERVICE).unwrap();
+    let render = |flags: &[&str]| run(&[&["render", &folder.path(""), "--config", &config], flags].concat());
+    let output = render(&[]);
+    assert!(
+        output.status.success() && text(&output.stderr).contains("unknown field odd"),
+        "{}",
+        text(&output.stderr)
+    );
+    for line in [
+        "ClusterIP 10.96.0.10:80 [socket for pods and host processes]",
+        "NodePort *:30080 [socket for pods and host processes]",
+        "to 10.244.1.6:8080 on this node",
+    ] {
+        let plan = text(&output.stdout);
+        assert!(plan.lines().any(|printed| printed.trim() == line), "{line:?} is not in\n{plan}");
+    }
+    let output = render(&["--socket-lb-external=false", "--node-name=here"]);
+    let plan = text(&output.stdout);
+    assert!(plan.contains("[nftables (socketLB.external is off)]"), "{plan}");
+    assert!(plan.contains("to 10.244.0.5:8080 on this node"), "{plan}");
+    assert!(!text(&render(&["--proxy-mode=nftables"]).stdout).contains("socket for pods"));
+    assert!(text(&render(&["--cluster-cidr=x"]).stderr).contains("--cluster-cidr"));
+}
+
+#[test]
+fn render_says_why_nothing_is_programmed() {
+    let folder = Folder::new("render-ignored");
+    let services = SERVICE.split("---").next().unwrap();
+    let headless = services.replace("name: web", "name: db").replace("10.96.0.10", "None");
+    let external = "apiVersion: v1\nkind: Service\nmetadata: {name: cdn}\nspec: {type: ExternalName, externalName: cdn.test}\n";
+    std::fs::write(folder.path("web.yaml"), format!("{headless}---\n{external}")).unwrap();
+    let output = run(&["render", &folder.path("")]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let plan = text(&output.stdout);
+    for words in [
+        "service default/db\n  nothing to program: headless: ",
+        "service default/cdn\n  nothing to program: ExternalName: ",
+    ] {
+        assert!(plan.contains(words), "{plan}");
+    }
+    let output = run(&["render", &folder.path(""), "-o=json"]);
+    let plan: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(plan["notServed"][0]["service"], "default/cdn");
+}
+
+#[test]
+fn a_reader_that_has_had_enough_is_no_error() {
+    let folder = Folder::new("render-head");
+    std::fs::write(folder.path("web.yaml"), SERVICE).unwrap();
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = kube_lane(&["render", &folder.path("")]).stdout(writer).output().unwrap();
+    assert_eq!((output.status.code(), text(&output.stderr)), (Some(141), String::new()));
+}
+
+#[test]
 fn render_names_what_is_wrong_and_plans_the_rest() {
     let folder = Folder::new("render-bad");
     std::fs::write(folder.path("web.yaml"), SERVICE).unwrap();

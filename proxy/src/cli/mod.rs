@@ -79,12 +79,20 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     };
     match result {
         Ok(code) => code,
+        // Such as `head`. Others die of SIGPIPE there, which a shell tells by this code.
+        Err(error) if is_reader_gone(&error) => ExitCode::from(128 + 13),
         Err(error) => {
             // Nothing is left to do where standard error is closed.
             let _ = writeln!(io::stderr(), "Error: {}", with_causes(error.as_ref()));
             ExitCode::FAILURE
         }
     }
+}
+
+/// Whoever reads standard output, or standard error, has had enough: an error of nothing else comes without a context.
+fn is_reader_gone(error: &anyhow::Error) -> bool {
+    let io = error.downcast_ref::<io::Error>().filter(|_| error.source().is_none());
+    io.is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
 fn run_or_act(flags: &RunFlags) -> anyhow::Result<ExitCode> {

@@ -10,11 +10,10 @@ use std::sync::Arc;
 use anyhow::bail;
 use clap::Args;
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{Output, settings};
-use crate::config::values::go_bool;
-use crate::config::{AnswerFlags, Environment, Mode, Network, NetworkFlags};
+use crate::config::{Config, Environment, Mode, PlanFlags, Resolved};
 use crate::dataplane::socket::lower::Lowering;
 use crate::dataplane::socket::write::Found;
 use crate::dataplane::{Batch, Inspection};
@@ -29,19 +28,8 @@ pub(super) struct RenderFlags {
     /// Folder of Services, EndpointSlices and Nodes
     #[arg(value_name = "DIR")]
     folder: PathBuf,
-    /// Plan for the node of this name [default: the host name]
-    #[arg(long, value_name = "NAME", alias = "hostname-override")]
-    node_name: Option<String>,
     #[command(flatten)]
-    network: NetworkFlags,
-    /// With ebpf, say which layer answers each address, and why
-    #[arg(long, value_enum, default_value_t = Mode::Nftables)]
-    proxy_mode: Mode,
-    #[command(flatten)]
-    answer: AnswerFlags,
-    /// Masquerade every connection to a cluster IP
-    #[arg(long, value_parser = go_bool(), num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    masquerade_all: Option<bool>,
+    plan: PlanFlags,
     /// Form of the plan
     #[arg(short, long, value_enum, default_value_t = Output::Text)]
     output: Output,
@@ -49,9 +37,11 @@ pub(super) struct RenderFlags {
 
 /// The JSON form.
 #[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
 struct Rendered<'a> {
     node: Option<&'a NodePlan>,
     services: Vec<Value>,
+    not_served: Vec<Value>,
     problems: Vec<String>,
 }
 
@@ -59,10 +49,11 @@ pub(super) fn run(flags: &RenderFlags) -> anyhow::Result<ExitCode> {
     if !flags.folder.is_dir() {
         bail!("{} is not a folder; name one that holds manifests", flags.folder.display());
     }
-    let name = flags.node_name.clone().unwrap_or_else(|| Environment::read().hostname).trim().to_lowercase();
-    let Checked { events, problems, .. } = manifest::check_dir(&flags.folder, Some(&name));
-    let network = flags.network.resolve()?;
-    let mut planner = Planner::new(settings::planner(&name, vec![Origin::Static], &network));
+    let Resolved { config, warnings, .. } = flags.plan.resolve(&Environment::read())?;
+    let Checked { events, problems, not_served } =
+        manifest::check_dir(&flags.folder, Some(&config.node_name));
+    let mut planner =
+        Planner::new(settings::planner(&config.node_name, vec![Origin::Static], &config.network));
     // Nothing is known of that node's interfaces: they are taken to have the addresses of its Node.
     let addresses = events.iter().find_map(|event| match event {
         Event::Source { change: Change::Node(node), .. } => node.as_ref().map(|node| node.addresses.clone()),
@@ -72,12 +63,15 @@ pub(super) fn run(flags: &RenderFlags) -> anyhow::Result<ExitCode> {
     events.into_iter().for_each(|event| planner.apply(event));
     planner.replan();
 
-    let inspect = inspect(flags, &network, &planner);
+    let inspect = inspect(&config, &planner);
     let mut out = io::stdout().lock();
     match flags.output {
         Output::Text => {
             for plan in planner.plans() {
                 writeln!(out, "{}", Annotated(plan, inspect(plan)))?;
+            }
+            for (service, why) in &not_served {
+                writeln!(out, "service {service}\n  nothing to program: {why}\n")?;
             }
             if let Some(node) = planner.node() {
                 write!(out, "{node}")?;
@@ -87,15 +81,19 @@ pub(super) fn run(flags: &RenderFlags) -> anyhow::Result<ExitCode> {
             let rendered = Rendered {
                 node: planner.node(),
                 services: planner.plans().map(|plan| inspect(plan).annotate(plan)).collect(),
+                not_served: not_served
+                    .iter()
+                    .map(|(service, why)| json!({ "service": service, "why": why }))
+                    .collect(),
                 problems: problems.iter().map(ToString::to_string).collect(),
             };
-            serde_json::to_writer_pretty(&mut out, &rendered)?;
-            writeln!(out)?;
+            writeln!(out, "{}", serde_json::to_string_pretty(&rendered)?)?;
         }
     }
     if let Some(unknown) = planner.unknown_node() {
         writeln!(io::stderr(), "{unknown}; name a node with --node-name")?;
     }
+    warnings.iter().try_for_each(|warning| writeln!(io::stderr(), "{warning}"))?;
     for problem in &problems {
         writeln!(io::stderr(), "{problem}")?;
     }
@@ -103,12 +101,11 @@ pub(super) fn run(flags: &RenderFlags) -> anyhow::Result<ExitCode> {
 }
 
 /// What the layers would say of a Service.
-fn inspect(flags: &RenderFlags, network: &Network, planner: &Planner) -> impl Fn(&Plan) -> Inspection {
-    let lowering = (flags.proxy_mode == Mode::Ebpf).then(|| {
-        let settings = flags.answer.resolve();
-        let masquerade_all = flags.masquerade_all.unwrap_or_default();
-        let policy = settings::policy(&settings, &network.detector, masquerade_all);
-        let sizes = settings::room(&settings).services;
+fn inspect(config: &Config, planner: &Planner) -> impl Fn(&Plan) -> Inspection {
+    let lowering = (config.mode == Mode::Ebpf).then(|| {
+        let Config { socket_lb, network, masquerade_all, .. } = config;
+        let policy = settings::policy(socket_lb, &network.detector, *masquerade_all);
+        let sizes = settings::room(socket_lb).services;
         let (mut lowering, _) = Lowering::adopt(policy, Found::default(), sizes);
         let services = planner.plans().map(|plan| (plan.service.clone(), Some(Arc::clone(plan)))).collect();
         lowering.apply(&Batch { node: planner.node().cloned(), services, sweep: true }, &mut drop);

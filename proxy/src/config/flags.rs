@@ -469,7 +469,7 @@ fn feature_gates(text: &str) -> Result<BTreeMap<String, bool>, String> {
         .collect()
 }
 
-fn read(path: &Path) -> Result<parse::Parsed, ConfigError> {
+pub(super) fn read(path: &Path) -> Result<parse::Parsed, ConfigError> {
     let text = std::fs::read_to_string(path)
         .map_err(|source| ConfigError::File { path: path.to_owned(), source })?;
     parse::parse(path, &text)

@@ -21,6 +21,7 @@ mod file;
 pub mod flags;
 mod network;
 mod parse;
+mod plan_flags;
 mod resolve;
 mod socket_lb;
 #[cfg(test)]
@@ -29,9 +30,12 @@ pub(crate) mod values;
 
 pub use conntrack::Conntrack;
 pub use error::{ConfigError, InvalidField};
-pub use network::{Detector, Network, NetworkFlags};
+use network::NetworkFlags;
+pub use network::{Detector, Network};
+pub use plan_flags::PlanFlags;
 pub use resolve::{Environment, Resolved};
-pub use socket_lb::{AnswerFlags, SocketLb};
+use socket_lb::AnswerFlags;
+pub use socket_lb::SocketLb;
 
 /// The resolved configuration of an agent.
 #[derive(Clone, Debug, PartialEq)]

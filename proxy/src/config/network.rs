@@ -6,7 +6,6 @@ use clap::Args;
 use ipnetwork::IpNetwork;
 
 use super::check::{Checker, text};
-use super::error::ConfigError;
 use super::file::KubeProxyConfiguration;
 use crate::address::parse_cidr;
 
@@ -46,7 +45,7 @@ pub enum Detector {
 
 /// The flags that [`Network`] comes from.
 #[derive(Args, Clone, Debug, Default)]
-pub struct NetworkFlags {
+pub(super) struct NetworkFlags {
     /// Networks of the pods: one CIDR, or one of each family
     #[arg(long, value_name = "CIDR[,CIDR]")]
     cluster_cidr: Option<String>,
@@ -68,30 +67,17 @@ pub struct NetworkFlags {
 }
 
 impl NetworkFlags {
-    /// Resolves the flags by themselves.
-    ///
-    /// # Errors
-    /// [`ConfigError::Invalid`], with every flag whose value cannot be used.
-    pub fn resolve(&self) -> Result<Network, ConfigError> {
-        let mut file = KubeProxyConfiguration::default();
-        self.fill(&mut file);
-        let mut check = Checker::default();
-        let network = Network::resolve(&file, &mut check, &mut Vec::new());
-        match check.into_invalid() {
-            invalid if invalid.is_empty() => Ok(network),
-            invalid => Err(ConfigError::Invalid(invalid)),
-        }
-    }
-
-    /// Puts the flags into the form of a file.
+    /// Puts the flags into the form of a file, over what that has.
     pub(super) fn fill(&self, file: &mut KubeProxyConfiguration) {
         let flags = self.clone();
-        file.cluster_cidr = flags.cluster_cidr;
-        file.detect_local_mode = flags.detect_local_mode;
-        file.detect_local.bridge_interface = flags.pod_bridge_interface;
-        file.detect_local.interface_name_prefix = flags.pod_interface_name_prefix;
-        file.node_port_addresses = flags.nodeport_addresses.map(super::values::not_empty);
-        file.bind_address = flags.bind_address;
+        let local = &mut file.detect_local;
+        local.bridge_interface = flags.pod_bridge_interface.or(local.bridge_interface.take());
+        local.interface_name_prefix = flags.pod_interface_name_prefix.or(local.interface_name_prefix.take());
+        file.cluster_cidr = flags.cluster_cidr.or(file.cluster_cidr.take());
+        file.detect_local_mode = flags.detect_local_mode.or(file.detect_local_mode.take());
+        let nodeport_addresses = flags.nodeport_addresses.map(super::values::not_empty);
+        file.node_port_addresses = nodeport_addresses.or(file.node_port_addresses.take());
+        file.bind_address = flags.bind_address.or(file.bind_address.take());
     }
 }
 

@@ -71,7 +71,7 @@ impl Default for SocketLb {
 
 /// Which frontends are answered to whom.
 #[derive(Args, Clone, Debug, Default)]
-pub struct AnswerFlags {
+pub(super) struct AnswerFlags {
     /// Beside --proxy-mode ebpf: answer unconnected UDP sockets, too
     #[arg(long, value_parser = go_bool(), num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     socket_lb_udp: Option<bool>,
@@ -120,15 +120,16 @@ impl From<Roots> for SocketLbFlags {
 }
 
 impl AnswerFlags {
-    /// The flags by themselves, the rest as by default.
-    pub fn resolve(&self) -> SocketLb {
-        SocketLb {
-            udp: self.socket_lb_udp.unwrap_or_default(),
-            external: self.socket_lb_external.unwrap_or_default(),
-            loopback_nodeports: self.socket_lb_loopback_nodeports.unwrap_or_default(),
-            host_namespace_only: self.socket_lb_host_namespace_only.unwrap_or_default(),
-            ..SocketLb::default()
-        }
+    /// Puts the flags into the form of a file, over what that has.
+    pub(super) fn fill(&self, file: &mut KubeProxyConfiguration) {
+        let section = &mut file.kube_lane.socket_lb;
+        *section = std::mem::take(section).under(SocketLbSection {
+            udp: self.socket_lb_udp,
+            external: self.socket_lb_external,
+            loopback_node_ports: self.socket_lb_loopback_nodeports,
+            host_namespace_only: self.socket_lb_host_namespace_only,
+            ..SocketLbSection::default()
+        });
     }
 }
 
@@ -138,15 +139,9 @@ impl SocketLbFlags {
         let own = &mut file.kube_lane;
         own.cgroup_root = self.roots.cgroup_root.clone();
         own.bpf_root = self.roots.bpf_root.clone();
-        own.socket_lb = SocketLbSection {
-            udp: self.answer.socket_lb_udp,
-            external: self.answer.socket_lb_external,
-            loopback_node_ports: self.answer.socket_lb_loopback_nodeports,
-            host_namespace_only: self.answer.socket_lb_host_namespace_only,
-            leave_alone: self.socket_lb_leave_alone.clone(),
-            pod_cgroups: self.socket_lb_pod_cgroups.clone(),
-            ..SocketLbSection::default()
-        };
+        own.socket_lb.leave_alone = self.socket_lb_leave_alone.clone();
+        own.socket_lb.pod_cgroups = self.socket_lb_pod_cgroups.clone();
+        self.answer.fill(file);
     }
 }
 
