@@ -68,8 +68,7 @@ pub(super) fn run(flags: &CheckFlags) -> anyhow::Result<ExitCode> {
         Output::Text => write!(out, "{nftables}{ebpf}")?,
         Output::Json => {
             let tables = json!({ "works": works, "nftables": nftables.to_json(), "ebpf": ebpf.to_json() });
-            serde_json::to_writer_pretty(&mut out, &tables)?;
-            writeln!(out)?;
+            writeln!(out, "{}", serde_json::to_string_pretty(&tables)?)?;
         }
     }
     Ok(if works { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -167,22 +166,32 @@ impl Table {
     }
 }
 
+impl Row {
+    fn fmt(&self, width: usize, f: &mut Formatter<'_>) -> fmt::Result {
+        let Self { name, required, needed_for, found, means } = self;
+        match found {
+            Ok(words) if words == "yes" => writeln!(f, "  yes  {name}"),
+            Ok(words) => writeln!(f, "  yes  {name:width$}  {words}"),
+            Err(words) => {
+                let no = if *required { "NO" } else { "no" };
+                writeln!(f, "  {no}   {name:width$}  {words}")?;
+                writeln!(f, "       {:width$}  for: {needed_for}", "")?;
+                writeln!(f, "       {:width$}  without it: {means}", "")
+            }
+        }
+    }
+}
+
 impl Display for Table {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         let works = if self.works() { "works" } else { "does not work here" };
         writeln!(f, "--proxy-mode {}: {works}", self.mode)?;
         let width = self.rows.iter().map(|row| row.name.len()).max().unwrap_or_default();
-        for Row { name, needed_for, found, means, .. } in &self.rows {
-            match found {
-                Ok(words) if words == "yes" => writeln!(f, "  yes  {name}")?,
-                Ok(words) => writeln!(f, "  yes  {name:width$}  {words}")?,
-                Err(words) => {
-                    writeln!(f, "  NO   {name:width$}  {words}")?;
-                    writeln!(f, "       {:width$}  for: {needed_for}", "")?;
-                    writeln!(f, "       {:width$}  without it: {means}", "")?;
-                }
-            }
+        let (required, optional): (Vec<_>, Vec<_>) = self.rows.iter().partition(|row| row.required);
+        required.into_iter().try_for_each(|row| row.fmt(width, f))?;
+        if !optional.is_empty() {
+            writeln!(f, "  not required:")?;
         }
-        Ok(())
+        optional.into_iter().try_for_each(|row| row.fmt(width, f))
     }
 }

@@ -61,7 +61,7 @@ pub(super) fn run(flags: &RunFlags) -> anyhow::Result<ExitCode> {
 /// Sets the node's sysctls, and has the kernel check the ruleset, for which it loads what modules that takes. `run` then
 /// needs fewer rights.
 pub(super) fn init_only(flags: &RunFlags) -> anyhow::Result<ExitCode> {
-    let config = say(flags.resolve_for_node(&Environment::read())?)?;
+    let config = say(flags.resolve_to_prepare(&Environment::read())?)?;
     sysctls::apply(&config.conntrack);
     let nftables = settings::nftables(&config);
     nftables::try_ruleset(&nftables, Family::V4).context("the node cannot be prepared")?;

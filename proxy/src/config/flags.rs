@@ -296,6 +296,15 @@ impl RunFlags {
         self.resolve_with(environment, Overrides { no_source: true, ..self.overrides() })
     }
 
+    /// The same for what only prepares the node.
+    ///
+    /// # Errors
+    /// As [`Self::resolve`].
+    pub fn resolve_to_prepare(&self, environment: &Environment) -> Result<Resolved, ConfigError> {
+        let overrides = Overrides { no_source: true, no_service: true, ..self.overrides() };
+        self.resolve_with(environment, overrides)
+    }
+
     fn resolve_with(&self, environment: &Environment, overrides: Overrides) -> Result<Resolved, ConfigError> {
         match self.config.as_ref().filter(|path| !path.is_empty()) {
             Some(path) => self.resolve_file(path.into(), environment, overrides),
@@ -367,6 +376,7 @@ impl RunFlags {
             no_healthz: off(&self.healthz_bind_address, self.healthz_port),
             no_metrics: off(&self.metrics_bind_address, self.metrics_port),
             no_source: false,
+            no_service: false,
         }
     }
 

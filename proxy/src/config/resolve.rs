@@ -55,6 +55,8 @@ pub(super) struct Overrides {
     pub(super) no_metrics: bool,
     /// What is asked for needs no source of Services.
     pub(super) no_source: bool,
+    /// It serves none either: what there is to say of serving them is said by the agent.
+    pub(super) no_service: bool,
 }
 
 /// What the process finds around it.
@@ -201,7 +203,8 @@ pub(super) fn resolve(
         Some(_) => nftables_all,
     };
 
-    let network = Network::resolve(&file, &mut check, &mut warnings);
+    let mut of_service = Vec::new();
+    let network = Network::resolve(&file, &mut check, &mut of_service);
     let (any, loopback): (IpAddr, IpAddr) = match network.bind_address {
         Some(IpAddr::V6(_)) => (Ipv6Addr::UNSPECIFIED.into(), Ipv6Addr::LOCALHOST.into()),
         _ => (Ipv4Addr::UNSPECIFIED.into(), Ipv4Addr::LOCALHOST.into()),
@@ -253,7 +256,10 @@ pub(super) fn resolve(
     if !invalid.is_empty() {
         return Err(ConfigError::Invalid(invalid));
     }
-    warnings.extend(socket_lb.warnings(mode, &network.detector, masquerade_all));
+    of_service.extend(socket_lb.warnings(mode, &network.detector, masquerade_all));
+    if !overrides.no_service {
+        warnings.append(&mut of_service);
+    }
     let idle = without_effect(&file.to_value(), written_mode);
     if !idle.is_empty() {
         let mut names: Vec<String> = idle.iter().map(|path| name_of(path)).collect();

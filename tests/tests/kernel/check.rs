@@ -46,7 +46,10 @@ fn config(host: &Host, mode: &str) -> NamedTempFile {
     let file = NamedTempFile::new().unwrap();
     let config = json!({
         "apiVersion": "kubeproxy.config.k8s.io/v1alpha1", "kind": "KubeProxyConfiguration", "mode": mode,
-        "kubeLane": {"cgroupRoot": host.cgroup(), "bpfRoot": host.bpf_root(), "countConnections": true},
+        "kubeLane": {
+            "cgroupRoot": host.cgroup(), "bpfRoot": host.bpf_root(), "countConnections": true,
+            "socketLB": {"podCgroups": ["/", "absent"]},
+        },
     });
     fs::write(file.path(), config.to_string()).unwrap();
     file
@@ -66,6 +69,10 @@ fn the_rights_of_an_agent_are_enough_and_nothing_is_left_behind() {
     let (success, told) = check(node, EBPF, &ebpf);
     assert!(success && told["ebpf"]["works"] == true, "{told:#}");
     assert_eq!(ruleset(node), "");
+    let (_, text, _) = run(node, EBPF, &[&["check"], &ebpf[..]].concat());
+    let [required, optional] = ["the ruleset  ", "connection tracking"].map(|row| text.find(row).unwrap());
+    let divided = text.find("  not required:\n").unwrap();
+    assert!(required < divided && divided < optional, "{text}");
 
     let (success, told) = check(node, NFTABLES, &ebpf);
     assert!(!success && told["nftables"]["works"] == true, "{told:#}");
@@ -87,6 +94,7 @@ fn the_configuration_says_what_has_to_work_and_flags_go_before_it() {
     assert!(success, "{told:#}");
     assert_eq!(row(&told, "nftables", "the ruleset with counters")["required"], true, "{told:#}");
     assert_eq!(row(&told, "ebpf", "cgroup v2")["found"], node.cgroup().to_str().unwrap(), "{told:#}");
+    assert_eq!(row(&told, "ebpf", "cgroups of pods")["found"], "/; not there: /absent", "{told:#}");
     assert!(!check(node, NFTABLES, &file).0, "its mode");
     assert!(check(node, NFTABLES, &[&file[..], &["--proxy-mode=nftables"]].concat()).0);
     let elsewhere = "--bpf-root=/tmp/kube-lane";
@@ -142,7 +150,7 @@ fn init_only_prepares_the_node_without_a_source() {
     let node = lab.node(0);
     let timeout = || fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_close_wait");
     let (success, _, log) = run(node, NFTABLES, &["--init-only", "--conntrack-tcp-timeout-close-wait=77m"]);
-    assert!(success && log.contains("the node is prepared"), "{log}");
+    assert!(success && log.contains("the node is prepared") && !log.contains("WARN"), "{log}");
     assert_eq!(node.run(timeout).unwrap().unwrap().trim(), "4620");
     assert_eq!(ruleset(node), "");
     let (success, _, log) = run(node, "-all", &["--init-only"]);

@@ -2,7 +2,7 @@
 //!
 //! Owns finding them. They are looked for again and again: kubelet makes them, and one that is made anew has another id.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use kube_lane_common::{POD_CGROUPS, PodCgroups};
 
@@ -42,6 +42,17 @@ impl PodPaths {
     /// What was found.
     pub(super) fn found(&self) -> PodCgroups {
         self.found
+    }
+
+    /// Which of them there are, and which not, for people.
+    pub(super) fn named(&self) -> String {
+        let (there, absent): (Vec<_>, Vec<_>) =
+            self.paths.iter().partition(|path| cgroup::id_of(&self.root.join(path)).is_some());
+        let list = |paths: Vec<&PathBuf>| {
+            let name = |path: &PathBuf| Path::new("/").join(path).display().to_string();
+            paths.into_iter().map(name).collect::<Vec<_>>().join(", ")
+        };
+        if absent.is_empty() { list(there) } else { format!("{}; not there: {}", list(there), list(absent)) }
     }
 
     /// Where nothing was found, for people.
