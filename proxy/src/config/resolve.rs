@@ -15,13 +15,13 @@ use super::{Api, Config, Conntrack, LogFormat, Logging, Mode, Network, SocketLb}
 const HEALTHZ_PORT: u16 = 10256;
 const METRICS_PORT: u16 = 10249;
 
-/// Fields that take effect, or that ask for what always holds here (no client-side rate limit, no log buffer).
+/// Fields that take effect, or that ask for what always holds here (no log buffer).
 const HONOURED: &[&str] = &[
     "apiVersion",
     "kind",
     "bindAddress",
     "bindAddressHardFail",
-    "clientConnection.",
+    "clientConnection.kubeconfig",
     "clusterCIDR",
     "conntrack.",
     "detectLocal.",
@@ -293,6 +293,9 @@ pub(super) fn resolve(
 /// (off, empty, leave as it is) is what kube-lane does anyway.
 fn without_effect(file: &Value, mode: Option<&str>) -> Vec<String> {
     let defaults = json!({
+        "clientConnection": {
+            "contentType": "application/vnd.kubernetes.protobuf", "qps": 5.0, "burst": 10,
+        },
         "configSyncPeriod": "15m0s",
         "oomScoreAdj": -999,
         "iptables": {

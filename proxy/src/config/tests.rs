@@ -237,12 +237,24 @@ fn what_has_no_effect_is_named_in_one_warning() {
         resolve(&flags).unwrap().warnings,
         ["without effect in kube-lane so far: --profiling, --ipvs-scheduler, --oom-score-adj"]
     );
+    assert_eq!(
+        resolve(&["--cluster-cidr=10.0.0.0/8", "--kube-api-qps=50", "--kube-api-burst=10"]).unwrap().warnings,
+        ["without effect in kube-lane so far: --kube-api-qps"],
+        "there is no limit"
+    );
     let file = ConfigFile::fields(
         "idle",
-        "detectLocalMode: NodeCIDR\nfeatureGates: {A: true}\noomScoreAdj: 5\nconntrack: {min: 5, maxPerCore: 0}\n",
+        "detectLocalMode: NodeCIDR\nfeatureGates: {A: true}\noomScoreAdj: 5\nclientConnection: {acceptContentTypes: a, \
+         contentType: b, burst: 0}\nconntrack: {min: 5, maxPerCore: 0}\n",
     );
     let warnings = file.resolve(&[]).unwrap().warnings;
-    assert_eq!(warnings, ["without effect in kube-lane so far: featureGates, oomScoreAdj"]);
+    assert_eq!(
+        warnings,
+        [
+            "without effect in kube-lane so far: clientConnection.acceptContentTypes, clientConnection.contentType, \
+          featureGates, oomScoreAdj"
+        ]
+    );
 }
 
 #[test]
