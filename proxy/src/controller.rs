@@ -21,6 +21,7 @@ use crate::memory;
 use crate::model::input::{Event, ServiceKey};
 use crate::model::plan::{NodePlan, Plan};
 use crate::model::planner::{Changes, Planner};
+use crate::observability::changes::Changes as ChangeMetrics;
 use crate::observability::commits::Commits;
 use crate::status::{About, Known, PAGE, Query, Report};
 
@@ -48,6 +49,7 @@ pub struct Controller<D> {
     min_sync_period: Duration,
     health: watch::Sender<HealthState>,
     commits: Commits,
+    changes: ChangeMetrics,
     started: Instant,
 }
 
@@ -116,6 +118,7 @@ impl<D: Dataplane> Controller<D> {
         min_sync_period: Duration,
         health: watch::Sender<HealthState>,
         commits: Commits,
+        changes: ChangeMetrics,
     ) -> Self {
         Self {
             planner,
@@ -127,6 +130,7 @@ impl<D: Dataplane> Controller<D> {
             min_sync_period,
             health,
             commits,
+            changes,
             started: Instant::now(),
         }
     }
@@ -187,12 +191,21 @@ impl<D: Dataplane> Controller<D> {
 
     /// Takes events in and plans what they changed.
     fn plan(&mut self, events: impl Iterator<Item = Event>) {
-        events.for_each(|event| self.planner.apply(event));
+        for event in events {
+            self.changes.seen(&event);
+            self.planner.apply(event);
+        }
         let changes = self.planner.replan();
         self.report_warnings(&changes);
+        if changes.node.is_some() || !changes.services.is_empty() {
+            self.changes.queued();
+        }
         self.pending.add(changes);
         if self.pending.sweep == Sweep::NotYet && self.planner.synced() {
             self.pending.sweep = Sweep::Due;
+        }
+        if self.pending.is_empty() {
+            self.changes.nothing_waits();
         }
         self.publish_pending();
     }
@@ -266,6 +279,7 @@ impl<D: Dataplane> Controller<D> {
             "committed"
         );
         self.commits.succeeded(&total, begun.elapsed());
+        self.changes.committed();
         self.publish_committed();
         if sweep {
             memory::trim();

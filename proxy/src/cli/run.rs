@@ -24,6 +24,7 @@ use crate::dataplane::{AtConnect, Follower, Layers, Withdrawal};
 use crate::health::{HealthState, Servers, ServiceHealth};
 use crate::model::input::{Event, Family, Origin};
 use crate::model::planner::Planner;
+use crate::observability::changes::Changes;
 use crate::observability::commits::Commits;
 use crate::observability::events::{Events, Reason};
 use crate::observability::flows::Flows;
@@ -185,6 +186,7 @@ fn agent(
 ) -> impl Future<Output = anyhow::Result<()>> + use<> {
     // Modules register their metrics before the first await.
     let commits = Commits::register(registry);
+    let changes = Changes::register(registry);
     let flows = Flows::register(registry);
     let no_local_endpoints = NoLocalEndpoints::register(registry);
     let is_wanted = why.is_some() || matches!(at_connect, AtConnect::Socket(..));
@@ -208,7 +210,7 @@ fn agent(
         let service_health = ServiceHealth::spawn(on_nodeport_addresses, health.subscribe(), kubernetes);
         let followers: Vec<Box<dyn Follower>> =
             vec![Box::new(conntrack), Box::new(service_health), Box::new(no_local_endpoints)];
-        Controller::new(planner, dataplane, followers, config.min_sync_period, health, commits)
+        Controller::new(planner, dataplane, followers, config.min_sync_period, health, commits, changes)
             .run(inbox, queries, foreign, behind)
             .await;
         anyhow::bail!("all sources ended")

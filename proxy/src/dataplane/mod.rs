@@ -40,6 +40,8 @@ pub struct Batch {
 pub struct Outcome {
     /// Services that could not be programmed and why; what they had before is still in force.
     pub failed: Vec<(ServiceKey, String)>,
+    /// The kernel was read back, and everything compared with it.
+    pub full: bool,
     /// Elements added to the kernel.
     pub added: usize,
     /// Elements removed from the kernel.
@@ -86,6 +88,7 @@ impl Outcome {
     /// Adds what another commit did.
     pub fn absorb(&mut self, other: Self) {
         self.failed.extend(other.failed);
+        self.full |= other.full;
         self.added += other.added;
         self.removed += other.removed;
         self.messages += other.messages;

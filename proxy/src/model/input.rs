@@ -298,6 +298,9 @@ pub enum Change {
     Node(Option<Node>),
     /// Every CIDR of every ServiceCIDR object, all together.
     ServiceCidrs(Vec<IpNetwork>),
+    /// What triggered the change before this one at the API server (`endpoints.kubernetes.io/last-change-trigger-time`),
+    /// in microseconds since the epoch; the family of its slice. For metrics alone.
+    Triggered(Family, i64),
     /// Whether the source can read all that it has; true unless it says otherwise. While it cannot, what an earlier
     /// run left in the kernel may belong to what it cannot read, and is not stale.
     Complete(bool),

@@ -110,6 +110,7 @@ impl Planner {
                 objects.set_service_cidrs(origin, cidrs);
                 self.node_dirty = true;
             }
+            Change::Triggered(..) => {}
             Change::Complete(complete) => {
                 self.incomplete.retain(|other| *other != origin);
                 self.incomplete.extend((!complete).then_some(origin));

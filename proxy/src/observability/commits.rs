@@ -11,9 +11,11 @@ use super::metrics::{KUBE_LANE, KUBE_PROXY, durations};
 use crate::dataplane::Outcome;
 
 /// Counts commits and what they wrote.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Commits {
     duration: Histogram,
+    full_duration: Histogram,
+    partial_duration: Histogram,
     failures: Counter,
     added: Counter,
     removed: Counter,
@@ -29,6 +31,8 @@ impl Commits {
     pub fn register(registry: &mut Registry) -> Self {
         let commits = Self {
             duration: durations(),
+            full_duration: durations(),
+            partial_duration: durations(),
             failures: Counter::default(),
             added: Counter::default(),
             removed: Counter::default(),
@@ -43,6 +47,16 @@ impl Commits {
             "sync_proxy_rules_duration_seconds",
             "How long a commit to the kernel took",
             commits.duration.clone(),
+        );
+        kube_proxy.register(
+            "sync_full_proxy_rules_duration_seconds",
+            "How long a commit took that read the kernel back and compared everything",
+            commits.full_duration.clone(),
+        );
+        kube_proxy.register(
+            "sync_partial_proxy_rules_duration_seconds",
+            "How long a commit took of what had changed",
+            commits.partial_duration.clone(),
         );
         kube_proxy.register(
             "sync_proxy_rules_nftables_sync_failures",
@@ -75,6 +89,8 @@ impl Commits {
     /// A commit took effect.
     pub fn succeeded(&self, outcome: &Outcome, took: Duration) {
         self.duration.observe(took.as_secs_f64());
+        let duration = if outcome.full { &self.full_duration } else { &self.partial_duration };
+        duration.observe(took.as_secs_f64());
         self.added.inc_by(outcome.added as u64);
         self.removed.inc_by(outcome.removed as u64);
         self.messages.inc_by(outcome.messages as u64);

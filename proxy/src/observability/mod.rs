@@ -2,6 +2,7 @@
 //!
 //! Read by nobody's decisions.
 
+pub mod changes;
 pub mod commits;
 pub mod events;
 pub mod flows;

@@ -62,6 +62,15 @@ pub(crate) struct Metadata<'a> {
     pub(crate) creation_timestamp: Option<Text<'a>>,
     pub(crate) deletion_timestamp: Option<IgnoredAny>,
     pub(crate) labels: Option<Labels<'a>>,
+    pub(crate) annotations: Option<Annotations<'a>>,
+}
+
+/// The annotations that mean something here.
+#[derive(Debug, Default, serde::Deserialize)]
+#[serde(default)]
+pub(crate) struct Annotations<'a> {
+    #[serde(borrow, rename = "endpoints.kubernetes.io/last-change-trigger-time")]
+    pub(crate) trigger_time: Option<Text<'a>>,
 }
 
 /// The labels that mean something to a Service proxy.

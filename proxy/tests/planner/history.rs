@@ -90,6 +90,7 @@ impl World {
                 self.slices.remove(&(origin, key));
                 return;
             }
+            Change::Triggered(..) => return,
             Change::Node(_) => Fact::Node,
             Change::ServiceCidrs(_) => Fact::ServiceCidrs,
             Change::Complete(_) => Fact::Complete,

@@ -81,6 +81,7 @@ impl Source {
                 Change::ServiceGone(key) | Change::SliceGone(key) => key.to_string(),
                 Change::Node(_) => "node".to_owned(),
                 Change::ServiceCidrs(_) => "cidrs".to_owned(),
+                Change::Triggered(..) => continue,
                 Change::Complete(_) => "complete".to_owned(),
                 Change::Synced => "synced".to_owned(),
             };
@@ -116,6 +117,7 @@ fn words(event: &Event) -> String {
         Change::SliceGone(key) => format!("slice {key} gone"),
         Change::Node(node) => format!("node {:?}", node.as_ref().map(|node| &node.addresses)),
         Change::ServiceCidrs(cidrs) => format!("cidrs {}", cidrs.len()),
+        Change::Triggered(family, _) => format!("{family} triggered"),
         Change::Complete(complete) => format!("complete {complete}"),
         Change::Synced => "synced".to_owned(),
     }

@@ -284,7 +284,7 @@ impl Nftables {
     /// Reads the truth back, then applies everything that should be there.
     fn reconcile(&mut self, batch: &Batch) -> Result<Outcome, NftablesError> {
         let everything = self.everything(batch);
-        let mut outcome = Outcome::default();
+        let mut outcome = Outcome { full: true, ..Outcome::default() };
         let mut result = Ok(());
         for depth in [Depth::Reachable, Depth::Everything] {
             outcome.failed.clear();

@@ -3,10 +3,14 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use k8s_openapi::jiff::Timestamp;
+
 use super::names::{is_label, is_subdomain};
 use super::{Converted, Converter, Ignored, Report, ports, wire};
 use crate::address::parse_ip;
-use crate::model::input::{Endpoint, EndpointSlice, Family, Hints, ObjectKey, Origin, ServiceKey, SlicePort};
+use crate::model::input::{
+    Change, Endpoint, EndpointSlice, Family, Hints, ObjectKey, Origin, ServiceKey, SlicePort,
+};
 use crate::source::intern::Interner;
 
 impl Converter {
@@ -43,6 +47,19 @@ impl Converter {
         let ports = slice_ports.intern(&ports);
         Converted::Read(EndpointSlice { key: key.clone(), service, family, ports, endpoints })
     }
+}
+
+/// What the change of a slice came from, where that was after `since`: what was known before, too, comes with the time that
+/// it had then.
+pub(crate) fn triggered(
+    change: &Change,
+    metadata: Option<&wire::Metadata<'_>>,
+    since: Timestamp,
+) -> Option<Change> {
+    let Change::Slice(slice) = change else { return None };
+    let time = metadata?.annotations.as_ref()?.trigger_time.as_deref()?;
+    let time: Timestamp = time.parse().ok().filter(|time| *time > since)?;
+    Some(Change::Triggered(slice.family, time.as_microsecond()))
 }
 
 /// The Service that the slice belongs to, and its family.

@@ -3,9 +3,11 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use k8s_openapi::jiff::Timestamp;
+
 use super::*;
 use crate::model::input::{
-    EndpointSlice, External, Family, Hints, Node, Protocol, Service, ServiceType, TrafficPolicy,
+    Change, EndpointSlice, External, Family, Hints, Node, Protocol, Service, ServiceType, TrafficPolicy,
 };
 
 fn convert_service(origin: Origin, json: &str) -> (Converted<Service>, Vec<String>) {
@@ -172,6 +174,20 @@ fn slices_that_no_proxy_reads() {
     for (json, why) in table {
         assert_eq!(convert_slice(Origin::Api, json), (Converted::Ignored(why), vec![]), "{json}");
     }
+}
+
+#[test]
+fn a_slice_tells_what_triggered_its_change() {
+    let json = r#"{"metadata": {"annotations": {"a": "b",
+        "endpoints.kubernetes.io/last-change-trigger-time": "2026-01-01T00:00:01.5Z"},
+        "labels": {"kubernetes.io/service-name": "web"}}, "addressType": "IPv6", "endpoints": null, "ports": null}"#;
+    let object: wire::EndpointSlice<'_> = serde_json::from_str(json).unwrap();
+    let change = Change::Slice(read(convert_slice(Origin::Api, json).0));
+    let since = |text: &str| triggered(&change, object.metadata.as_ref(), text.parse().unwrap());
+    let at = Change::Triggered(Family::V6, 1_767_225_601_500_000);
+    assert_eq!(since("2026-01-01T00:00:01Z"), Some(at));
+    assert_eq!(since("2026-01-01T00:00:02Z"), None, "it is older than the watch");
+    assert_eq!(triggered(&change, None, Timestamp::MIN), None);
 }
 
 #[test]

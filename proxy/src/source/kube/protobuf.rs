@@ -269,6 +269,8 @@ impl<'a> From<&'a Metadata> for wire::Metadata<'a> {
                 headless: label("service.kubernetes.io/headless").map(|_| IgnoredAny),
                 zone: optional(label("topology.kubernetes.io/zone")),
             }),
+            // What a list names may have changed at any time.
+            annotations: None,
         }
     }
 }

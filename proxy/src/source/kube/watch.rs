@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use futures::{AsyncBufRead, AsyncBufReadExt, FutureExt};
 use http::HeaderValue;
+use k8s_openapi::jiff::Timestamp;
 use kube::Client;
 use kube::api::{ListParams, VersionMatch, WatchParams};
 use kube::core::{Request, Status};
@@ -28,6 +29,7 @@ use super::list::{List, Part};
 use super::protobuf::ListMetadata;
 use super::{KubeSourceConfig, api_event};
 use crate::model::input::{Change, Event};
+use crate::source::convert::triggered;
 use crate::source::wire::{self, Object, Text};
 
 /// What the objects of a list are asked for in.
@@ -75,6 +77,7 @@ pub(super) struct Watch<K> {
     /// The watch that was resumed is one that the server goes on with.
     settled: bool,
     pauses: u32,
+    started: Timestamp,
 }
 
 /// The receiver is gone, or the session came to an end that says why.
@@ -127,6 +130,7 @@ impl<K: Keeper> Watch<K> {
             absent: false,
             settled: false,
             pauses: 0,
+            started: Timestamp::now(),
         }
     }
 
@@ -381,7 +385,12 @@ impl<K: Keeper> Watch<K> {
         let metadata = decoded.object.metadata();
         let version = metadata.and_then(|metadata| metadata.resource_version.as_deref());
         match &*decoded.kind {
-            "ADDED" | "MODIFIED" => self.keeper.put(&decoded.object, changes),
+            "ADDED" | "MODIFIED" => {
+                let before = changes.len();
+                self.keeper.put(&decoded.object, changes);
+                let slice = changes.get(before..).and_then(<[Change]>::last);
+                changes.extend(slice.and_then(|slice| triggered(slice, metadata, self.started)));
+            }
             "DELETED" => self.keeper.remove(&decoded.object, changes),
             // It brings a version alone.
             "BOOKMARK" => {}

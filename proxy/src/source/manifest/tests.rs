@@ -56,6 +56,7 @@ fn summary(events: &[Event]) -> Vec<String> {
                     format!("node {}", node.as_ref().map_or(0, |node| node.addresses.len()))
                 }
                 Change::ServiceCidrs(cidrs) => format!("cidrs {}", cidrs.len()),
+                Change::Triggered(..) => "triggered".to_owned(),
                 Change::Complete(complete) => format!("complete {complete}"),
                 Change::Synced => "synced".to_owned(),
             },
