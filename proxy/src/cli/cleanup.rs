@@ -12,7 +12,7 @@ use super::instance;
 use crate::config::SocketLb;
 use crate::config::flags::{AgentFlags, LogFlags, RunFlags};
 use crate::dataplane::nftables::{self, Marks};
-use crate::dataplane::socket::{self, Removal, SocketError};
+use crate::dataplane::socket::{self, Presence, Removal, SocketError};
 use crate::observability::telemetry;
 
 #[derive(Args, Debug)]
@@ -63,16 +63,22 @@ fn remove(log: &LogFlags, agent: &RunFlags) -> anyhow::Result<ExitCode> {
         }
     }
     let Some(mark) = mark else { return Ok(ExitCode::SUCCESS) };
-    let is_gone = match &marked {
-        Some(marked) => *marked == bpf_root && removal != Removal::Unseen,
-        None => removal == Removal::Done,
+    let left = match &marked {
+        Some(marked) => socket::presence(marked).context("what the mark of the socket layer names")?,
+        None if removal == Removal::Done => Presence::Absent,
+        None => Presence::Unseen,
     };
-    if !is_gone {
-        bail!(
+    match left {
+        Presence::Absent => {
+            marks.remove()?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Presence::Pinned => {
+            bail!("a socket layer is pinned at {mark} all the same: run this with --bpf-root={mark}, too")
+        }
+        Presence::Unseen => bail!(
             "a socket layer may be there all the same, pinned at {mark}: run this where that is on the node's BPF file \
              system, with --bpf-root if it is named otherwise there"
-        );
+        ),
     }
-    marks.remove()?;
-    Ok(ExitCode::SUCCESS)
 }

@@ -19,8 +19,8 @@ use crate::config::{Api, Config, Environment, Mode, Resolved};
 use crate::controller::Controller;
 use crate::dataplane::conntrack::Conntrack;
 use crate::dataplane::nftables::{self, Marks, Nftables};
-use crate::dataplane::socket::{Owner, Socket};
-use crate::dataplane::{AtConnect, Follower, Layers, Withdrawal};
+use crate::dataplane::socket::{self, Owner, Removal, Socket, SocketError};
+use crate::dataplane::{AtConnect, Awaited, Follower, Layers, Withdrawal};
 use crate::health::{HealthState, Servers, ServiceHealth};
 use crate::model::input::{Event, Family, Origin};
 use crate::model::planner::Planner;
@@ -105,8 +105,16 @@ fn open_front(mut config: Config) -> anyhow::Result<(Config, Front)> {
     let bpf_root = config.socket_lb.bpf_root.clone();
     let mut why = None;
     if config.mode == Mode::Ebpf {
+        withdraw_elsewhere(&mut marks, &bpf_root)?;
         match open_socket(&config, &mut marks) {
             Ok(socket) => return Ok((config, (AtConnect::Socket(Box::new(socket), marks, bpf_root), None))),
+            Err(error) if matches!(error.downcast_ref(), Some(SocketError::Owned { .. })) => {
+                let again = config.clone();
+                let explain = |error: anyhow::Error| rights::explain(rights::EBPF, error.as_ref());
+                let open = Box::new(move |marks: &mut Marks| open_socket(&again, marks).map_err(explain));
+                let awaited = Awaited::new(marks, bpf_root, open, explain(error));
+                return Ok((config, (AtConnect::Awaited(awaited), None)));
+            }
             Err(error) => {
                 let words = rights::explain(rights::EBPF, error.as_ref());
                 warn!(
@@ -118,6 +126,27 @@ fn open_front(mut config: Config) -> anyhow::Result<(Config, Front)> {
         }
     }
     Ok((config, (AtConnect::Nothing(Withdrawal::begin(marks, &bpf_root)), why)))
+}
+
+/// What an earlier run on this node left in another place would stand before or behind what comes now.
+fn withdraw_elsewhere(marks: &mut Marks, bpf_root: &Path) -> anyhow::Result<()> {
+    let marked = marks.read()?.and_then(|mark| mark.bpf_root);
+    let Some(elsewhere) = marked.filter(|marked| marked != bpf_root) else { return Ok(()) };
+    let at = elsewhere.display();
+    match socket::withdraw(&elsewhere, true) {
+        Ok(Removal::Unseen) => {
+            warn!(bpf_root = %at, "the socket layer of an earlier run may be left: that is on no BPF file system here");
+            return Ok(());
+        }
+        Ok(Removal::Done) => info!(bpf_root = %at, "removed the socket layer that an earlier run had there"),
+        Ok(Removal::Nothing) => {}
+        Err(error) => {
+            let error = &error as &dyn std::error::Error;
+            warn!(bpf_root = %at, error, "the socket layer of an earlier run cannot be removed");
+            return Ok(());
+        }
+    }
+    Ok(marks.remove()?)
 }
 
 /// Opens the socket layer; the mark is there before anything is attached.
@@ -189,7 +218,7 @@ fn agent(
     let changes = Changes::register(registry);
     let flows = Flows::register(registry);
     let no_local_endpoints = NoLocalEndpoints::register(registry);
-    let is_wanted = why.is_some() || matches!(at_connect, AtConnect::Socket(..));
+    let is_wanted = why.is_some() || !matches!(at_connect, AtConnect::Nothing(_));
     let files = Manifests::register(registry);
     let layer = SocketLayer::register(registry, is_wanted);
     async move {

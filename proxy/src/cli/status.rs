@@ -13,7 +13,7 @@ use super::instance;
 use crate::causes::with_causes;
 use crate::config::SocketLb;
 use crate::dataplane::nftables::{self, Marks};
-use crate::dataplane::socket;
+use crate::dataplane::socket::{self, Presence};
 use crate::status::{Head, Request};
 
 /// A commit of very many Services may be under way.
@@ -47,7 +47,7 @@ pub(super) fn run(flags: &StatusFlags) -> anyhow::Result<ExitCode> {
         all: flags.all,
         json: matches!(flags.output, Output::Json),
     };
-    writeln!(stream, "{}", serde_json::to_string(&request)?)?;
+    writeln!(stream, "{}", serde_json::to_string(&request)?).context("cannot ask the agent")?;
     stream.shutdown(Shutdown::Write)?;
 
     let mut answer = BufReader::new(stream);
@@ -74,26 +74,36 @@ fn nobody() -> String {
     let mark = Marks::open().and_then(|mut marks| marks.read()).ok().flatten();
     let is_marked = mark.is_some();
     let bpf_root = mark.and_then(|mark| mark.bpf_root).unwrap_or_else(|| SocketLb::default().bpf_root);
-    let tables = nftables::is_installed().map_err(|error| with_causes(&error));
-    let programs =
-        socket::is_installed(&bpf_root).map(|found| found || is_marked).map_err(|error| with_causes(&error));
     let root = bpf_root.display();
-    let left = match (tables, programs) {
-        (Ok(false), Ok(false)) => {
-            return format!(
-                "no kube-lane runs here, and nothing of it is in the kernel: no nftables tables in this network namespace, \
-                 no eBPF programs pinned in {root}. `kube-lane check` tells whether it can run on this node"
-            );
-        }
-        (Ok(true), Ok(false)) => "its nftables tables".to_owned(),
-        (Ok(false), Ok(true)) => format!("its eBPF programs, pinned in {root}"),
-        (Ok(true), Ok(true)) => format!("its nftables tables, and its eBPF programs, pinned in {root}"),
+    let tables = nftables::is_installed().map_err(|error| with_causes(&error));
+    let programs = socket::presence(&bpf_root).map_err(|error| with_causes(&error));
+    let (tables, programs) = match (tables, programs) {
+        (Ok(tables), Ok(programs)) => (tables, programs),
         (Err(error), _) | (_, Err(error)) => {
             return format!("no kube-lane runs here; what one may have left cannot be told: {error}");
         }
     };
+    let programs = match programs {
+        Presence::Pinned => Some(format!("its eBPF programs, pinned in {root}")),
+        Presence::Absent if is_marked => {
+            Some(format!("the mark of eBPF programs that were pinned in {root} and have gone"))
+        }
+        Presence::Unseen if is_marked => Some(format!(
+            "perhaps its eBPF programs, which it pinned in {root}: that is on no BPF file system here"
+        )),
+        Presence::Absent | Presence::Unseen => None,
+    };
+    let tables = tables.then(|| "its nftables tables".to_owned());
+    let left: Vec<_> = tables.into_iter().chain(programs).collect();
+    if left.is_empty() {
+        return format!(
+            "no kube-lane runs here, and nothing of it is in the kernel: no nftables tables in this network namespace, no \
+             eBPF programs pinned in {root}. `kube-lane check` tells whether it can run on this node"
+        );
+    }
     format!(
         "no kube-lane runs here (in this network namespace, as this user); what it left is in force and follows no change: \
-         {left}. Start it again, or remove that with `kube-lane cleanup`"
+         {}. Start it again, or remove that with `kube-lane cleanup`",
+        left.join(", and ")
     )
 }

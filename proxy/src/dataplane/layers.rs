@@ -14,7 +14,7 @@ use tracing::{debug, error, info, warn};
 use super::nftables::{Marks, Nftables, NftablesError};
 use super::socket::Socket;
 use super::socket::answers::{Answer, Limit, Why};
-use super::{AtSocket, Batch, Dataplane, Inspection, Outcome, Withdrawal};
+use super::{AtSocket, Awaited, Batch, Dataplane, Inspection, Outcome, Withdrawal};
 use crate::causes::with_causes;
 use crate::model::input::ServiceKey;
 use crate::model::plan::Plan;
@@ -31,6 +31,9 @@ const FORGOTTEN: &str =
 /// What it means that nobody is known to be a pod.
 const NO_PODS: &str = "nftables alone answers pods; kubeLane.socketLB.podCgroups (--socket-lb-pod-cgroups) names the \
                        cgroup that they run below";
+/// What it means that another's programs are there.
+const SHARED: &str = "whichever came first answers alone: give each agent a --cgroup-root of its own, or take away with \
+                      `kube-lane cleanup --bpf-root` what no agent follows";
 /// How many Services without room a commit names in the log.
 const NAMED: usize = 10;
 
@@ -38,6 +41,7 @@ const NAMED: usize = 10;
 pub struct Layers {
     nftables: Nftables,
     front: Option<Front>,
+    awaited: Option<Awaited>,
     withdrawal: Option<Withdrawal>,
     told: Box<dyn Fn(InFront)>,
 }
@@ -49,12 +53,17 @@ pub struct InFront {
     pub in_place: bool,
     /// That of an earlier run may be there, and nobody can take it away.
     pub left_over: bool,
+    /// That of another agent is at the same cgroup.
+    pub shared: bool,
 }
 
 /// What there is in front of nftables.
 pub enum AtConnect {
     /// The socket layer, marked as pinned there.
     Socket(Box<Socket>, Marks, PathBuf),
+    /// The socket layer, as soon as it can be had. Nobody is told then of a descriptor: what it follows that comes in no
+    /// batch, it looks for each second.
+    Awaited(Awaited),
     /// Nothing, once what an earlier run left has gone.
     Nothing(Withdrawal),
 }
@@ -72,6 +81,8 @@ struct Front {
     is_forgetful: bool,
     /// Why it answers no pods.
     missing_pods: Option<String>,
+    /// Whose programs are there as well.
+    others: Option<String>,
     /// When it looks next for what nobody tells.
     look: Instant,
     /// When it has something to do by itself; `None`: not before the first batch.
@@ -81,23 +92,13 @@ struct Front {
 impl Layers {
     /// nftables, and what is in front of it; `told` hears of that again and again.
     pub fn new(nftables: Nftables, at_connect: AtConnect, told: impl Fn(InFront) + 'static) -> Self {
-        let look = Instant::now() + LOOK;
-        let front = |socket, marks, bpf_root| Front {
-            socket,
-            marks,
-            bpf_root,
-            trouble: None,
-            full: BTreeMap::new(),
-            is_forgetful: false,
-            missing_pods: None,
-            look,
-            due: None,
-        };
-        let (front, withdrawal) = match at_connect {
-            AtConnect::Socket(socket, marks, bpf_root) => (Some(front(socket, marks, bpf_root)), None),
-            AtConnect::Nothing(withdrawal) => (None, Some(withdrawal)),
-        };
-        let layers = Self { nftables, front, withdrawal, told: Box::new(told) };
+        let (mut front, mut awaited, mut withdrawal) = (None, None, None);
+        match at_connect {
+            AtConnect::Socket(socket, marks, bpf_root) => front = Some(Front::new(socket, marks, bpf_root)),
+            AtConnect::Awaited(layer) => awaited = Some(layer),
+            AtConnect::Nothing(left) => withdrawal = Some(left),
+        }
+        let layers = Self { nftables, front, awaited, withdrawal, told: Box::new(told) };
         layers.tell();
         layers
     }
@@ -106,7 +107,20 @@ impl Layers {
         (self.told)(InFront {
             in_place: self.front.as_ref().is_some_and(|front| front.socket.is_in_place()),
             left_over: self.withdrawal.as_ref().is_some_and(|withdrawal| withdrawal.trouble().is_some()),
+            shared: self.front.as_ref().is_some_and(|front| front.others.is_some()),
         });
+    }
+
+    /// Brings the socket layer into use once it can be had, with all that nftables has: that is known by then.
+    fn take_awaited(&mut self) {
+        let is_programmed = self.nftables.is_programmed();
+        let Some(socket) = self.awaited.as_mut().and_then(|awaited| awaited.attempt(is_programmed)) else {
+            return;
+        };
+        if let Some(Awaited { marks, bpf_root, .. }) = self.awaited.take() {
+            let front = self.front.insert(Front::new(Box::new(socket), marks, bpf_root));
+            front.apply(&self.nftables.programmed(), &Outcome::default());
+        }
     }
 
     /// A descriptor that becomes readable when the socket layer has something to follow that comes in no batch: then call
@@ -139,7 +153,8 @@ impl Dataplane for Layers {
 
     fn due(&self) -> Option<Instant> {
         let front = self.front.as_ref().and_then(|front| front.due);
-        front.or_else(|| self.withdrawal.as_ref()?.due())
+        let awaited = self.awaited.as_ref().map(Awaited::due);
+        front.or(awaited).or_else(|| self.withdrawal.as_ref()?.due())
     }
 
     fn catch_up(&mut self) {
@@ -150,6 +165,7 @@ impl Dataplane for Layers {
         if let Some(withdrawal) = &mut self.withdrawal {
             withdrawal.attempt();
         }
+        self.take_awaited();
         self.tell();
     }
 
@@ -168,7 +184,8 @@ impl Dataplane for Layers {
 
     fn troubles(&self) -> Vec<String> {
         let Some(front) = &self.front else {
-            return self.withdrawal.iter().filter_map(Withdrawal::trouble).collect();
+            let left = self.withdrawal.iter().filter_map(Withdrawal::trouble);
+            return self.awaited.iter().map(Awaited::trouble).chain(left).collect();
         };
         let trouble =
             front.trouble.iter().map(|(words, _)| format!("the socket layer {}: {words}", front.state()));
@@ -176,11 +193,27 @@ impl Dataplane for Layers {
             front.full.iter().map(|(service, limit)| format!("nftables alone answers {service}: {limit}"));
         let forgetful = front.is_forgetful.then(|| format!("nftables alone answers {FORGOTTEN}"));
         let pods = front.missing_pods.iter().map(|missing| format!("{missing}: {NO_PODS}"));
-        trouble.chain(full).chain(forgetful).chain(pods).collect()
+        let others = front.others.iter().map(|others| format!("{others}: {SHARED}"));
+        trouble.chain(full).chain(forgetful).chain(pods).chain(others).collect()
     }
 }
 
 impl Front {
+    fn new(socket: Box<Socket>, marks: Marks, bpf_root: PathBuf) -> Self {
+        Self {
+            socket,
+            marks,
+            bpf_root,
+            trouble: None,
+            full: BTreeMap::new(),
+            is_forgetful: false,
+            missing_pods: None,
+            others: None,
+            look: Instant::now() + LOOK,
+            due: None,
+        }
+    }
+
     /// Follows what nftables did; `None` where it lags behind.
     fn apply(&mut self, batch: &Batch, outcome: &Outcome) -> Option<AtSocket> {
         let now = Instant::now();
@@ -205,6 +238,7 @@ impl Front {
                 self.note_full(applied.full);
                 self.note_forgetful();
                 self.note_pods();
+                self.note_others();
                 self.due = Some(self.look);
                 Some(AtSocket { writes: applied.writes, took: now.elapsed() })
             }
@@ -262,6 +296,16 @@ impl Front {
         match &self.missing_pods {
             Some(missing) if !were_missing => warn!("{missing}: {NO_PODS}"),
             None if were_missing => info!("there is a cgroup of pods: pods are answered at the socket"),
+            _ => {}
+        }
+    }
+
+    /// Says that another agent's programs are there, and that they are no more.
+    fn note_others(&mut self) {
+        let before = std::mem::replace(&mut self.others, self.socket.others());
+        match &self.others {
+            Some(others) if before.as_ref() != Some(others) => warn!("{others}: {SHARED}"),
+            None if before.is_some() => info!("no other socket layer is attached there any more"),
             _ => {}
         }
     }

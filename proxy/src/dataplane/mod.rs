@@ -3,6 +3,7 @@
 //! Owns kernel state of ours and nothing else. Never decides policy: it programs what the plan says, or reports the
 //! Service it could not program.
 
+mod awaited;
 pub mod conntrack;
 #[cfg(test)]
 #[path = "../../tests/planner/history.rs"]
@@ -18,6 +19,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+pub use self::awaited::{Awaited, Open};
 pub use self::inspection::{Counts, Inspection};
 pub use self::layers::{AtConnect, InFront, Layers};
 pub use self::withdrawal::Withdrawal;

@@ -11,6 +11,7 @@ use crate::dataplane::InFront;
 pub struct SocketLayer {
     in_place: Gauge,
     left_over: Gauge,
+    shared: Gauge,
 }
 
 impl SocketLayer {
@@ -30,6 +31,11 @@ impl SocketLayer {
             "Whether the socket layer of an earlier run may still lead clients to endpoints that are gone",
             layer.left_over.clone(),
         );
+        registry.register(
+            "socket_layer_shared",
+            "Whether another kube-lane's socket layer is attached at the same cgroup: one alone answers",
+            layer.shared.clone(),
+        );
         layer
     }
 
@@ -37,5 +43,6 @@ impl SocketLayer {
     pub fn tell(&self, front: InFront) {
         self.in_place.set(front.in_place.into());
         self.left_over.set(front.left_over.into());
+        self.shared.set(front.shared.into());
     }
 }

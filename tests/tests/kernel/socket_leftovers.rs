@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use kube_lane_lab::{Echo, Host, Pod};
 use kube_lane_tests::agent::{self, Agent};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use super::bare::attached;
@@ -148,6 +149,35 @@ fn the_mark_reloads_comes_back_and_leads_cleanup() {
 }
 
 #[test]
+fn a_mark_is_believed_only_where_nobody_can_look() {
+    let mut world = by_flags();
+    let _served = served(&world);
+    world.agents.clear();
+    let node = world.lab.node(0);
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new(agent::binary().unwrap());
+        command.args(arguments);
+        let output = node.run(move || command.output()).unwrap().unwrap();
+        (output.status.success(), String::from_utf8(output.stderr).unwrap())
+    };
+    let told = |part: &str| {
+        let words = format!("{part} {}", node.bpf_root().display());
+        let (_, said) = run(&["status"]);
+        assert!(said.contains(&words), "{said}");
+    };
+    told("its eBPF programs, pinned in");
+    mount(Some("tmpfs"), node.bpf_root(), Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+    told("perhaps its eBPF programs, which it pinned in");
+    umount2(node.bpf_root(), MntFlags::MNT_DETACH).unwrap();
+    std::fs::remove_dir_all(node.bpf_root().join("v1")).unwrap();
+    told("the mark of eBPF programs that were pinned in");
+    let (success, said) = run(&["cleanup", "--bpf-root=/sys/fs/bpf/elsewhere"]);
+    assert!(success, "{said}");
+    assert_eq!((attached(node.cgroup()), mark(node)), (vec![], None));
+    assert!(run(&["status"]).1.contains("nothing of it is in the kernel"));
+}
+
+#[test]
 fn nobody_takes_the_layer_from_an_agent_that_runs() {
     let mut world = World::in_mode(Mode::Ebpf);
     let (client, _echoes, _pod) = served(&world);
@@ -165,23 +195,86 @@ fn nobody_takes_the_layer_from_an_agent_that_runs() {
     let words = format!("another kube-lane {pid} has the socket layer that is pinned at");
     assert!(log.contains(&words) && log.contains("--cgroup-root of its own"), "{log}");
     let status: Value = serde_json::from_str(&world.agents[1].status(&["-o=json"]).unwrap().1).unwrap();
-    assert_eq!(status["agent"]["mode"], "nftables");
-    assert!(status["agent"]["whyNotEbpf"].as_str().unwrap().contains(&words), "{status}");
-    assert_eq!(status["agent"]["troubles"], json!([]));
+    assert!(status["agent"]["troubles"][0].as_str().unwrap().contains(&words), "{status}");
+    assert_eq!(world.agents[1].metric("kubelane_socket_layer_in_place").unwrap(), 0.0);
     assert_eq!(mark(second), None);
     let met = until_met(second, at(vips(10)[0], 80), answered_in(Mode::Nftables));
     assert!(answered_in(Mode::Nftables)(&met), "{met:?}");
 
-    drop(world.agents.remove(1));
+    let third = world.lab.outside();
     let mut command = Command::new(agent::binary().unwrap());
     command.args(["cleanup", &root]);
-    let output = second.run(move || command.output()).unwrap().unwrap();
+    let output = third.run(move || command.output()).unwrap().unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(!output.status.success() && said.contains("nothing is removed") && said.contains(&pid), "{said}");
-    assert!(nft(second, "list table ip kube-lane").0);
 
     assert_eq!(attached(first.cgroup()), programs);
     assert!(until_met(&client, vip(10), answered_in(Mode::Ebpf)).at_socket);
     let log = world.agents[0].log();
     assert!(!log.contains("put in place again"), "{log}");
+
+    // When the first has gone, the other has the place, and what both knew.
+    drop(world.agents.remove(0));
+    let beside = &world.agents[0];
+    wait(
+        "it takes the place",
+        || beside.metric("kubelane_socket_layer_in_place").unwrap() == 1.0,
+        || beside.log(),
+    );
+    assert!(mark(second).is_some() && attached(first.cgroup()).is_empty());
+    let met = until_met(second, vip(10), answered_in(Mode::Ebpf));
+    assert!(answered_in(Mode::Ebpf)(&met), "{met:?}");
+    let status: Value = serde_json::from_str(&beside.status(&["-o=json"]).unwrap().1).unwrap();
+    assert_eq!((&status["agent"]["mode"], &status["agent"]["troubles"]), (&json!("ebpf"), &json!([])));
+}
+
+#[test]
+fn two_layers_at_one_cgroup_are_told_of_each_other() {
+    let mut world = World::in_mode(Mode::Ebpf);
+    let _served = served(&world);
+    let (first, second) = (world.lab.node(0), world.lab.node(1));
+    drop(world.agents.remove(1));
+    let beside = world.start_agent(1, &[&format!("--cgroup-root={}", first.cgroup().display())]);
+    world.agents.push(beside);
+    world.agents[1].wait_synced(SYNC).unwrap();
+    let shared = |index: usize| world.agents[index].metric("kubelane_socket_layer_shared").unwrap() == 1.0;
+    for (index, other) in [(0, second), (1, first)] {
+        let agent = &world.agents[index];
+        wait("it is told", || shared(index), || agent.log());
+        let words = format!(
+            "the socket layer of another kube-lane, pinned at {}, is attached",
+            other.bpf_root().display()
+        );
+        for told in [agent.log(), agent.status(&[]).unwrap().1] {
+            assert_eq!(told.matches(&words).count(), 1, "{told}");
+        }
+    }
+    let mut beside = world.agents.remove(1);
+    beside.process().signal(Signal::SIGKILL).unwrap();
+    beside.process().wait_timeout(SYNC).unwrap();
+    drop(beside);
+    let (success, said) = agent::clean_up(world.lab.node(1), "cleanup").unwrap();
+    assert!(success, "{said}");
+    let agent = &world.agents[0];
+    let is_over = || agent.metric("kubelane_socket_layer_shared").unwrap() == 0.0;
+    wait("it is over", || is_over() && agent.log().contains("no other socket layer"), || agent.log());
+}
+
+#[test]
+fn a_layer_that_moves_leaves_nothing_where_it_was() {
+    let mut world = by_flags();
+    let _served = served(&world);
+    let node = world.lab.node(0);
+    let (programs, was) = (attached(node.cgroup()).len(), node.bpf_root().to_owned());
+    let elsewhere = world.lab.node(1).bpf_root().to_owned();
+    let arguments = [
+        format!("--cgroup-root={}", node.cgroup().display()),
+        format!("--bpf-root={}", elsewhere.display()),
+        "--proxy-mode=ebpf".to_owned(),
+    ];
+    start(&mut world, &arguments.each_ref().map(String::as_str));
+    let node = world.lab.node(0);
+    assert_eq!(attached(node.cgroup()).len(), programs, "{}", world.agents[0].log());
+    assert!(!was.join("v1").exists() && elsewhere.join("v1").exists());
+    assert!(mark(node).unwrap().contains(elsewhere.to_str().unwrap()));
 }

@@ -281,6 +281,20 @@ impl Nftables {
         }
     }
 
+    /// Whether something was committed, and what is programmed is known.
+    pub(super) fn is_programmed(&self) -> bool {
+        match self.state {
+            State::Unknown(_) => false,
+            State::Adopted(_) => !self.applied.is_empty() || self.node != NodePlan::default(),
+            State::Exact => true,
+        }
+    }
+
+    /// Everything that is programmed.
+    pub(super) fn programmed(&self) -> Batch {
+        self.everything(&Batch::default())
+    }
+
     /// Reads the truth back, then applies everything that should be there.
     fn reconcile(&mut self, batch: &Batch) -> Result<Outcome, NftablesError> {
         let everything = self.everything(batch);

@@ -194,7 +194,7 @@ fn attach(
 }
 
 /// The hook of a program: `enum bpf_attach_type` of `linux/bpf.h`.
-fn attach_type(name: &str) -> u32 {
+pub(super) fn attach_type(name: &str) -> u32 {
     match name {
         programs::CONNECT4 => 10,
         programs::CONNECT6 => 11,

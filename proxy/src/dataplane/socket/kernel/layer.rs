@@ -22,6 +22,7 @@ use super::install::{self, Attached, Prepared};
 use super::installed::Installed;
 use super::left_alone::LeftAlone;
 use super::maps::Maps;
+use super::others::Others;
 use super::owner::Owner;
 use super::pins::Pins;
 use super::pod_cgroups::PodPaths;
@@ -62,6 +63,7 @@ pub struct Socket {
     maps: Maps,
     grace: Grace<Retired>,
     installed: Installed,
+    others: Others,
     /// Changes that did not reach the maps when they should have, in their order.
     late: VecDeque<Write>,
     /// What they give up.
@@ -129,6 +131,8 @@ impl Socket {
         settings::restrict(&prepared.maps, &period, &policy, host, pods.found())?;
         let (lowering, maps, grace, installed) = place.begin(prepared, &period)?;
         let unremembered = maps.unremembered();
+        let mut others = Others::default();
+        others.look(&place.cgroup, &place.pins.version(), &place.pins);
         Ok(Self {
             place,
             period,
@@ -138,6 +142,7 @@ impl Socket {
             maps,
             grace,
             installed,
+            others,
             late: VecDeque::new(),
             retired: Vec::new(),
             full: Vec::new(),
@@ -195,6 +200,8 @@ impl Socket {
     pub fn look(&mut self) -> Option<String> {
         self.looked = true;
         self.node_changed |= self.pods.look();
+        let Place { cgroup, pins, .. } = &self.place;
+        self.others.look(cgroup, &pins.version(), pins);
         let missing = self.installed.missing().filter(|_| !self.broken)?;
         self.installed.detach_lost();
         self.broken = true;
@@ -214,6 +221,12 @@ impl Socket {
     /// Why pods are not answered although they could be, for people: nobody is known to be one.
     pub fn missing_pods(&self) -> Option<String> {
         self.pods.missing().filter(|_| self.place.policy.tells_pods())
+    }
+
+    /// Another kube-lane's programs are attached at the same cgroup, or above it, so that this one may answer nobody:
+    /// where they are pinned, for people.
+    pub fn others(&self) -> Option<String> {
+        self.others.told().map(|roots| format!("the socket layer of another kube-lane, pinned at {roots}, is attached at {}, or above it, as well", self.place.cgroup.path().display()))
     }
 
     /// Follows what nobody tells.

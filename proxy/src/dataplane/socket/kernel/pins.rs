@@ -42,6 +42,17 @@ impl Pins {
         }
     }
 
+    /// Whether this is the folder.
+    pub(super) fn is_at(&self, folder: &Path) -> bool {
+        self.root == folder
+    }
+
+    /// The root of the BPF file system that they are on.
+    pub(super) fn file_system(&self) -> Option<PathBuf> {
+        let is_on = |path: &&Path| statfs(*path).is_ok_and(|kind| kind.filesystem_type() == BPF_FS_MAGIC);
+        self.root.ancestors().skip_while(|path| !path.exists()).take_while(is_on).last().map(Path::to_owned)
+    }
+
     fn is_on_bpf_file_system(&self) -> Result<bool, SocketError> {
         let existing = self.root.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
         let kind = statfs(existing).map_err(|error| pin_error(existing, error.into()))?;

@@ -22,12 +22,27 @@ pub enum Removal {
     Unseen,
 }
 
-/// Whether there is anything of ours below `bpf_root`, of any layout.
+/// What there is in a folder of pins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Presence {
+    /// Something of ours, of whatever layout.
+    Pinned,
+    /// Nothing of ours: no program that was pinned there is attached any more.
+    Absent,
+    /// Nobody can tell from here: the place is on no BPF file system.
+    Unseen,
+}
+
+/// Whether there is anything of ours below `bpf_root`.
 ///
 /// # Errors
 /// Where it cannot be looked at.
-pub fn is_installed(bpf_root: &Path) -> Result<bool, SocketError> {
-    Ok(!Pins::new(bpf_root).versions()?.is_empty())
+pub fn presence(bpf_root: &Path) -> Result<Presence, SocketError> {
+    let pins = Pins::new(bpf_root);
+    if pins.check().is_err() {
+        return Ok(Presence::Unseen);
+    }
+    Ok(if pins.versions()?.is_empty() { Presence::Absent } else { Presence::Pinned })
 }
 
 /// Detaches and removes all of ours below `bpf_root`, of every layout.

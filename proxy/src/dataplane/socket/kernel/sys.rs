@@ -28,6 +28,7 @@ mod command {
     pub(super) const OBJ_PIN: c_long = 6;
     pub(super) const OBJ_GET: c_long = 7;
     pub(super) const OBJ_GET_INFO_BY_FD: c_long = 15;
+    pub(super) const PROG_QUERY: c_long = 16;
     pub(super) const MAP_LOOKUP_AND_DELETE_ELEM: c_long = 21;
     pub(super) const MAP_LOOKUP_BATCH: c_long = 24;
     pub(super) const MAP_UPDATE_BATCH: c_long = 26;
@@ -104,6 +105,18 @@ struct DetachLink {
     link: RawDescriptor,
 }
 
+/// `BPF_PROG_QUERY`.
+#[repr(C)]
+struct QueryPrograms {
+    target: RawDescriptor,
+    attach_type: u32,
+    flags: u32,
+    attach_flags: u32,
+    ids: u64,
+    count: u32,
+    padding: u32,
+}
+
 /// A file descriptor as the kernel has it in a `union bpf_attr`; 0 where there is none.
 type RawDescriptor = u32;
 
@@ -121,6 +134,8 @@ unsafe impl Attribute for CreateLink {}
 unsafe impl Attribute for UpdateLink {}
 // SAFETY: see the struct.
 unsafe impl Attribute for DetachLink {}
+// SAFETY: see the struct; the ids are an array of the caller's, of `count`.
+unsafe impl Attribute for QueryPrograms {}
 
 fn bpf<T: Attribute>(command: libc::c_long, attribute: &mut T) -> io::Result<libc::c_long> {
     // SAFETY: the kernel reads, and for some commands writes, so many bytes of the attribute, and what it points to is
@@ -171,7 +186,8 @@ pub(super) struct Link(OwnedFd);
 pub(super) struct LinkInfo {
     kind: u32,
     id: u32,
-    program: u32,
+    /// The id of the program.
+    pub(super) program: u32,
     padding: u32,
     /// The id of the cgroup; 0 where that has gone, or the link was detached.
     pub(super) cgroup: u64,
@@ -235,6 +251,28 @@ impl Link {
         bpf(command::OBJ_GET_INFO_BY_FD, &mut attribute)?;
         if info.kind == CGROUP { Ok(info) } else { Err(io::ErrorKind::InvalidData.into()) }
     }
+}
+
+/// The ids of the programs that run at a hook of a cgroup, those of the cgroups above it included: the first 64.
+pub(super) fn programs_at(cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<Vec<u32>> {
+    /// `BPF_F_QUERY_EFFECTIVE`.
+    const EFFECTIVE: u32 = 1;
+    let mut ids = [0_u32; 64];
+    let mut attribute = QueryPrograms {
+        target: raw(cgroup),
+        attach_type,
+        flags: EFFECTIVE,
+        attach_flags: 0,
+        ids: ids.as_mut_ptr().addr() as u64,
+        count: ids.len() as u32,
+        padding: 0,
+    };
+    match bpf(command::PROG_QUERY, &mut attribute) {
+        // There are more.
+        Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {}
+        result => drop(result?),
+    }
+    Ok(ids.into_iter().take(attribute.count as usize).collect())
 }
 
 fn element<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, value: *mut V) -> Element {
