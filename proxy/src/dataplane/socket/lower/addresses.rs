@@ -4,7 +4,8 @@
 //! names the few Services that it touches. Never decides what becomes of them.
 
 use std::collections::{BTreeSet, HashMap};
-use std::net::IpAddr;
+use std::mem;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use itertools::{EitherOrBoth, Itertools as _};
 use kube_lane_common::{Address, FrontendKey, Port};
@@ -19,14 +20,82 @@ use crate::model::plan::{AddressPort, FrontendAddress, NodePlan, Plan, PortPlan}
 /// What stands for a Service here: the caller's number.
 pub(super) type Handle = u32;
 
+/// A Service's plan takes another's place.
+pub(super) struct Change<'a> {
+    pub(super) service: Handle,
+    pub(super) old: Option<&'a Plan>,
+    pub(super) new: Option<&'a Plan>,
+}
+
 /// The addresses of all Services.
 #[derive(Debug, Default)]
 pub(super) struct Addresses {
     frontends: HashMap<FrontendKey, Handle>,
-    /// The backends of each port, by its position in the plan.
-    backends: BTreeSet<(AddressPort, Handle, u16)>,
+    backends: Backends,
     /// Where NodePorts answer.
     node: BTreeSet<IpAddr>,
+}
+
+/// Who has which backends. There may be 250,000 of them, so each family takes the room that it needs.
+#[derive(Debug, Default)]
+struct Backends {
+    v4: BTreeSet<Owned<Ipv4Addr>>,
+    v6: BTreeSet<Owned<Ipv6Addr>>,
+}
+
+/// A backend's address and port; whose it is, and of which port, by its position in the plan.
+type Owned<A> = (A, u16, Handle, u16);
+
+/// Backends that are to be added.
+#[derive(Default)]
+struct Added {
+    v4: Vec<Owned<Ipv4Addr>>,
+    v6: Vec<Owned<Ipv6Addr>>,
+}
+
+impl Added {
+    fn push(&mut self, at: AddressPort, owner: Handle, position: u16) {
+        match at.ip {
+            IpAddr::V4(ip) => self.v4.push((ip, at.port, owner, position)),
+            IpAddr::V6(ip) => self.v6.push((ip, at.port, owner, position)),
+        }
+    }
+}
+
+impl Backends {
+    fn add(&mut self, added: Added) {
+        add(&mut self.v4, added.v4);
+        add(&mut self.v6, added.v6);
+    }
+
+    fn remove(&mut self, at: AddressPort, owner: Handle, position: u16) {
+        match at.ip {
+            IpAddr::V4(ip) => self.v4.remove(&(ip, at.port, owner, position)),
+            IpAddr::V6(ip) => self.v6.remove(&(ip, at.port, owner, position)),
+        };
+    }
+
+    /// Adds to `found` those that have a backend at an address.
+    fn owners(&self, at: AddressPort, found: &mut BTreeSet<Handle>) {
+        match at.ip {
+            IpAddr::V4(ip) => owners(&self.v4, ip, at.port, found),
+            IpAddr::V6(ip) => owners(&self.v6, ip, at.port, found),
+        }
+    }
+}
+
+fn add<A: Ord>(set: &mut BTreeSet<Owned<A>>, added: Vec<Owned<A>>) {
+    if added.len() > set.len() {
+        // Builds the set anew, with full nodes: worth its cost for those that come first.
+        *set = mem::take(set).into_iter().chain(added).collect();
+    } else {
+        set.extend(added);
+    }
+}
+
+fn owners<A: Ord + Copy>(set: &BTreeSet<Owned<A>>, ip: A, port: u16, found: &mut BTreeSet<Handle>) {
+    let all = (ip, port, 0, 0)..=(ip, port, Handle::MAX, u16::MAX);
+    found.extend(set.range(all).map(|(_, _, owner, _)| *owner));
 }
 
 /// What a frontend is in the maps: a NodePort has the unspecified address.
@@ -55,9 +124,9 @@ impl Addresses {
     pub(super) fn of<'a>(plans: impl IntoIterator<Item = &'a Plan>, node: &NodePlan) -> Self {
         let mut addresses = Self::default();
         addresses.move_node(node);
-        for (handle, plan) in (0..).zip(plans) {
-            addresses.replace(handle, None, Some(plan), &mut BTreeSet::new());
-        }
+        let change = |(service, plan)| Change { service, old: None, new: Some(plan) };
+        let changes: Vec<_> = (0..).zip(plans).map(change).collect();
+        addresses.replace(&changes, &mut BTreeSet::new());
         addresses
     }
 
@@ -119,24 +188,25 @@ impl Addresses {
         self.node.iter().filter(move |ip| Family::of(**ip) == family)
     }
 
-    /// A Service's plan takes another's place. Adds to `touched` the Services that have to be looked at again for it.
-    pub(super) fn replace(
-        &mut self,
-        service: Handle,
-        old: Option<&Plan>,
-        new: Option<&Plan>,
-        touched: &mut BTreeSet<Handle>,
-    ) {
-        self.replace_frontends(service, old, new, touched);
-        for (position, pair) in (0..).zip(ports(old).zip_longest(ports(new))) {
-            let (old, new) = pair.left_and_right();
-            for change in all_backends(old).merge_join_by(all_backends(new), Ord::cmp) {
-                match change {
-                    EitherOrBoth::Left(gone) => drop(self.backends.remove(&(gone, service, position))),
-                    EitherOrBoth::Right(come) => drop(self.backends.insert((come, service, position))),
-                    EitherOrBoth::Both(..) => {}
+    /// Plans of Services take others' place. Adds to `touched` the Services that have to be looked at again for it.
+    pub(super) fn replace(&mut self, changes: &[Change<'_>], touched: &mut BTreeSet<Handle>) {
+        let mut added = Added::default();
+        for Change { service, old, new } in changes {
+            for (position, pair) in (0..).zip(ports(*old).zip_longest(ports(*new))) {
+                let (old, new) = pair.left_and_right();
+                for change in all_backends(old).merge_join_by(all_backends(new), Ord::cmp) {
+                    match change {
+                        EitherOrBoth::Left(gone) => self.backends.remove(gone, *service, position),
+                        EitherOrBoth::Right(come) => added.push(come, *service, position),
+                        EitherOrBoth::Both(..) => {}
+                    }
                 }
             }
+        }
+        // Whoever is touched has the backend when this is over.
+        self.backends.add(added);
+        for Change { service, old, new } in changes {
+            self.replace_frontends(*service, *old, *new, touched);
         }
     }
 
@@ -174,10 +244,7 @@ impl Addresses {
 
     /// A frontend has come or gone: those that have it as a backend, or as a NodePort behind it, are to know.
     fn touch(&self, port: &PortPlan, at: FrontendAddress, touched: &mut BTreeSet<Handle>) {
-        let mut led_to = |at: AddressPort| {
-            let owners = self.backends.range((at, 0, 0)..=(at, Handle::MAX, u16::MAX));
-            touched.extend(owners.map(|(_, owner, _)| *owner));
-        };
+        let mut led_to = |at: AddressPort| self.backends.owners(at, touched);
         match at {
             FrontendAddress::Vip(vip) => {
                 led_to(vip);

@@ -25,7 +25,7 @@ use std::sync::Arc;
 use itertools::{EitherOrBoth, Itertools as _};
 use kube_lane_common::{FrontendKey, PodCgroups, Set, Settings};
 
-use self::addresses::{Addresses, Handle, all_backends, key};
+use self::addresses::{Addresses, Change, Handle, all_backends, key};
 use self::adopt::{FoundPort, adopt};
 use self::ids::Range;
 pub use self::ids::Retired;
@@ -132,11 +132,13 @@ impl Lowering {
         }
         let mut turns = Vec::with_capacity(batch.services.len());
         for (key, plan) in &batch.services {
-            let Some(handle) = self.handle(key, plan.is_some()) else { continue };
-            let old = self.services[handle as usize].as_ref().map(|service| &*service.plan);
-            self.addresses.replace(handle, old, plan.as_deref(), &mut touched);
-            turns.push((handle, key, plan.as_ref()));
+            turns.extend(self.handle(key, plan.is_some()).map(|handle| (handle, key, plan.as_ref())));
         }
+        let changes = turns.iter().map(|&(service, _, plan)| {
+            let old = self.services[service as usize].as_ref().map(|service| &*service.plan);
+            Change { service, old, new: plan.map(|plan| &**plan) }
+        });
+        self.addresses.replace(&changes.collect::<Vec<_>>(), &mut touched);
         for (handle, key, plan) in turns {
             self.turn(handle, key, plan, touched.remove(&handle), write, &mut lowered);
         }
