@@ -157,7 +157,7 @@ fn sets(
         if !frontends.iter().any(|(_, frontend)| frontend.set() == set) {
             continue;
         }
-        placed[i].word = word;
+        placed[i] = Placed::nowhere(word);
         if word.count() == 0 {
             if word != Set::NONE && word != Set::REFUSED {
                 return None;
@@ -169,7 +169,7 @@ fn sets(
             return None;
         }
         taken.push(range);
-        placed[i].range = Some(range);
+        placed[i] = Placed::within(range, word.count());
         let slots = found.slots.get(word.first() as usize..)?.get(..word.count() as usize)?;
         for slot in slots {
             let backend = slot.backend();

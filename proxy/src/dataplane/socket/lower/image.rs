@@ -30,16 +30,31 @@ pub(super) struct Image {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Placed {
     pub(super) word: Set,
-    /// Where its slots are; `None`: it has none.
-    pub(super) range: Option<Range>,
+    /// The order of the range that its slots are the first of; `None`: it has none.
+    order: Option<u8>,
 }
 
 impl Placed {
-    pub(super) const NOWHERE: Self = Self { word: Set::NONE, range: None };
+    pub(super) const NOWHERE: Self = Self::nowhere(Set::NONE);
+
+    /// A set without slots.
+    pub(super) const fn nowhere(word: Set) -> Self {
+        Self { word, order: None }
+    }
+
+    /// The first `count` slots of a range.
+    pub(super) fn within(range: Range, count: u32) -> Self {
+        Self { word: Set::new(range.first, count), order: Some(range.order) }
+    }
+
+    /// Where it lies; `None`: it has no slots.
+    fn range(self) -> Option<Range> {
+        self.order.map(|order| Range { first: self.word.first(), order })
+    }
 
     /// How many backends fit where it lies.
     pub(super) fn room(self) -> u32 {
-        self.range.map_or(0, Range::room)
+        self.range().map_or(0, Range::room)
     }
 }
 
@@ -103,14 +118,14 @@ impl Edit<'_> {
     /// Changes a set.
     pub(super) fn change(&mut self, set: u32, placed: &mut Placed, change: Change) {
         let Change { mut leaving, joining, moves_to, empty } = change;
-        if placed.range.is_some() && leaving.is_empty() && joining.is_empty() {
+        if placed.order.is_some() && leaving.is_empty() && joining.is_empty() {
             return;
         }
         leaving.sort_unstable();
         let old = placed.word.count();
         let len = old - leaving.len() as u32 + joining.len() as u32;
         if len == 0 {
-            return self.place(set, placed, Placed { word: empty, range: None });
+            return self.place(set, placed, Placed::nowhere(empty));
         }
         let leaves = |backend: u32| leaving.binary_search(&backend).is_ok();
         let first = placed.word.first();
@@ -122,8 +137,7 @@ impl Edit<'_> {
             for (slot, backend) in (range.first..).zip(all) {
                 self.slot(slot, backend, set);
             }
-            let word = Set::new(range.first, len);
-            return self.place(set, placed, Placed { word, range: Some(range) });
+            return self.place(set, placed, Placed::within(range, len));
         }
         let mut gaps = (0..old).filter(|position| leaves(at(self.image, *position))).collect::<Vec<_>>();
         // The last ones stay gaps: they are nearest to the end.
@@ -136,7 +150,7 @@ impl Edit<'_> {
         for (gap, last) in behind.iter().copied().zip(last_ones).collect::<Vec<_>>() {
             self.slot(first + gap, at(self.image, last), set);
         }
-        self.place(set, placed, Placed { word: Set::new(first, len), range: placed.range });
+        self.place(set, placed, Placed { word: Set::new(first, len), ..*placed });
     }
 
     /// The last backend of a set takes another's place, and the set ends before it.
@@ -146,7 +160,7 @@ impl Edit<'_> {
         if position != last {
             self.slot(first + position, backend, set);
         }
-        self.place(set, placed, Placed { word: Set::new(first, last), range: placed.range });
+        self.place(set, placed, Placed { word: Set::new(first, last), ..*placed });
     }
 
     /// One store says where a set lies now; the range that it leaves is retired.
@@ -155,8 +169,8 @@ impl Edit<'_> {
         if before.word != now.word {
             self.write(Write::Set(set, now.word));
         }
-        if before.range != now.range {
-            self.image.retired.ranges.extend(before.range);
+        if before.range() != now.range() {
+            self.image.retired.ranges.extend(before.range());
         }
     }
 

@@ -54,8 +54,8 @@ pub struct Lowering {
     image: Image,
     /// What an earlier run left and nobody has claimed.
     found: BTreeMap<u32, FoundPort>,
-    /// Services that there was no room for.
-    waiting: BTreeSet<Handle>,
+    /// Services that there was no room for, and of what.
+    waiting: BTreeMap<Handle, Limit>,
     /// The first of them to try next.
     next: Handle,
     /// Something was given up since one of them was tried.
@@ -72,12 +72,12 @@ pub struct Lowered {
 }
 
 /// A port of a Service, as `status` and the counters want it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct PortView<'a> {
     /// The port.
     pub plan: &'a PortPlan,
     /// Who answers each of its frontends, in their order.
-    pub answers: &'a [Answer],
+    pub answers: Box<[Answer]>,
     /// Its id in the maps; 0: it is not there.
     pub id: u32,
     /// The ids of its backends.
@@ -87,7 +87,7 @@ pub struct PortView<'a> {
 
 impl<'a> PortView<'a> {
     /// The backends that sockets may be led to, and their ids.
-    pub fn backends(self) -> impl Iterator<Item = (AddressPort, u32)> + 'a {
+    pub fn backends(&self) -> impl Iterator<Item = (AddressPort, u32)> + use<'a> {
         members(self.plan, self.used).map(|member| member.address).zip(self.ids.iter().copied())
     }
 }
@@ -95,7 +95,6 @@ impl<'a> PortView<'a> {
 /// A Service as it is in the maps.
 #[derive(Debug)]
 struct Service {
-    key: ServiceKey,
     plan: Arc<Plan>,
     /// For each port of the plan.
     ports: Box<[Port]>,
@@ -116,7 +115,7 @@ impl Lowering {
             addresses: Addresses::default(),
             image,
             found,
-            waiting: BTreeSet::new(),
+            waiting: BTreeMap::new(),
             next: 0,
             room: false,
         };
@@ -170,19 +169,22 @@ impl Lowering {
 
     /// The ports of a Service; `None`: there is no such Service.
     pub fn service<'a>(&'a self, key: &ServiceKey) -> Option<impl Iterator<Item = PortView<'a>> + use<'a>> {
-        let service = self.services.get(*self.handles.get(key)? as usize)?.as_ref()?;
-        Some(service.plan.ports.iter().zip(&service.ports).map(|(plan, port)| PortView {
-            plan,
-            answers: &port.answers,
-            id: port.id,
-            ids: &port.ids,
-            used: port.used,
+        let handle = self.handles.get(key)?;
+        let service = self.services.get(*handle as usize)?.as_ref()?;
+        let full = self.waiting.get(handle).copied();
+        Some(service.plan.ports.iter().zip(&service.ports).map(move |(plan, port)| {
+            let mut answers = self.answers(plan, self.clash(plan, None));
+            if let Some(limit) = full {
+                let socket = answers.iter_mut().filter(|answer| answer.set().is_some());
+                socket.for_each(|answer| *answer = Answer::Nftables(Why::Full(limit)));
+            }
+            PortView { plan, answers, id: port.id, ids: &port.ids, used: port.used }
         }))
     }
 
     /// There is no room for a Service: nftables answers all of it.
     pub fn is_full(&self, key: &ServiceKey) -> bool {
-        self.handles.get(key).is_some_and(|handle| self.waiting.contains(handle))
+        self.handles.get(key).is_some_and(|handle| self.waiting.contains_key(handle))
     }
 
     /// All that was ever applied, for a fresh start.
@@ -191,7 +193,7 @@ impl Lowering {
         Batch {
             node: Some(self.node.clone()),
             services: services
-                .map(|service| (service.key.clone(), Some(Arc::clone(&service.plan))))
+                .map(|service| (service.plan.service.clone(), Some(Arc::clone(&service.plan))))
                 .collect(),
             sweep: false,
         }
@@ -239,8 +241,8 @@ impl Lowering {
     /// Looks at a Service again whose plan has not changed.
     fn again(&mut self, handle: Handle, recheck: bool, write: &mut dyn FnMut(Write), lowered: &mut Lowered) {
         if let Some(service) = &self.services[handle as usize] {
-            let (key, plan) = (service.key.clone(), Arc::clone(&service.plan));
-            self.turn(handle, &key, Some(&plan), recheck, write, lowered);
+            let plan = Arc::clone(&service.plan);
+            self.turn(handle, &plan.service, Some(&plan), recheck, write, lowered);
         }
     }
 
@@ -264,18 +266,18 @@ impl Lowering {
             return;
         };
         let old = known.or_else(|| self.claim(plan));
-        let mut nexts = self.next(handle, old.as_ref(), plan, recheck, None);
+        let mut nexts = self.next(handle, old.as_ref(), plan, recheck, false);
         match self.reserve(old.as_ref(), &mut nexts) {
             Ok(()) => drop(self.waiting.remove(&handle)),
             Err(limit) => {
-                nexts = self.next(handle, old.as_ref(), plan, recheck, Some(limit));
-                if self.waiting.insert(handle) {
+                nexts = self.next(handle, old.as_ref(), plan, recheck, true);
+                if self.waiting.insert(handle, limit).is_none() {
                     lowered.full.push((key.clone(), limit));
                 }
             }
         }
         let ports = self.emit(old, nexts, write);
-        self.services[handle as usize] = Some(Service { key: key.clone(), plan: Arc::clone(plan), ports });
+        self.services[handle as usize] = Some(Service { plan: Arc::clone(plan), ports });
     }
 
     /// Tries the Services that wait, in turns, so that those which need much do not starve the others.
@@ -286,10 +288,12 @@ impl Lowering {
         let mut failures = 0;
         for _ in 0..self.waiting.len() {
             let mut from_next = self.waiting.range(self.next..);
-            let Some(handle) = from_next.next().or_else(|| self.waiting.first()).copied() else { return };
+            let Some((&handle, _)) = from_next.next().or_else(|| self.waiting.first_key_value()) else {
+                return;
+            };
             self.next = handle + 1;
             self.again(handle, false, write, lowered);
-            failures += u32::from(self.waiting.contains(&handle));
+            failures += u32::from(self.waiting.contains_key(&handle));
             if failures == RETRIES {
                 return;
             }
@@ -314,11 +318,7 @@ impl Lowering {
             }
         }
         let plan = Plan::new(plan.service.clone(), plans);
-        (!ports.is_empty()).then(|| Service {
-            key: plan.service.clone(),
-            plan: Arc::new(plan),
-            ports: ports.into(),
-        })
+        (!ports.is_empty()).then(|| Service { plan: Arc::new(plan), ports: ports.into() })
     }
 
     /// What nobody has claimed goes.
@@ -343,22 +343,17 @@ impl Lowering {
         old: Option<&Service>,
         plan: &'p Plan,
         recheck: bool,
-        full: Option<Limit>,
+        full: bool,
     ) -> Vec<Next<'p>> {
         let pairs = pairs(old.map(|old| &*old.plan), plan);
         let next = |(port, pair): (&'p PortPlan, Option<usize>)| {
             let before = old.zip(pair).map(|(old, i)| (&old.plan.ports[i], &old.ports[i]));
             let clash = self.clash(port, before.filter(|_| !recheck));
-            let clashes = Clashes { backend: clash, vip_on_node: self.addresses.vip_on_node(port) };
-            let mut answers = answers(port, &self.policy, &self.node, clashes);
-            if let Some(limit) = full {
-                let socket = answers.iter_mut().filter(|answer| answer.set().is_some());
-                socket.for_each(|answer| *answer = Answer::Nftables(Why::Full(limit)));
-            }
+            let answers = self.answers(port, clash);
             let id = before.map_or(0, |(_, port)| port.id);
             let leads = |(frontend, answer): (&'p Frontend, &Answer)| {
                 let key = key(port, frontend.at);
-                let set = answer.set().filter(|_| self.addresses.owns(handle, &key))?;
+                let set = answer.set().filter(|_| !full && self.addresses.owns(handle, &key))?;
                 Some((frontend, self.set(frontend, set, &key, id)))
             };
             let frontends: Vec<_> = port.frontends.iter().zip(&answers).filter_map(leads).collect();
@@ -372,16 +367,23 @@ impl Lowering {
             let there = before.filter(|_| old.is_some()).into_iter();
             let difference =
                 Difference::between(there.flat_map(|(plan, port)| port.members(plan)), members(port, used));
-            Next { plan: port, old, id, clash, answers, frontends, used, difference, moves_to: [None; 2] }
+            let clash = clash.is_some();
+            Next { plan: port, old, id, clash, frontends, used, difference, moves_to: [None; 2] }
         };
         plan.ports.iter().zip(pairs).map(next).collect()
+    }
+
+    /// Who answers each frontend of a port of which this backend, if any, cannot be led to.
+    fn answers(&self, port: &PortPlan, backend: Option<Why>) -> Box<[Answer]> {
+        let clashes = Clashes { backend, vip_on_node: self.addresses.vip_on_node(port) };
+        answers(port, &self.policy, &self.node, clashes)
     }
 
     /// A backend of a port that the socket layer cannot lead to. `before`: the port as it was, where only backends that
     /// it did not have are in doubt.
     fn clash(&self, port: &PortPlan, before: Option<(&PortPlan, &Port)>) -> Option<Why> {
         match before {
-            Some((old, Port { clash: None, .. })) => {
+            Some((old, Port { clash: false, .. })) => {
                 let pairs = all_backends(Some(old)).merge_join_by(all_backends(Some(port)), Ord::cmp);
                 let added = pairs.filter_map(|pair| match pair {
                     EitherOrBoth::Right(added) => Some(added),
@@ -450,6 +452,9 @@ impl Lowering {
 
     /// The frontends of a Service that are to go from the maps.
     fn stale(&self, old: Option<&Service>, nexts: &[Next<'_>]) -> Vec<FrontendKey> {
+        if old.is_none() && self.found.is_empty() {
+            return Vec::new();
+        }
         let ours = |id: u32| {
             self.found.contains_key(&id) || old.is_some_and(|old| old.ports.iter().any(|port| port.id == id))
         };

@@ -5,7 +5,6 @@
 
 use kube_lane_common::{Backend, Frontend, FrontendKey, Member, Port as PortNumber, PortWord, Set};
 
-use super::super::answers::{Answer, Why};
 use super::super::write::Write;
 use super::addresses::key;
 use super::adopt::FoundPort;
@@ -25,9 +24,8 @@ pub(super) struct Port {
     /// The ids of the backends of these sets, sorted by address.
     pub(super) ids: Box<[u32]>,
     pub(super) sets: Both<Placed>,
-    /// What its backends meet.
-    pub(super) clash: Option<Why>,
-    pub(super) answers: Box<[Answer]>,
+    /// Some of its backends cannot be led to.
+    pub(super) clash: bool,
 }
 
 /// What becomes of a port.
@@ -37,8 +35,8 @@ pub(super) struct Next<'p> {
     pub(super) old: Option<usize>,
     /// Its id, once it has one.
     pub(super) id: u32,
-    pub(super) clash: Option<Why>,
-    pub(super) answers: Box<[Answer]>,
+    /// Some of its backends cannot be led to.
+    pub(super) clash: bool,
     /// The frontends that are in the maps, and the sets that they lead to.
     pub(super) frontends: Vec<(&'p plan::Frontend, usize)>,
     pub(super) used: Both<bool>,
@@ -79,7 +77,7 @@ impl Port {
     pub(super) fn become_next(mut self, next: Next<'_>, edit: &mut Edit<'_>) -> Self {
         if !next.answered() {
             self.withdraw(edit);
-            return Self { clash: next.clash, answers: next.answers, ..Self::default() };
+            return Self { clash: next.clash, ..Self::default() };
         }
         let Next { plan, id, difference, .. } = next;
         let affinity = plan.affinity.map_or(0, u32::from);
@@ -128,15 +126,7 @@ impl Port {
             edit.place(set_id(id, set), &mut self.sets[set], Placed::NOWHERE);
         }
         edit.image.retired.backends.extend(difference.removed.iter().map(|(backend, _)| *backend));
-        Self {
-            id,
-            affinity,
-            used: next.used,
-            ids: difference.ids.into(),
-            sets: self.sets,
-            clash: next.clash,
-            answers: next.answers,
-        }
+        Self { id, affinity, used: next.used, ids: difference.ids.into(), sets: self.sets, clash: next.clash }
     }
 
     /// Writes that the port is gone, to which no frontend leads any more.
