@@ -11,6 +11,7 @@ use aya::{Ebpf, EbpfLoader};
 use kube_lane_common::programs;
 use tracing::debug;
 
+use super::super::write::Found;
 use super::SocketError;
 use super::cgroup::Cgroup;
 use super::maps::growth::Former;
@@ -21,6 +22,13 @@ use super::sys::Link;
 
 /// The constant of the programs: not 0 where `bpf_set_retval` exists.
 const CAN_REFUSE: &str = "CAN_REFUSE";
+
+/// Loads the object, as often as maps have to grow.
+///
+/// aya reads the kernel's own types whenever it makes a loader, which takes as long as all the rest. They are for programs
+/// that look into the kernel's structures: ours do not.
+#[derive(Debug)]
+pub(super) struct Loader(EbpfLoader<'static>);
 
 /// Maps and loaded programs that are not attached yet. Where an earlier run's are attached, they use these maps, or
 /// others that are given up with them.
@@ -45,7 +53,13 @@ pub(super) struct Attached {
 }
 
 /// Takes maps over or makes them, and loads the programs. What an agent of another layout left is gone.
-pub(super) fn prepare(object: &[u8], pins: &Pins, room: Room, udp: bool) -> Result<Prepared, SocketError> {
+pub(super) fn prepare(
+    loader: &mut Loader,
+    object: &[u8],
+    pins: &Pins,
+    room: Room,
+    udp: bool,
+) -> Result<Prepared, SocketError> {
     let version = pins.create()?;
     for older in pins.versions()?.iter().filter(|found| **found != version) {
         version.succeed(older)?;
@@ -60,7 +74,7 @@ pub(super) fn prepare(object: &[u8], pins: &Pins, room: Room, udp: bool) -> Resu
         }
         Pinned::Unusable(kept) => renew(&version, kept.iter().copied())?,
     };
-    let mut ebpf = load(object, Some(&folder), &layouts)?;
+    let mut ebpf = loader.load(object, Some(&folder), &layouts)?;
     for name in wanted(udp) {
         load_program(&mut ebpf, name)?;
     }
@@ -81,6 +95,16 @@ pub(super) fn wanted(udp: bool) -> impl Iterator<Item = &'static str> {
 }
 
 impl Prepared {
+    /// What an earlier run wrote. Where maps are new, only what they were given is looked at: to look at more takes memory.
+    pub(super) fn read(&self) -> Result<Found, SocketError> {
+        let written = match &self.former {
+            Some(former) => former.room(),
+            None if self.are_new => Room::NONE,
+            None => self.maps.room(),
+        };
+        self.maps.read(written.services)
+    }
+
     /// Brings maps and programs into use.
     pub(super) fn attach(mut self, cgroup: &Cgroup) -> Result<Attached, SocketError> {
         if self.are_new {
@@ -103,26 +127,36 @@ fn renew<'a>(version: &Version, kept: impl IntoIterator<Item = &'a str>) -> Resu
     Ok(folder)
 }
 
-/// Loads the object with the maps of `folder`, where what is missing is made and pinned; without one, with maps of its
-/// own.
-fn load(object: &[u8], folder: Option<&MapFolder>, layouts: &[Layout]) -> Result<Ebpf, SocketError> {
-    let can_refuse = u8::from(can_refuse());
-    let mut loader = EbpfLoader::new();
-    loader.override_global(CAN_REFUSE, &can_refuse, true);
-    for layout in layouts {
-        if let Some(folder) = folder {
-            loader.map_pin_path(layout.name, folder.map(layout.name));
-        }
-        if let Some(entries) = layout.entries {
-            loader.map_max_entries(layout.name, entries);
-        }
+impl Loader {
+    pub(super) fn new() -> Self {
+        let mut loader = EbpfLoader::new();
+        loader.btf(None).override_global(CAN_REFUSE, if can_refuse() { &1_u8 } else { &0_u8 }, true);
+        Self(loader)
     }
-    loader.load(object).map_err(|source| SocketError::Object(Box::new(source)))
+
+    /// Loads the object with the maps of `folder`, where what is missing is made and pinned; without one, which has to be
+    /// the first time, with maps of its own.
+    fn load(
+        &mut self,
+        object: &[u8],
+        folder: Option<&MapFolder>,
+        layouts: &[Layout],
+    ) -> Result<Ebpf, SocketError> {
+        for layout in layouts {
+            if let Some(folder) = folder {
+                self.0.map_pin_path(layout.name, folder.map(layout.name));
+            }
+            if let Some(entries) = layout.entries {
+                self.0.map_max_entries(layout.name, entries);
+            }
+        }
+        self.0.load(object).map_err(|source| SocketError::Object(Box::new(source)))
+    }
 }
 
 /// Loads programs with small maps of their own, which nobody fills.
 pub(super) fn load_alone(object: &[u8], names: &[&'static str]) -> Result<Ebpf, SocketError> {
-    let mut ebpf = load(object, None, &layouts(Room::SMALL))?;
+    let mut ebpf = Loader::new().load(object, None, &layouts(Room::SMALL))?;
     names.iter().try_for_each(|name| load_program(&mut ebpf, name))?;
     Ok(ebpf)
 }

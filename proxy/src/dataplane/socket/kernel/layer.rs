@@ -18,7 +18,7 @@ use super::super::write::Write;
 use super::affinity::Memories;
 use super::cgroup::Cgroup;
 use super::grace::Grace;
-use super::install::{self, Attached, Prepared};
+use super::install::{self, Attached, Loader, Prepared};
 use super::installed::Installed;
 use super::left_alone::LeftAlone;
 use super::maps::Maps;
@@ -85,6 +85,7 @@ pub struct Socket {
 /// What stays the same as long as the agent runs.
 #[derive(Debug)]
 struct Place {
+    loader: Loader,
     /// Where maps and links are pinned.
     owner: Owner,
     pins: Pins,
@@ -122,7 +123,8 @@ impl Socket {
         let host = sys::network_namespace_cookie().map_err(SocketError::Cookie)?;
         let mut left_alone = LeftAlone::new(&cgroup, &options.left_alone);
         let pods = PodPaths::new(&cgroup, &options.pod_cgroups);
-        let place = Place { owner, pins, cgroup, policy, most: options.room, host };
+        let mut place =
+            Place { loader: Loader::new(), owner, pins, cgroup, policy, most: options.room, host };
         let period = GracePeriod::new().map_err(SocketError::Grace)?;
 
         sys::allow_locked_memory();
@@ -372,8 +374,8 @@ impl Socket {
 }
 
 impl Place {
-    fn prepare(&self, room: Room) -> Result<Prepared, SocketError> {
-        install::prepare(available()?, &self.pins, room, self.policy.udp)
+    fn prepare(&mut self, room: Room) -> Result<Prepared, SocketError> {
+        install::prepare(&mut self.loader, available()?, &self.pins, room, self.policy.udp)
     }
 
     /// Takes over what the maps hold, and attaches the programs.
@@ -382,8 +384,9 @@ impl Place {
         mut prepared: Prepared,
         period: &GracePeriod,
     ) -> Result<(Lowering, Maps, Grace<Retired>, Installed), SocketError> {
+        let found = prepared.read()?;
         let maps = &mut prepared.maps;
-        let (lowering, writes) = Lowering::adopt(self.policy, maps.read()?, maps.room().services);
+        let (lowering, writes) = Lowering::adopt(self.policy, found, maps.room().services);
         writes.into_iter().try_for_each(|write| maps.write(write))?;
         maps.flush()?;
         let Attached { maps, former, folder } = prepared.attach(&self.cgroup)?;

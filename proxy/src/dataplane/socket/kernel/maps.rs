@@ -244,17 +244,18 @@ impl Maps {
         Ok(())
     }
 
-    /// Reads back what the maps hold.
-    pub(super) fn read(&self) -> Result<Found, SocketError> {
+    /// Reads back what the maps hold; `written`: the room that whoever wrote them had.
+    pub(super) fn read(&self, written: Sizes) -> Result<Found, SocketError> {
+        let Sizes { ports, slots, backends, .. } = written;
         let node_addresses = self.node_addresses.elements()?;
         Ok(Found {
             frontends: self.frontends.elements()?,
             node_addresses: node_addresses.into_iter().map(|(address, _)| address).collect(),
-            sets: written(&self.sets, |set| *set == Set::NONE),
-            slots: written(&self.slots, |slot| slot.0 == 0),
-            backends: written(&self.backends, |backend| backend.owner == 0),
-            members: written(&self.members, |member| *member == Member::NONE),
-            ports: written(&self.ports, |port| port.0 == 0),
+            sets: words(&self.sets, 2 * (ports + 1), |set| *set == Set::NONE),
+            slots: words(&self.slots, slots, |slot| slot.0 == 0),
+            backends: words(&self.backends, backends + 1, |backend| backend.owner == 0),
+            members: words(&self.members, backends + 1, |member| *member == Member::NONE),
+            ports: words(&self.ports, ports + 1, |port| port.0 == 0),
         })
     }
 
@@ -304,9 +305,9 @@ fn takes_away(write: Write) -> bool {
     }
 }
 
-/// The entries up to the last that is not empty.
-fn written<T: Pod>(array: &Words<T>, is_empty: impl Fn(&T) -> bool) -> Vec<T> {
-    let used = (0..array.len()).rev().find(|&index| array.get(index).is_some_and(|entry| !is_empty(&entry)));
+/// Of the first `len` entries, those up to the last that is not empty.
+fn words<T: Pod>(array: &Words<T>, len: u32, is_empty: impl Fn(&T) -> bool) -> Vec<T> {
+    let used = (0..len as usize).rev().find(|&i| array.get(i).is_some_and(|entry| !is_empty(&entry)));
     used.map_or_else(Vec::new, |last| (0..=last).map_while(|index| array.get(index)).collect())
 }
 

@@ -15,6 +15,10 @@ pub struct Room {
 }
 
 impl Room {
+    /// None at all.
+    pub(super) const NONE: Self =
+        Self { services: Sizes { frontends: 0, ports: 0, slots: 0, backends: 0 }, clients: 0 };
+
     /// For a trial.
     pub(super) const SMALL: Self =
         Self { services: Sizes { frontends: 16, ports: 16, slots: 16, backends: 16 }, clients: 16 };
@@ -25,7 +29,7 @@ impl Room {
         clients: 1 << 12,
     };
 
-    /// For these Services, and as much again as they may need to change.
+    /// For these Services, and half as much again as they may need to change.
     pub(super) fn for_plans<'a>(self, plans: impl Iterator<Item = &'a Plan>) -> Self {
         let [mut frontends, mut ports, mut slots, mut backends] = [0_usize; 4];
         for port in plans.flat_map(|plan| &plan.ports) {
@@ -37,7 +41,7 @@ impl Room {
             }
         }
         let [frontends, ports, slots, backends] = [frontends, ports, slots, backends]
-            .map(|count| u32::try_from((2 * count).next_power_of_two()).unwrap_or(u32::MAX));
+            .map(|count| u32::try_from(count + count / 2).unwrap_or(u32::MAX));
         Self { services: Sizes { frontends, ports, slots, backends }, ..self }
     }
 

@@ -11,6 +11,7 @@ use kube_lane_common::maps;
 use super::{Maps, store};
 use crate::dataplane::socket::SocketError;
 use crate::dataplane::socket::kernel::hash::Hash;
+use crate::dataplane::socket::kernel::room::Room;
 use crate::dataplane::socket::kernel::sys::Words;
 
 /// Maps that others take the place of.
@@ -54,6 +55,11 @@ impl Former {
             }
         }
         Ok(former)
+    }
+
+    /// How much room there was.
+    pub(in super::super) fn room(&self) -> Room {
+        self.maps.room()
     }
 
     /// Adds what programs wrote after the copy. None may still run that has the former maps.
