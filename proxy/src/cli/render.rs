@@ -113,7 +113,7 @@ fn inspect(config: &Config, planner: &Planner) -> impl Fn(&Plan) -> Inspection {
     });
     move |plan| {
         let ports = lowering.as_ref().and_then(|lowering| lowering.service(&plan.service));
-        let answers = ports.into_iter().flatten().map(|port| port.answers.into());
+        let answers = ports.into_iter().flatten().map(|port| port.answers);
         Inspection { answers: answers.collect(), ..Inspection::default() }
     }
 }

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use tracing::{debug, error, info, warn};
@@ -137,7 +138,16 @@ impl Dataplane for Layers {
     type Error = NftablesError;
 
     fn apply(&mut self, batch: &Batch) -> Result<Outcome, NftablesError> {
-        let mut outcome = self.nftables.apply(batch)?;
+        let Self { nftables, front, .. } = self;
+        let mut outcome = thread::scope(|scope| {
+            // Larger maps take their time and change nothing by themselves.
+            if let Some(front) = front.as_mut().filter(|front| front.socket.is_too_small_for(batch)) {
+                let grow = || front.socket.grow_for(batch);
+                // Without a thread they are made afterwards.
+                let _ = thread::Builder::new().name("socket-room".into()).spawn_scoped(scope, grow);
+            }
+            nftables.apply(batch)
+        })?;
         // Before the first batch that has something nothing is known of the node, and what an earlier run left goes on.
         let is_empty = batch.node.is_none() && batch.services.is_empty() && !batch.sweep;
         if let Some(front) = self.front.as_mut().filter(|_| !is_empty) {

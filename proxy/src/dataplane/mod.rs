@@ -67,7 +67,7 @@ pub struct Outcome {
 pub struct AtSocket {
     /// Words stored, and elements of hashes written.
     pub writes: usize,
-    /// How long it took.
+    /// How long it took, once nftables had the batch.
     pub took: Duration,
 }
 

@@ -172,12 +172,7 @@ impl Socket {
         let returned = self.grace.returned();
         self.reclaim(returned);
         self.node_changed |= batch.node.is_some();
-        let room = self.room_for(batch.services.iter().filter_map(|(_, plan)| plan.as_deref()));
-        if room != self.maps.room() {
-            // Else all of it would be tried in vain first, as all that was listed when the agent started. Where there is
-            // no such room now, the Services that then find none try once more.
-            let _ = self.rebuild(room);
-        }
+        self.grow_for(&batch);
         let mut writes = self.lower(&batch);
         if self.broken {
             self.rebuild(self.maps.room())?;
@@ -193,6 +188,25 @@ impl Socket {
         }
         let full = mem::take(&mut self.full);
         Ok(Applied { full: full.into_iter().filter(|(key, _)| self.lowering.is_full(key)).collect(), writes })
+    }
+
+    /// Whether a batch needs larger maps.
+    pub fn is_too_small_for(&self, batch: &Batch) -> bool {
+        self.room_for_batch(batch) != self.maps.room()
+    }
+
+    /// Makes larger maps where a batch needs them: else all of it would be tried in vain first, as all that was listed
+    /// when the agent started. Who is answered stays the same. Where there is no such room now, the Services that then
+    /// find none try once more.
+    pub fn grow_for(&mut self, batch: &Batch) {
+        let room = self.room_for_batch(batch);
+        if room != self.maps.room() {
+            let _ = self.rebuild(room);
+        }
+    }
+
+    fn room_for_batch(&self, batch: &Batch) -> Room {
+        self.room_for(batch.services.iter().filter_map(|(_, plan)| plan.as_deref()))
     }
 
     /// Looks whether programs and maps are still where they were put. Where they are not, nothing is answered any more
