@@ -95,7 +95,7 @@ pub(super) fn wanted(udp: bool) -> impl Iterator<Item = &'static str> {
 }
 
 impl Prepared {
-    /// What an earlier run wrote. Where maps are new, only what they were given is looked at: to look at more takes memory.
+    /// What an earlier run wrote. Where maps are new, only as much is looked at as was copied to them.
     pub(super) fn read(&self) -> Result<Found, SocketError> {
         let written = match &self.former {
             Some(former) => former.room(),
