@@ -10,7 +10,7 @@ use anyhow::Context;
 use prometheus_client::registry::Registry;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::{instance, rights, settings, sysctls};
 use crate::causes::with_causes;
@@ -105,7 +105,7 @@ fn open_front(mut config: Config) -> anyhow::Result<(Config, Front)> {
     let bpf_root = config.socket_lb.bpf_root.clone();
     let mut why = None;
     if config.mode == Mode::Ebpf {
-        withdraw_elsewhere(&mut marks, &bpf_root)?;
+        withdraw_elsewhere(&mut marks, &bpf_root);
         match open_socket(&config, &mut marks) {
             Ok(socket) => return Ok((config, (AtConnect::Socket(Box::new(socket), marks, bpf_root), None))),
             Err(error) if matches!(error.downcast_ref(), Some(SocketError::Owned { .. })) => {
@@ -129,24 +129,27 @@ fn open_front(mut config: Config) -> anyhow::Result<(Config, Front)> {
 }
 
 /// What an earlier run on this node left in another place would stand before or behind what comes now.
-fn withdraw_elsewhere(marks: &mut Marks, bpf_root: &Path) -> anyhow::Result<()> {
-    let marked = marks.read()?.and_then(|mark| mark.bpf_root);
-    let Some(elsewhere) = marked.filter(|marked| marked != bpf_root) else { return Ok(()) };
+fn withdraw_elsewhere(marks: &mut Marks, bpf_root: &Path) {
+    // Where the mark cannot be read, it cannot be put either, and there will be no layer.
+    let marked = marks.read().ok().flatten().and_then(|mark| mark.bpf_root);
+    let Some(elsewhere) = marked.filter(|marked| marked != bpf_root) else { return };
     let at = elsewhere.display();
     match socket::withdraw(&elsewhere, true) {
         Ok(Removal::Unseen) => {
             warn!(bpf_root = %at, "the socket layer of an earlier run may be left: that is on no BPF file system here");
-            return Ok(());
+            return;
         }
         Ok(Removal::Done) => info!(bpf_root = %at, "removed the socket layer that an earlier run had there"),
         Ok(Removal::Nothing) => {}
         Err(error) => {
             let error = &error as &dyn std::error::Error;
             warn!(bpf_root = %at, error, "the socket layer of an earlier run cannot be removed");
-            return Ok(());
+            return;
         }
     }
-    Ok(marks.remove()?)
+    if let Err(error) = marks.remove() {
+        debug!(error = &error as &dyn std::error::Error, "the mark of the socket layer stays");
+    }
 }
 
 /// Opens the socket layer; the mark is there before anything is attached.

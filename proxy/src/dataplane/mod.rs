@@ -42,7 +42,7 @@ pub struct Batch {
 pub struct Outcome {
     /// Services that could not be programmed and why; what they had before is still in force.
     pub failed: Vec<(ServiceKey, String)>,
-    /// The kernel was read back, and everything compared with it.
+    /// What is in force was compared with what was read back of the kernel: at the start, and after trouble.
     pub full: bool,
     /// Elements added to the kernel.
     pub added: usize,

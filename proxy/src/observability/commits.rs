@@ -50,12 +50,12 @@ impl Commits {
         );
         kube_proxy.register(
             "sync_full_proxy_rules_duration_seconds",
-            "How long a commit took that read the kernel back and compared everything",
+            "How long a commit took that was compared with what was read back of the kernel",
             commits.full_duration.clone(),
         );
         kube_proxy.register(
             "sync_partial_proxy_rules_duration_seconds",
-            "How long a commit took of what had changed",
+            "How long any other commit took",
             commits.partial_duration.clone(),
         );
         kube_proxy.register(

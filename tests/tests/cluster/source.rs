@@ -224,8 +224,12 @@ async fn lists_then_follows_every_change() {
 
     apply(&client, &service("web", "10.96.1.1", 81)).await;
     source.until(&["default/web at 81"]).await;
-    apply(&client, &slice("web-1", "web", &["10.1.0.1", "10.1.0.2"])).await;
-    source.until(&["slice default/web-1 with 2"]).await;
+    // As the EndpointSlice controller says when what it follows changed.
+    let mut changed = slice("web-1", "web", &["10.1.0.1", "10.1.0.2"]);
+    let later = "2999-01-01T00:00:00Z";
+    changed["metadata"]["annotations"] = json!({"endpoints.kubernetes.io/last-change-trigger-time": later});
+    apply(&client, &changed).await;
+    source.until(&["slice default/web-1 with 2", "IPv4 triggered"]).await;
 
     apply(&client, &json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-b"}})).await;
     let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-a"}});

@@ -46,6 +46,18 @@ fn the_agent_tells_what_it_has_programmed() {
     assert!(!known && text.contains("service default/web"), "{text}");
     assert!(!agent.status(&["web"]).unwrap().0, "no namespace");
 
+    let metric = |name: &str| agent.metric(&format!("kubeproxy_sync_{name}")).unwrap();
+    for kind in ["endpoint", "service"] {
+        assert!(metric(&format!("proxy_rules_{kind}_changes_total")) > 0.0);
+        assert_eq!(metric(&format!("proxy_rules_{kind}_changes_pending")), 0.0);
+    }
+    let [queued, synced] =
+        ["last_queued", "last"].map(|of| metric(&format!("proxy_rules_{of}_timestamp_seconds")));
+    assert!(0.0 < queued && queued <= synced, "{queued} {synced}");
+    let [all, full, partial] =
+        ["", "full_", "partial_"].map(|of| metric(&format!("{of}proxy_rules_duration_seconds_count")));
+    assert!(full > 0.0 && partial > 0.0 && full + partial == all, "{all} {full} {partial}");
+
     let status = json(&world, &["--all"]);
     assert_eq!((&status["agent"]["mode"], &status["agent"]["synced"]), (&"nftables".into(), &true.into()));
     assert_eq!(

@@ -322,7 +322,7 @@ impl Dataplane for Nftables {
     type Error = NftablesError;
 
     fn apply(&mut self, batch: &Batch) -> Result<Outcome, NftablesError> {
-        let mut outcome = Outcome::default();
+        let mut outcome = Outcome { full: self.state.found().is_some(), ..Outcome::default() };
         if let State::Unknown(_) = self.state {
             outcome = self.reconcile(batch)?;
         } else {

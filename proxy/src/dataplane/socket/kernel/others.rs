@@ -52,16 +52,14 @@ impl Others {
     }
 }
 
-/// The other folders of pins on the same file system that have one of these programs.
+/// The folders of pins on the same file system that have one of these programs, which are not ours.
 fn roots(own: &Pins, ids: &[u32]) -> Vec<PathBuf> {
     let mut roots = Vec::new();
     let mut folders = own.file_system().filter(|_| !ids.is_empty()).into_iter().collect::<Vec<_>>();
     let mut left = FOLDERS;
     while let Some(folder) = folders.pop() {
-        let pins = Pins::new(&folder);
-        if !own.is_at(&folder)
-            && pins.versions().is_ok_and(|versions| versions.iter().any(|version| has(version, ids)))
-        {
+        let versions = Pins::new(&folder).versions();
+        if versions.is_ok_and(|versions| versions.iter().any(|version| has(version, ids))) {
             roots.push(folder);
             continue;
         }

@@ -42,11 +42,6 @@ impl Pins {
         }
     }
 
-    /// Whether this is the folder.
-    pub(super) fn is_at(&self, folder: &Path) -> bool {
-        self.root == folder
-    }
-
     /// The root of the BPF file system that they are on.
     pub(super) fn file_system(&self) -> Option<PathBuf> {
         let is_on = |path: &&Path| statfs(*path).is_ok_and(|kind| kind.filesystem_type() == BPF_FS_MAGIC);
