@@ -404,6 +404,9 @@ impl Lowering {
 
     /// Which set of a port a frontend leads to.
     fn leads(&self, key: &FrontendKey, port: u32) -> Option<usize> {
+        if port == 0 {
+            return None;
+        }
         let set = self.image.frontends.get(key)?.set();
         (Set::port_of(set) == port).then_some((set & 1) as usize)
     }
