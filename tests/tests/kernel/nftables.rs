@@ -323,6 +323,9 @@ fn foreign_changes_are_noticed_and_repaired() {
             &[&["flush", "set", "ip6", "kube-lane", "cluster-ips"]],
             &[&["flush", "set", "ip", "kube-lane", "service-cidrs"]],
             &[&["flush", "chain", "ip", "kube-lane", "services"]],
+            &[&["add", "rule", "ip", "kube-lane", "services", "counter"]],
+            &[&["add", "chain", "ip", "kube-lane", "theirs"]],
+            &[&["add", "set", "ip6", "kube-lane", "theirs", "{ type ipv6_addr; }"]],
             &[&["delete", "table", "ip6", "kube-lane"]],
             &[&["flush", "ruleset"]],
         ];

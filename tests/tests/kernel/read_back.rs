@@ -100,3 +100,41 @@ fn what_others_put_into_the_maps_leads_nobody_anywhere() {
         assert_eq!(sorted(&listing()), grown_right);
     });
 }
+
+/// What a build may have left that had other chains and sets.
+const OF_ANOTHER_BUILD: &str = "
+table ip kube-lane {
+    set once { type ipv4_addr; elements = { 10.1.1.1 } }
+    map led { type ipv4_addr : verdict; elements = { 10.1.1.2 : goto once-led } }
+    chain once-led {
+        tcp dport { 80, 443 } drop
+    }
+    chain once {
+        ip daddr @once goto once-led
+        ip daddr vmap @led
+    }
+    chain once-hooked {
+        type nat hook prerouting priority -120; policy accept;
+        goto once
+    }
+}
+";
+
+#[test]
+fn what_another_build_left_in_a_table_goes() {
+    in_namespace(|| {
+        apply(&mut opened(), vec![service(1, 5)]);
+        let right = sorted(&listing());
+        nft(&["-f", "-"], Some(OF_ANOTHER_BUILD));
+        assert_ne!(sorted(&listing()), right);
+        let outcome = apply(&mut opened(), vec![service(1, 5)]);
+        assert_eq!((outcome.added, outcome.removed), (0, 0));
+        assert_eq!(sorted(&listing()), right);
+
+        // Ours come first, and what leads to theirs goes with it.
+        nft(&["-f", "-"], Some(OF_ANOTHER_BUILD));
+        nft(&["insert", "rule", "ip", "kube-lane", "services", "jump", "once"], None);
+        assert!(apply(&mut opened(), vec![service(1, 5)]).failed.is_empty());
+        assert_eq!(sorted(&listing()), right);
+    });
+}

@@ -99,8 +99,7 @@ impl<Owner: Copy> Transaction<Owner> {
     pub(crate) fn drop_object(&mut self, object: &Object, owner: Owner) {
         if object.kind.is_chain() {
             self.empty_chain(&object.name(), object.family, owner);
-            let table = table(object.family);
-            self.object(&Chain::new(c_name(&object.name()), &table), MsgType::Del, owner);
+            self.delete_chain(&object.name(), object.family, owner);
         } else {
             self.whole_set(libc::NFT_MSG_DELSET, &object.name(), object.family, owner);
         }

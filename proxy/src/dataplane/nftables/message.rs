@@ -172,6 +172,11 @@ impl<Owner: Copy> Transaction<Owner> {
         self.object(&Rule::new(&nftnl::Chain::new(c_name(name), &table)), MsgType::Del, owner);
     }
 
+    pub(super) fn delete_chain(&mut self, name: &str, family: Family, owner: Owner) {
+        let table = table(family);
+        self.object(&nftnl::Chain::new(c_name(name), &table), MsgType::Del, owner);
+    }
+
     /// Adds the rules of a chain, in place of all that it has. With the first rule that needs it comes an anonymous
     /// set.
     pub(crate) fn rules(&mut self, chain: &nftnl::Chain<'_>, spec: &Chain, family: Family, owner: Owner) {

@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::{BuildHasher, RandomState};
 use std::net::SocketAddr;
 
+use nftnl::nftnl_sys::libc;
 use nix::errno::Errno;
 use tracing::warn;
 
@@ -41,6 +42,8 @@ pub(crate) struct Found {
     outdated_members: BTreeSet<Object>,
     /// What has to be made anew of each table since its elements count and should not, or the reverse.
     outdated: BTreeMap<Family, Outdated>,
+    /// What each table has that is no Service's.
+    fixtures: BTreeMap<Family, Fixtures>,
     /// The maps of slots that exist and were not listed.
     unlisted: BTreeSet<(Family, Set)>,
     counting: bool,
@@ -110,6 +113,15 @@ pub(crate) struct Outdated {
     pub(crate) sets: Vec<(Set, Vec<Element>)>,
     /// The chains that may name them.
     pub(crate) chains: Vec<String>,
+}
+
+/// What of a table is no Service's.
+#[derive(Debug, Default)]
+pub(crate) struct Fixtures {
+    /// Its chains, whosever they are.
+    pub(crate) chains: Vec<String>,
+    /// The sets that this build does not know.
+    pub(crate) strange_sets: Vec<String>,
 }
 
 /// The state of one of our tables.
@@ -183,8 +195,10 @@ impl Found {
             return Ok(TableState::Foreign);
         }
         self.objects.extend(infos.iter().filter_map(named));
+        let object = |name: &String| Object::named(name, family, true);
         let chains = again(|| netlink.chains(family))?;
-        self.objects.extend(chains.iter().filter_map(|name| Object::named(name, family, true)));
+        self.objects.extend(chains.iter().filter_map(object));
+        let chains: Vec<_> = chains.into_iter().filter(|name| object(name).is_none()).collect();
         let mut outdated = Outdated::default();
         for info in &infos {
             if let Some(set) = Set::named(&info.name) {
@@ -208,11 +222,16 @@ impl Found {
             let names = self.elements.keys().filter(|name| name.family == family);
             let picks = names.filter_map(|name| Picks::of(name, 0)).collect();
             self.ask(&mut Copying { netlink, outdated: &mut outdated }, picks)?;
-            outdated
-                .chains
-                .extend(chains.into_iter().filter(|name| Object::named(name, family, true).is_none()));
+            outdated.chains.clone_from(&chains);
             self.outdated.insert(family, outdated);
         }
+        let is_strange = |info: &&SetInfo| {
+            // What has no name of its own goes with the rule that it is in.
+            let is_anonymous = info.flags & libc::NFT_SET_ANONYMOUS as u32 != 0;
+            Set::named(&info.name).is_none() && named(info).is_none() && !is_anonymous
+        };
+        let strange_sets = infos.iter().filter(is_strange).map(|info| info.name.clone()).collect();
+        self.fixtures.insert(family, Fixtures { chains, strange_sets });
         let complete = Set::ALL.iter().all(|set| infos.iter().any(|info| info.name == set.name()));
         Ok(if complete { TableState::Current } else { TableState::Partial })
     }
@@ -295,6 +314,11 @@ impl Found {
     /// What has to be made anew of a table.
     pub(crate) fn take_outdated(&mut self, family: Family) -> Outdated {
         self.outdated.remove(&family).unwrap_or_default()
+    }
+
+    /// What of a table is no Service's.
+    pub(crate) fn take_fixtures(&mut self, family: Family) -> Fixtures {
+        self.fixtures.remove(&family).unwrap_or_default()
     }
 
     /// Whether the kernel holds exactly this element.

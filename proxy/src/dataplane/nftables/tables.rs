@@ -16,7 +16,7 @@ use super::commit::{Failure, Owner, failure, fatal, node_elements, words, write_
 use super::expr::c_name;
 use super::message::{Transaction, table};
 use super::netlink::{CommitError, Netlink};
-use super::observe::{Depth, Found, Outdated, TableState, again};
+use super::observe::{Depth, Fixtures, Found, Outdated, TableState, again};
 use super::rules::{self, Policy};
 use super::schema::{Set, TABLE};
 use super::shared::SharedCounts;
@@ -34,6 +34,7 @@ impl Nftables {
         self.tables.clear();
         self.expected_generation = Some(self.netlink.generation().map_err(NftablesError::ReadBack)?);
         let mut found = Found::default();
+        let mut strange = Vec::new();
         let mut transaction = self.netlink.begin::<Owner>();
         for family in Family::ALL {
             let state = found.read(&mut self.netlink, family, depth).map_err(NftablesError::ReadBack)?;
@@ -62,10 +63,46 @@ impl Nftables {
             };
             ruleset(&mut transaction, family, &chains, &right, &outdated);
             self.tables.insert(family, policy);
+            let mut fixtures = found.take_fixtures(family);
+            fixtures.chains.retain(|name| chains.iter().all(|chain| chain.name != *name));
+            strange.push((family, fixtures));
         }
         outcome.listed += found.count;
         self.send(&mut transaction, 0, 0, outcome).map_err(|error| fatal(error, NftablesError::Ruleset))?;
+        strange.iter().try_for_each(|(family, strange)| self.remove(*family, strange, outcome))?;
         self.state = State::Adopted(found);
+        Ok(())
+    }
+
+    /// Removes what this build does not know from a table, once none of its own rules leads there: another build's, whose
+    /// base chains would go on with the packets. Where the kernel does not let it go, the Services come first.
+    fn remove(
+        &mut self,
+        family: Family,
+        strange: &Fixtures,
+        outcome: &mut Outcome,
+    ) -> Result<(), NftablesError> {
+        let Fixtures { chains, strange_sets: sets } = strange;
+        if chains.is_empty() && sets.is_empty() {
+            return Ok(());
+        }
+        let mut transaction = self.netlink.begin();
+        // A set goes only when no rule names it, a chain when no rule and no element leads to it.
+        chains.iter().for_each(|name| transaction.empty_chain(name, family, Owner::Ruleset));
+        for name in sets {
+            transaction.whole_set(libc::NFT_MSG_DELSET, name, family, Owner::Ruleset);
+        }
+        chains.iter().for_each(|name| transaction.delete_chain(name, family, Owner::Ruleset));
+        match self.send(&mut transaction, 0, 0, outcome) {
+            Ok(_) => {
+                info!(?family, ?chains, ?sets, "removed from table `kube-lane` what is not this build's");
+            }
+            Err(CommitError::Refused(refusals)) => {
+                let why = words(&refusals);
+                warn!(?family, ?chains, ?sets, why, "what is not this build's stays in table `kube-lane`");
+            }
+            Err(error) => return Err(fatal(error, NftablesError::Ruleset)),
+        }
         Ok(())
     }
 
