@@ -109,33 +109,27 @@ fn netns_cookie(context: &SockAddrContext) -> u64 {
 /// Whether the process runs below a cgroup of pods. On a node that is no container itself the first look tells.
 #[inline(always)]
 fn is_pod(pods: &PodCgroups) -> bool {
-    for below in 0..DEPTH {
-        // SAFETY: the helper takes any level, and gives 0 below the process's own.
-        let id = unsafe { bpf_get_current_ancestor_cgroup_id(pods.level as i32 + below) };
-        if id == 0 {
-            return false;
-        }
-        if pods.has(id) {
-            return true;
-        }
-    }
-    false
+    is_below(pods.level as i32, |id| pods.has(id))
 }
 
 /// Whether the process runs in a cgroup that is left alone, or below one.
 #[inline(always)]
 fn is_left_alone() -> bool {
+    let is = |id| LEFT_ALONE.get_ptr(id).is_some();
     // SAFETY: the helper takes nothing.
-    if LEFT_ALONE.get_ptr(unsafe { bpf_get_current_cgroup_id() }).is_some() {
-        return true;
-    }
-    for level in 0..DEPTH {
+    is(unsafe { bpf_get_current_cgroup_id() }) || is_below(0, is)
+}
+
+/// Whether `is` holds for one of the cgroups that the process runs in, from this level of the hierarchy on.
+#[inline(always)]
+fn is_below(level: i32, is: impl Fn(u64) -> bool) -> bool {
+    for below in 0..DEPTH {
         // SAFETY: the helper takes any level, and gives 0 below the process's own.
-        let id = unsafe { bpf_get_current_ancestor_cgroup_id(level) };
+        let id = unsafe { bpf_get_current_ancestor_cgroup_id(level + below) };
         if id == 0 {
             return false;
         }
-        if LEFT_ALONE.get_ptr(id).is_some() {
+        if is(id) {
             return true;
         }
     }
