@@ -122,11 +122,18 @@ impl Agent {
     /// # Errors
     /// When nobody answers.
     pub fn get(&self, port: u16, path: &str) -> Result<(u16, String)> {
+        self.get_at((Ipv4Addr::LOCALHOST, port).into(), path)
+    }
+
+    /// The same at one of the host's addresses.
+    ///
+    /// # Errors
+    /// When nobody answers.
+    pub fn get_at(&self, at: SocketAddr, path: &str) -> Result<(u16, String)> {
         let request = format!("GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n");
         let answer = self.host.run(move || -> std::io::Result<String> {
             let timeout = Duration::from_secs(2);
-            let mut stream =
-                TcpStream::connect_timeout(&SocketAddr::from((Ipv4Addr::LOCALHOST, port)), timeout)?;
+            let mut stream = TcpStream::connect_timeout(&at, timeout)?;
             stream.set_read_timeout(Some(timeout))?;
             stream.write_all(request.as_bytes())?;
             let mut answer = String::new();

@@ -238,8 +238,7 @@ fn agent(
         let dataplane = Layers::new(nftables, at_connect, told);
         let behind = dataplane.descriptor()?.map(ready::readable).transpose()?;
         let conntrack = Conntrack::spawn(config.conntrack.clean_sctp, move |looked| flows.looked(&looked))?;
-        let on_nodeport_addresses = config.network.nodeport_addresses.is_some();
-        let service_health = ServiceHealth::spawn(on_nodeport_addresses, health.subscribe(), kubernetes);
+        let service_health = ServiceHealth::spawn(health.subscribe(), kubernetes);
         let followers: Vec<Box<dyn Follower>> =
             vec![Box::new(conntrack), Box::new(service_health), Box::new(no_local_endpoints)];
         Controller::new(planner, dataplane, followers, config.min_sync_period, health, commits, changes)

@@ -1,12 +1,11 @@
 //! What load balancers ask a node about one Service: an HTTP server on each `healthCheckNodePort`.
 //!
-//! Owns these servers, as kube-proxy has them: one for each port and family, on every address of the node or, where
-//! `nodePortAddresses` is set, on the NodePort addresses. They come, move and go with what is committed. Never decides
-//! how many endpoints there are: the plans say so.
+//! Owns these servers, as kube-proxy has them: one for each port and address that NodePorts answer on. They come, move
+//! and go with what is committed. Never decides how many endpoints there are: the plans say so.
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 
 use axum::Router;
 use axum::extract::State;
@@ -41,13 +40,11 @@ struct Checks {
 
 impl Checks {
     /// Where a server has to be, and for which Service. Two Services that ask for one port are both here.
-    fn servers(&self, on_nodeport_addresses: bool) -> Vec<Server> {
-        let any = [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()];
-        let addresses = if on_nodeport_addresses { self.addresses.as_slice() } else { &any };
+    fn servers(&self) -> Vec<Server> {
         let mut servers = Vec::new();
         for (service, check) in &self.services {
             let has = |address: &&IpAddr| endpoints(check, Family::of(**address)).is_some();
-            let at = addresses.iter().filter(has).map(|address| SocketAddr::new(*address, check.port));
+            let at = self.addresses.iter().filter(has).map(|address| SocketAddr::new(*address, check.port));
             servers.extend(at.map(|at| (at, service.clone())));
         }
         servers
@@ -68,11 +65,11 @@ fn endpoints(check: &HealthCheck, family: Family) -> Option<u32> {
 pub struct ServiceHealth(watch::Sender<Checks>);
 
 impl ServiceHealth {
-    /// Starts without any server. `on_nodeport_addresses`: not on every address of the node. A port that cannot be
-    /// bound becomes an Event, and is tried again.
-    pub fn spawn(on_nodeport_addresses: bool, health: watch::Receiver<HealthState>, events: Events) -> Self {
+    /// Starts without any server. They are where NodePorts answer. A port that cannot be bound becomes an Event, and is
+    /// tried again.
+    pub fn spawn(health: watch::Receiver<HealthState>, events: Events) -> Self {
         let (sender, checks) = watch::channel(Checks::default());
-        tokio::spawn(keep(on_nodeport_addresses, Context { checks, health, events }));
+        tokio::spawn(keep(Context { checks, health, events }));
         Self(sender)
     }
 }
@@ -108,10 +105,10 @@ struct Context {
 }
 
 /// Keeps the servers that there should be.
-async fn keep(on_nodeport_addresses: bool, mut context: Context) {
+async fn keep(mut context: Context) {
     let mut running: BTreeMap<Server, JoinHandle<()>> = BTreeMap::new();
     loop {
-        let wanted = context.checks.borrow_and_update().servers(on_nodeport_addresses);
+        let wanted = context.checks.borrow_and_update().servers();
         let stale: Vec<_> = running.extract_if(.., |server, _| !wanted.contains(server)).collect();
         for (_, server) in &stale {
             server.abort();
@@ -194,6 +191,7 @@ async fn answer(State((context, service, family)): State<(Context, ServiceKey, F
 
 #[cfg(test)]
 mod tests {
+    use std::net::{Ipv4Addr, Ipv6Addr};
     use std::sync::Arc;
     use std::time::Duration;
 
@@ -238,11 +236,13 @@ mod tests {
     #[tokio::test]
     async fn servers_follow_what_is_committed() {
         let (state, health) = watch::channel(HealthState::default());
-        let mut services = ServiceHealth::spawn(false, health, Events::off());
+        let mut services = ServiceHealth::spawn(health, Events::off());
         let (port, other) = (free_port().await, free_port().await);
         let [v4, v6] = [IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST)];
+        let node = NodePlan { nodeport_addresses: vec![v4, v6], ..NodePlan::default() };
 
-        services.committed(&batch(vec![plan("web", port, Some(2), Some(0))]), &Outcome::default());
+        let first = Batch { node: Some(node), ..batch(vec![plan("web", port, Some(2), Some(0))]) };
+        services.committed(&first, &Outcome::default());
         let (head, body) = ask((v4, port).into(), Some(200)).await;
         for header in [
             "content-type: application/json",
@@ -282,7 +282,7 @@ mod tests {
     #[tokio::test]
     async fn servers_are_where_node_ports_are_and_wait_for_their_port() {
         let (_state, health) = watch::channel(HealthState::default());
-        let mut services = ServiceHealth::spawn(true, health, Events::off());
+        let mut services = ServiceHealth::spawn(health, Events::off());
         let port = free_port().await;
         let [one, two] = ["127.0.0.1", "127.0.0.2"].map(|text| text.parse::<IpAddr>().unwrap());
         let node = |addresses: &[IpAddr]| {

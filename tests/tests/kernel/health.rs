@@ -1,6 +1,6 @@
 //! What load balancers ask: an HTTP server on the `healthCheckNodePort` of a Service, while it should be there.
 
-use std::net::{Ipv6Addr, TcpListener};
+use std::net::{Ipv6Addr, SocketAddr, TcpListener};
 use std::time::{Duration, Instant};
 
 use kube_lane_lab::Pod;
@@ -29,7 +29,8 @@ fn put(world: &World, policy: &str, port: u16, endpoints: &[Endpoint]) {
 fn says(world: &World, node: usize, port: u16, wanted: Option<u16>) -> Value {
     let deadline = Instant::now() + SYNC;
     loop {
-        let answer = world.agents[node].get(port, "/").ok();
+        let at = SocketAddr::from((world.lab.node(node).v4(), port));
+        let answer = world.agents[node].get_at(at, "/").ok();
         if answer.as_ref().map(|(code, _)| *code) == wanted {
             return answer.map(|(_, body)| serde_json::from_str(&body).unwrap()).unwrap_or_default();
         }
@@ -48,6 +49,7 @@ fn the_health_check_port_follows_the_service() {
     let service = json!({"namespace": "default", "name": "web"});
     assert_eq!(body, json!({"service": service, "localEndpoints": 1, "serviceProxyHealthy": true}));
     assert_eq!(says(&world, 0, PORT, Some(503))["localEndpoints"], 0);
+    assert!(world.agents[1].get(PORT, "/").is_err(), "it listens where NodePorts answer alone");
 
     // Terminating endpoints take no new load, though they may still serve.
     let terminating = |pod: &Pod| {
