@@ -1,7 +1,8 @@
 //! The nftables dataplane: a constant ruleset in our own tables, a handful of elements for each Service.
 //!
-//! Owns the tables `ip kube-lane` and `ip6 kube-lane`, each where something of its family is there. Never touches any other table, never runs `nft`, never lists
-//! a table to make a change. One Service that the kernel refuses is left out; the others go in.
+//! Owns the tables `ip kube-lane` and `ip6 kube-lane`, each from the first Service or ServiceCIDR of its family on, and the mark's,
+//! `ip kube-lane-socket`. Never touches any other table, never runs `nft`, never lists a table to make a change. One Service that
+//! the kernel refuses is left out; the others go in.
 //!
 //! | file | owns |
 //! |---|---|
