@@ -13,6 +13,7 @@ use nix::errno::Errno;
 use tracing::{info, warn};
 
 use super::commit::{Failure, Owner, failure, fatal, node_elements, words, write_additions};
+use super::element::Element;
 use super::expr::c_name;
 use super::message::{Transaction, table};
 use super::netlink::{CommitError, Netlink};
@@ -23,6 +24,7 @@ use super::shared::SharedCounts;
 use super::{Nftables, NftablesError, State};
 use crate::dataplane::{Batch, Outcome};
 use crate::model::input::Family;
+use crate::model::plan::NodePlan;
 
 impl Nftables {
     /// Reads back what the kernel holds and puts the constant part of the tables that are there in place, in one
@@ -134,8 +136,7 @@ impl Nftables {
             if self.tables.contains_key(&family) {
                 continue;
             }
-            let elements: Vec<_> =
-                node_elements(&self.node).into_iter().filter(|(of, ..)| *of == family).collect();
+            let elements: Vec<_> = first_elements(family, &self.node, batch.node.is_some()).collect();
             let has_pods =
                 elements.iter().any(|(_, set, wanted)| *set == Set::PodCidrs && !wanted.is_empty());
             let policy = self.settings.policy(has_pods);
@@ -179,6 +180,17 @@ fn needed(batch: &Batch) -> BTreeSet<Family> {
     let of_services = plans.flat_map(|plan| &plan.ports).map(|port| port.family);
     let cidrs = batch.node.iter().flat_map(|node| &node.service_cidrs);
     of_services.chain(cidrs.map(|cidr| Family::of(cidr.ip()))).collect()
+}
+
+/// What a family's table holds of the node from the first moment on. With the ServiceCIDRs in force, an address that has no
+/// Service yet is dropped: where the node `follows` the Services of the same batch, they come with it.
+fn first_elements(
+    family: Family,
+    node: &NodePlan,
+    follows: bool,
+) -> impl Iterator<Item = (Family, Set, Vec<Element>)> {
+    let comes_later = move |set| follows && set == Set::ServiceCidrs;
+    node_elements(node).into_iter().filter(move |(of, set, _)| *of == family && !comes_later(*set))
 }
 
 /// The families that have a table.
@@ -260,7 +272,7 @@ pub(super) fn chain<'a>(spec: &rules::Chain, table: &'a nftnl::Table) -> nftnl::
 mod tests {
     use super::*;
     use crate::model::input::{Protocol, ServiceKey};
-    use crate::model::plan::{NodePlan, Plan, PortPlan};
+    use crate::model::plan::{Plan, PortPlan};
 
     #[test]
     fn services_and_service_cidrs_need_a_table() {
@@ -284,5 +296,20 @@ mod tests {
         assert_eq!(needs(node, vec![service(&[Family::V6, Family::V4])]), Family::ALL);
         assert_eq!(needs(of_v6.clone(), vec![]), [Family::V6]);
         assert_eq!(needs(of_v6, vec![service(&[Family::V4])]), Family::ALL);
+    }
+
+    #[test]
+    fn service_cidrs_do_not_come_before_the_services_that_come_with_them() {
+        let node = NodePlan {
+            nodeport_addresses: vec!["192.168.77.1".parse().unwrap(), "fd00:77::1".parse().unwrap()],
+            pod_cidrs: vec!["10.244.0.0/16".parse().unwrap()],
+            service_cidrs: vec!["10.96.0.0/12".parse().unwrap(), "fd00:96::/108".parse().unwrap()],
+        };
+        let sets = |follows| {
+            let sets = first_elements(Family::V4, &node, follows);
+            sets.filter(|(.., wanted)| !wanted.is_empty()).map(|(_, set, _)| set).collect::<Vec<_>>()
+        };
+        assert_eq!(sets(true), [Set::NodeportIps, Set::PodCidrs]);
+        assert_eq!(sets(false), [Set::NodeportIps, Set::ServiceCidrs, Set::PodCidrs]);
     }
 }
