@@ -351,6 +351,7 @@ impl Nftables {
         let mut transaction = self.netlink.begin();
         stale.iter().for_each(|object| transaction.drop_object(object, Owner::Node));
         self.send(&mut transaction, 0, 0, outcome).map_err(failure)?;
+        self.remove_strange(outcome)?;
         self.state = State::Exact;
         // With full nodes: what came in the order of its keys has left them half empty.
         self.applied = std::mem::take(&mut self.applied).into_iter().collect();

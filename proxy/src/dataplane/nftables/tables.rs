@@ -36,7 +36,6 @@ impl Nftables {
         self.tables.clear();
         self.expected_generation = Some(self.netlink.generation().map_err(NftablesError::ReadBack)?);
         let mut found = Found::default();
-        let mut strange = Vec::new();
         let mut transaction = self.netlink.begin::<Owner>();
         for family in Family::ALL {
             let state = found.read(&mut self.netlink, family, depth).map_err(NftablesError::ReadBack)?;
@@ -65,19 +64,27 @@ impl Nftables {
             };
             ruleset(&mut transaction, family, &chains, &right, &outdated);
             self.tables.insert(family, policy);
-            let mut fixtures = found.take_fixtures(family);
-            fixtures.chains.retain(|name| chains.iter().all(|chain| chain.name != *name));
-            strange.push((family, fixtures));
         }
         outcome.listed += found.count;
         self.send(&mut transaction, 0, 0, outcome).map_err(|error| fatal(error, NftablesError::Ruleset))?;
-        strange.iter().try_for_each(|(family, strange)| self.remove(*family, strange, outcome))?;
         self.state = State::Adopted(found);
         Ok(())
     }
 
-    /// Removes what this build does not know from a table, once none of its own rules leads there: another build's, whose
-    /// base chains would go on with the packets. Where the kernel does not let it go, the Services come first.
+    /// Removes from the tables the chains and sets that this build does not know, once nothing of ours leads there:
+    /// another build's, whose base chains would go on with the packets. What the kernel does not let go stays.
+    pub(super) fn remove_strange(&mut self, outcome: &mut Outcome) -> Result<(), NftablesError> {
+        let Some(found) = self.state.found_mut() else { return Ok(()) };
+        let strange = self.tables.iter().map(|(family, policy)| {
+            let mut fixtures = found.take_fixtures(*family);
+            let ours = rules::chains(*family, policy);
+            fixtures.chains.retain(|name| ours.iter().all(|chain| chain.name != *name));
+            (*family, fixtures)
+        });
+        let strange: Vec<_> = strange.collect();
+        strange.iter().try_for_each(|(family, strange)| self.remove(*family, strange, outcome))
+    }
+
     fn remove(
         &mut self,
         family: Family,
