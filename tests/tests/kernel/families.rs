@@ -180,6 +180,16 @@ fn a_family_that_the_kernel_refuses_does_not_keep_the_other_one() {
         // Nor does a ServiceCIDR.
         dataplane.apply(&Batch { node: Some(node()), ..Batch::default() }).unwrap();
         assert!(!listing().contains("fd00:96::"));
+        // Nor does it keep a repair, or a start.
+        let at = "{ 10.96.0.1 . tcp . 80 }";
+        nft(&["delete", "element", "ip", "kube-lane", "vips", at], None);
+        let outcome = dataplane.repair().unwrap().expect("noticed");
+        assert_eq!(outcome.added, 1, "{outcome:?}");
+        assert!(change(&mut dataplane, vec![of(Family::V4, service(2, 4))]).failed.is_empty());
+        let mut dataplane = opened();
+        let services = vec![of(Family::V4, service(1, 5)), of(Family::V4, service(2, 3))];
+        let batch = Batch { node: Some(node()), services, sweep: true };
+        assert!(dataplane.apply(&batch).unwrap().failed.is_empty());
 
         drop(holder);
         assert!(change(&mut dataplane, vec![both.clone()]).failed.is_empty());

@@ -82,12 +82,17 @@ struct Staged<'a> {
 }
 
 impl Nftables {
-    /// Commits a batch on top of what is programmed.
-    pub(super) fn commit_batch(&mut self, batch: &Batch, outcome: &mut Outcome) -> Result<(), Failure> {
+    /// Commits a batch on top of what is programmed. These families are known to be `refused`.
+    pub(super) fn commit_batch(
+        &mut self,
+        batch: &Batch,
+        refused: BTreeMap<Family, String>,
+        outcome: &mut Outcome,
+    ) -> Result<(), Failure> {
         if batch.services.len() >= BULK {
             self.expect_bulk()?;
         }
-        let refused = self.establish(batch, outcome)?;
+        let refused = self.establish(batch, refused, outcome)?;
         self.commit_services(&batch.services, &refused, outcome)?;
         // After the Services: with the ServiceCIDRs in force, an address that has none yet is dropped, and a client
         // whose first packet is dropped waits a second.

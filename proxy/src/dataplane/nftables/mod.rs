@@ -152,6 +152,8 @@ pub struct Nftables {
     node_places: BTreeMap<(Family, Set), BTreeSet<Place>>,
     /// The tables that are in place, and what their rules are written for.
     tables: BTreeMap<Family, Policy>,
+    /// The families that the kernel takes no table of, and its words as they were said.
+    refused: BTreeMap<Family, String>,
     state: State,
     /// The generation that the ruleset has if nobody but us changed it; `None` while notifications tell.
     expected_generation: Option<u32>,
@@ -202,6 +204,7 @@ impl Nftables {
             recheck: Vec::new(),
             node_places: BTreeMap::new(),
             tables: BTreeMap::new(),
+            refused: BTreeMap::new(),
             state: State::Unknown(Batch::default()),
             expected_generation: None,
         })
@@ -260,6 +263,15 @@ impl Nftables {
         Ok(self.expected_generation.take().is_some_and(|expected| expected != generation))
     }
 
+    /// Asks for notifications again, and reads back once more where somebody else changed the ruleset in the meantime.
+    fn listen_again(&mut self, outcome: &mut Outcome) -> Result<(), NftablesError> {
+        if self.listen()? {
+            outcome.absorb(self.reconcile(&Batch::default())?);
+            self.listen()?;
+        }
+        Ok(())
+    }
+
     /// Everything that should be programmed: what is, or is owed, with a batch on top.
     fn everything(&self, batch: &Batch) -> Batch {
         let mut services: BTreeMap<_, _> =
@@ -303,8 +315,9 @@ impl Nftables {
         let mut result = Ok(());
         for depth in [Depth::Reachable, Depth::Everything] {
             outcome.failed.clear();
-            result = self.adopt(depth, &mut outcome).map_err(Failure::from);
-            result = result.and_then(|()| self.commit_batch(&everything, &mut outcome));
+            result = self
+                .adopt(depth, &mut outcome)
+                .and_then(|refused| self.commit_batch(&everything, refused, &mut outcome));
             let Err(Failure::Disagreement(what)) = &result else { break };
             info!(what, ?depth, "the kernel holds something else than was read back");
         }
@@ -327,7 +340,7 @@ impl Dataplane for Nftables {
         if let State::Unknown(_) = self.state {
             outcome = self.reconcile(batch)?;
         } else {
-            match self.commit_batch(batch, &mut outcome) {
+            match self.commit_batch(batch, BTreeMap::new(), &mut outcome) {
                 Ok(()) => {}
                 Err(Failure::Disagreement(what)) => {
                     info!(what, "the kernel holds something else than was programmed: reading it back");
@@ -337,11 +350,7 @@ impl Dataplane for Nftables {
                 Err(Failure::Error(error)) => return Err(error),
             }
         }
-        if self.listen()? {
-            let again = self.reconcile(&Batch::default())?;
-            outcome.absorb(again);
-            self.listen()?;
-        }
+        self.listen_again(&mut outcome)?;
         Ok(outcome)
     }
 
@@ -352,8 +361,8 @@ impl Dataplane for Nftables {
         }
         info!("somebody else changed our tables: reading them back");
         self.expect_bulk()?;
-        let outcome = self.reconcile(&Batch::default())?;
-        self.listen()?;
+        let mut outcome = self.reconcile(&Batch::default())?;
+        self.listen_again(&mut outcome)?;
         Ok(Some(outcome))
     }
 }

@@ -311,6 +311,17 @@ impl Found {
         Ok(asked)
     }
 
+    /// As if a family had no table.
+    pub(crate) fn forget(&mut self, family: Family) {
+        self.elements.retain(|place, _| place.family != family);
+        self.ranges.retain(|place| place.family != family);
+        self.objects.retain(|object| object.family != family);
+        self.members.retain(|object, _| object.family != family);
+        self.outdated_members.retain(|object| object.family != family);
+        self.fixtures.remove(&family);
+        self.unlisted.retain(|(of, _)| *of != family);
+    }
+
     /// What has to be made anew of a table.
     pub(crate) fn take_outdated(&mut self, family: Family) -> Outdated {
         self.outdated.remove(&family).unwrap_or_default()

@@ -18,6 +18,7 @@ use super::expr::c_name;
 use super::message::{Transaction, table};
 use super::netlink::{CommitError, Netlink};
 use super::observe::{Depth, Fixtures, Found, Outdated, TableState, again};
+use super::readings::Readings;
 use super::rules::{self, Policy};
 use super::schema::{Set, TABLE};
 use super::shared::SharedCounts;
@@ -27,25 +28,25 @@ use crate::model::input::Family;
 use crate::model::plan::NodePlan;
 
 impl Nftables {
-    /// Reads back what the kernel holds and puts the constant part of the tables that are there in place, in one
-    /// transaction. Afterwards nothing counts as programmed: applying everything again changes only what differs.
-    pub(super) fn adopt(&mut self, depth: Depth, outcome: &mut Outcome) -> Result<(), NftablesError> {
+    /// Reads back what the kernel holds and puts the constant part of the tables that are there in place, one by one. Tells
+    /// which of them the kernel does not let us write, and why: as if they were not there. Afterwards nothing counts as
+    /// programmed: applying everything again changes only what differs.
+    pub(super) fn adopt(
+        &mut self,
+        depth: Depth,
+        outcome: &mut Outcome,
+    ) -> Result<BTreeMap<Family, String>, Failure> {
         self.applied.clear();
         self.shared = SharedCounts::default();
         self.node_places.clear();
         self.tables.clear();
         self.expected_generation = Some(self.netlink.generation().map_err(NftablesError::ReadBack)?);
+        let mut refused = BTreeMap::new();
         let mut found = Found::default();
-        let mut transaction = self.netlink.begin::<Owner>();
         for family in Family::ALL {
             let state = found.read(&mut self.netlink, family, depth).map_err(NftablesError::ReadBack)?;
-            match state {
-                TableState::Absent => continue,
-                TableState::Foreign => {
-                    warn!(?family, "table `kube-lane` has another layout than this build's: it is replaced");
-                    transaction.object(&table(family), MsgType::Del, Owner::Ruleset);
-                }
-                TableState::Partial | TableState::Current => {}
+            if state == TableState::Absent {
+                continue;
             }
             let outdated = found.take_outdated(family);
             if !outdated.sets.is_empty() {
@@ -62,13 +63,52 @@ impl Nftables {
                 _ if !outdated.sets.is_empty() => BTreeSet::new(),
                 _ => self.right(family, &chains).map_err(NftablesError::ReadBack)?,
             };
+            let mut transaction = self.netlink.begin();
+            if state == TableState::Foreign {
+                warn!(?family, "table `kube-lane` has another layout than this build's: it is replaced");
+                transaction.object(&table(family), MsgType::Del, Owner::Ruleset);
+            }
             ruleset(&mut transaction, family, &chains, &right, &outdated);
-            self.tables.insert(family, policy);
+            let sent = self.send(&mut transaction, 0, 0, outcome);
+            if let Some(why) = self.refusal(family, sent)? {
+                found.forget(family);
+                refused.insert(family, why);
+            } else {
+                self.tables.insert(family, policy);
+            }
         }
         outcome.listed += found.count;
-        self.send(&mut transaction, 0, 0, outcome).map_err(|error| fatal(error, NftablesError::Ruleset))?;
         self.state = State::Adopted(found);
-        Ok(())
+        Ok(refused)
+    }
+
+    /// What came of writing a family's table: the kernel's words where it takes none. They are said once, and that it is
+    /// over.
+    fn refusal(
+        &mut self,
+        family: Family,
+        sent: Result<Readings, CommitError>,
+    ) -> Result<Option<String>, Failure> {
+        match sent {
+            Ok(_) => {
+                if self.refused.remove(&family).is_some() {
+                    info!("the kernel takes a table `kube-lane` for {family} now");
+                }
+                Ok(None)
+            }
+            // What should go was there: what is missing is an expression, a type of chain, or a right.
+            Err(CommitError::Refused(refusals)) if refusals.iter().all(|r| r.errno != Errno::EEXIST) => {
+                let why = words(&refusals);
+                if self.refused.insert(family, why.clone()).as_ref() != Some(&why) {
+                    warn!(
+                        why,
+                        "the kernel takes no table `kube-lane` for {family}: nothing of it is programmed"
+                    );
+                }
+                Ok(Some(why))
+            }
+            Err(error) => Err(failure(error)),
+        }
     }
 
     /// Removes from the tables the chains and sets that this build does not know, once nothing of ours leads there:
@@ -129,18 +169,21 @@ impl Nftables {
     }
 
     /// Puts the tables in place that a batch is the first to need, each with the node's elements as they are. Tells which
-    /// families the kernel takes no table of, and why, in its words: a Service without them is none the worse.
+    /// families the kernel takes no table of, those that are known to be `refused` and others, and why, in its words: a
+    /// Service without them is none the worse.
     ///
     /// # Errors
-    /// [`NftablesError::Ruleset`] where it takes none at all.
+    /// [`NftablesError::Ruleset`] where it takes none at all; a disagreement where it takes one at last, which may hold
+    /// anything.
     pub(super) fn establish(
         &mut self,
         batch: &Batch,
+        mut refused: BTreeMap<Family, String>,
         outcome: &mut Outcome,
     ) -> Result<BTreeMap<Family, String>, Failure> {
-        let mut refused = BTreeMap::new();
-        for family in needed(batch) {
-            if self.tables.contains_key(&family) {
+        let needed = needed(batch);
+        for family in needed.iter().copied() {
+            if self.tables.contains_key(&family) || refused.contains_key(&family) {
                 continue;
             }
             let elements: Vec<_> = first_elements(family, &self.node, batch.node.is_some()).collect();
@@ -152,29 +195,22 @@ impl Nftables {
             ruleset(&mut transaction, family, &chains, &BTreeSet::new(), &Outdated::default());
             elements.iter().for_each(|(_, _, wanted)| write_additions(&mut transaction, wanted, Owner::Node));
             let added = elements.iter().map(|(_, _, wanted)| wanted.len()).sum();
-            match self.send(&mut transaction, 0, added, outcome) {
-                Ok(_) => {
-                    let places = elements.into_iter().map(|(family, set, wanted)| {
-                        ((family, set), wanted.into_iter().map(|element| element.place).collect())
-                    });
-                    self.node_places.extend(places);
-                    self.tables.insert(family, policy);
-                }
-                // Nothing was there to be removed: what is missing is an expression or a type of chain.
-                Err(CommitError::Refused(refusals)) if refusals.iter().all(|r| r.errno != Errno::EEXIST) => {
-                    let why = words(&refusals);
-                    if batch.node.is_some() {
-                        warn!(
-                            why,
-                            "the kernel takes no table `kube-lane` for {family}: nothing of it is served"
-                        );
-                    }
-                    refused.insert(family, why);
-                }
-                Err(error) => return Err(failure(error)),
+            let was_refused = self.refused.contains_key(&family);
+            let sent = self.send(&mut transaction, 0, added, outcome);
+            if let Some(why) = self.refusal(family, sent)? {
+                refused.insert(family, why);
+                continue;
             }
+            if was_refused {
+                return Err(Failure::Disagreement(format!("a table for {family}, which was refused before")));
+            }
+            let places = elements.into_iter().map(|(family, set, wanted)| {
+                ((family, set), wanted.into_iter().map(|element| element.place).collect())
+            });
+            self.node_places.extend(places);
+            self.tables.insert(family, policy);
         }
-        match refused.first_key_value() {
+        match refused.iter().find(|(family, _)| needed.contains(family)) {
             Some((_, words)) if self.tables.is_empty() => Err(NftablesError::Ruleset(words.clone()).into()),
             _ => Ok(refused),
         }
