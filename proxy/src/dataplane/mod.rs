@@ -40,8 +40,10 @@ pub struct Batch {
 /// What a commit did. Counts are exact, for tests and metrics.
 #[derive(Debug, Default)]
 pub struct Outcome {
-    /// Services that could not be programmed and why; what they had before is still in force.
+    /// Services that could not be programmed and why; what they had before is still in force, but for those in `partly`.
     pub failed: Vec<(ServiceKey, String)>,
+    /// Those of them that are in force with the ports of one family alone, and these: the other has no table.
+    pub partly: Vec<(ServiceKey, Option<Arc<Plan>>)>,
     /// What is in force was compared with what was read back of the kernel: at the start, and after trouble.
     pub full: bool,
     /// Elements added to the kernel.
@@ -72,17 +74,23 @@ pub struct AtSocket {
 }
 
 impl Batch {
-    /// The Services of the batch that are in force as it has them: all but those that the kernel refused.
+    /// The Services of the batch as they are in force: without those that the kernel refused, and of some a part.
     pub fn programmed<'a>(
         &'a self,
         outcome: &'a Outcome,
     ) -> impl Iterator<Item = &'a (ServiceKey, Option<Arc<Plan>>)> + Clone {
-        self.services.iter().filter(|(key, _)| !outcome.refused(key))
+        self.services.iter().filter(|(key, _)| !outcome.refused(key)).chain(&outcome.partly)
+    }
+
+    /// What of the batch is in force.
+    pub fn in_force(&self, outcome: &Outcome) -> Self {
+        let services = self.programmed(outcome).cloned().collect();
+        Self { node: self.node.clone(), services, sweep: self.sweep }
     }
 }
 
 impl Outcome {
-    /// The kernel refused this Service.
+    /// The kernel refused this Service, or a part of it.
     pub fn refused(&self, service: &ServiceKey) -> bool {
         self.failed.iter().any(|(failed, _)| failed == service)
     }
@@ -90,6 +98,7 @@ impl Outcome {
     /// Adds what another commit did.
     pub fn absorb(&mut self, other: Self) {
         self.failed.extend(other.failed);
+        self.partly.extend(other.partly);
         self.full |= other.full;
         self.added += other.added;
         self.removed += other.removed;

@@ -22,7 +22,7 @@ use super::tables::rewrite;
 use super::{Nftables, NftablesError, State};
 use crate::dataplane::{Batch, Outcome};
 use crate::model::input::{Family, ServiceKey};
-use crate::model::plan::{Frontend, NodePlan, Plan, PortPlan};
+use crate::model::plan::{Frontend, HealthCheck, NodePlan, Plan, PortPlan};
 
 /// Elements of one part: a transaction stays at a few megabytes.
 const ELEMENTS_PER_PART: usize = 20_000;
@@ -153,8 +153,8 @@ impl Nftables {
     }
 
     /// All Services of a batch. Together where they fit one transaction; else first what goes, then what changes,
-    /// then what is new, so that an address which moves from one Service to another is free when it is claimed. Those of a
-    /// `refused` family are left out.
+    /// then what is new, so that an address which moves from one Service to another is free when it is claimed. Ports of a
+    /// `refused` family are left out, and Services that have no others.
     fn commit_services(
         &mut self,
         services: &[(ServiceKey, Option<Arc<Plan>>)],
@@ -162,15 +162,19 @@ impl Nftables {
         outcome: &mut Outcome,
     ) -> Result<(), Failure> {
         let mut ordered = Vec::with_capacity(services.len());
-        for service in services {
-            let mut ports = service.1.iter().flat_map(|plan| &plan.ports);
-            match ports.find_map(|port| refused.get_key_value(&port.family)) {
-                Some((family, why)) => {
-                    outcome.failed.push((service.0.clone(), format!("no table for {family}: {why}")));
-                }
-                None => ordered.push(service),
-            }
+        let mut partly = Vec::new();
+        for service @ (key, plan) in services {
+            let mut ports = plan.iter().flat_map(|plan| &plan.ports);
+            let Some((family, why)) = ports.find_map(|port| refused.get_key_value(&port.family)) else {
+                ordered.push(service);
+                continue;
+            };
+            let part = plan.as_deref().and_then(|plan| without(plan, refused));
+            let rest = if part.is_some() { "; its other ports are programmed" } else { "" };
+            outcome.failed.push((key.clone(), format!("no table for {family}: {why}{rest}")));
+            partly.extend(part.map(|part| (key.clone(), Some(Arc::new(part)))));
         }
+        ordered.extend(&partly);
         ordered.sort_by_key(|(key, plan)| match (plan, self.applied.contains_key(key)) {
             (None, _) => 0,
             (Some(_), true) => 1,
@@ -205,7 +209,11 @@ impl Nftables {
                 }
             }
         }
-        self.commit_part(part, outcome)
+        self.commit_part(part, outcome)?;
+        // The kernel may have refused the part as well.
+        partly.retain(|(key, part)| self.applied.get(key).map(Applied::plan) == part.as_ref());
+        outcome.partly.append(&mut partly);
+        Ok(())
     }
 
     /// What a Service means for the kernel.
@@ -407,6 +415,23 @@ pub(super) fn node_elements(node: &NodePlan) -> Vec<(Family, Set, Vec<Element>)>
 /// What clients dial of a Service.
 pub(super) fn frontends(plan: &Plan) -> impl Iterator<Item = (&PortPlan, &Frontend)> {
     plan.ports.iter().flat_map(|port| port.frontends.iter().map(move |frontend| (port, frontend)))
+}
+
+/// What is left of a plan without the ports of these families; `None`: no port.
+fn without(plan: &Plan, refused: &BTreeMap<Family, String>) -> Option<Plan> {
+    let is_left = |family| !refused.contains_key(&family);
+    let ports: Vec<_> = plan.ports.iter().filter(|port| is_left(port.family)).cloned().collect();
+    let health_check = plan.health_check.as_deref().map(|check| {
+        let v4_endpoints = check.v4_endpoints.filter(|_| is_left(Family::V4));
+        let v6_endpoints = check.v6_endpoints.filter(|_| is_left(Family::V6));
+        Box::new(HealthCheck { v4_endpoints, v6_endpoints, ..*check })
+    });
+    (!ports.is_empty()).then(|| Plan {
+        service: plan.service.clone(),
+        ports: ports.into(),
+        health_check,
+        warnings: plan.warnings.clone(),
+    })
 }
 
 /// What no two frontends have in common.

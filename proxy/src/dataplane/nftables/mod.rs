@@ -314,7 +314,7 @@ impl Nftables {
         let mut outcome = Outcome { full: true, ..Outcome::default() };
         let mut result = Ok(());
         for depth in [Depth::Reachable, Depth::Everything] {
-            outcome.failed.clear();
+            (outcome.failed, outcome.partly) = Default::default();
             result = self
                 .adopt(depth, &mut outcome)
                 .and_then(|refused| self.commit_batch(&everything, refused, &mut outcome));
@@ -344,7 +344,7 @@ impl Dataplane for Nftables {
                 Ok(()) => {}
                 Err(Failure::Disagreement(what)) => {
                     info!(what, "the kernel holds something else than was programmed: reading it back");
-                    outcome.failed.clear();
+                    (outcome.failed, outcome.partly) = Default::default();
                     outcome.absorb(self.reconcile(batch)?);
                 }
                 Err(Failure::Error(error)) => return Err(error),
