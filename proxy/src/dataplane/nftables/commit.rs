@@ -6,19 +6,18 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use nix::errno::Errno;
-
-use super::element::{Element, Key, Place, ranges};
+use super::element::{Element, Place};
+use super::failure::{Failure, Owner, TOO_LARGE, blame, disagrees, failure};
 use super::kernel::{Empty, Kernel};
 use super::lower::{Applied, Lowered, Target, lower};
-use super::message::{ELEMENTS_PER_MESSAGE, Transaction};
-use super::netlink::{CommitError, Refusal};
+use super::message::Transaction;
+use super::netlink::CommitError;
 use super::observe::Found;
 use super::readings::Readings;
 use super::remembered::Edits;
 use super::schema::Set;
 use super::shared::Shared;
-use super::tables::rewrite;
+use super::tables::{node_elements, rewrite};
 use super::{Nftables, NftablesError, State};
 use crate::dataplane::{Batch, Outcome};
 use crate::model::input::{Family, ServiceKey};
@@ -33,19 +32,6 @@ const TAKEN_OVER_TOGETHER: usize = 200;
 /// From how many Services on a batch is written without notifications.
 const BULK: usize = 500;
 
-/// Whose a message is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Owner {
-    /// The constant part.
-    Ruleset,
-    /// The node's own elements, and the sweep.
-    Node,
-    /// Several Services of the part: which of them is asked only where one is refused.
-    Part,
-    /// The Service at this position of the part.
-    Service(usize),
-}
-
 impl Staged<'_> {
     /// How many elements of session affinity it removes and adds, beside those of the frontends.
     fn affinity_count(&self) -> (usize, usize) {
@@ -54,21 +40,6 @@ impl Staged<'_> {
             members.map(|(_, left, joined)| left.as_ref().map_or((0, 0), |left| (left.len(), joined.len())));
         let entries = self.edits.iter().map(Edits::count);
         members.chain(entries).fold((0, 0), |sum, count| (sum.0 + count.0, sum.1 + count.1))
-    }
-}
-
-/// Why a batch was not committed to its end.
-#[derive(Debug)]
-pub(super) enum Failure {
-    /// The kernel holds something else than was programmed; in words, what.
-    Disagreement(String),
-    /// Nothing can be done at all.
-    Error(NftablesError),
-}
-
-impl From<NftablesError> for Failure {
-    fn from(error: NftablesError) -> Self {
-        Self::Error(error)
     }
 }
 
@@ -132,8 +103,8 @@ impl Nftables {
             owned.insert((family, set), want);
         }
         let mut transaction = self.netlink.begin();
-        write_removals(&mut transaction, &removed, Owner::Node);
-        write_additions(&mut transaction, &added, Owner::Node);
+        transaction.remove_all(&removed, Owner::Node);
+        transaction.add_all(&added, Owner::Node);
         let mut tables = self.tables.clone();
         for (family, policy) in &mut tables {
             // Where no pod CIDRs are owned yet, those that were found count.
@@ -296,13 +267,13 @@ impl Nftables {
         let added = affinity.1 + additions.values().map(Vec::len).sum::<usize>();
         let mut transaction = self.netlink.begin();
         for (owner, places) in removals {
-            write_removals(&mut transaction, &places, owner);
+            transaction.remove_all(&places, owner);
         }
         for (position, staged) in part.iter().enumerate() {
             transaction.affinity(&staged.lowered.affinity, &staged.edits, Owner::Service(position));
         }
         for (owner, elements) in additions {
-            write_additions(&mut transaction, elements, owner);
+            transaction.add_all(elements, owner);
         }
         self.send(&mut transaction, removed, added, outcome).map_err(|error| {
             let owners = match &error {
@@ -356,7 +327,7 @@ impl Nftables {
         let stale = self.state.found().map(Found::places).unwrap_or_default();
         for part in stale.chunks(ELEMENTS_PER_PART) {
             let mut transaction = self.netlink.begin();
-            write_removals(&mut transaction, part, Owner::Node);
+            transaction.remove_all(part, Owner::Node);
             self.send(&mut transaction, part.len(), 0, outcome).map_err(failure)?;
         }
         outcome.swept.extend(stale.iter().filter_map(Place::frontend));
@@ -393,25 +364,6 @@ impl Nftables {
     }
 }
 
-const TOO_LARGE: &str = "it does not fit a netlink message";
-
-/// The sets that belong to the node rather than to Services, and what is wanted in them.
-pub(super) fn node_elements(node: &NodePlan) -> Vec<(Family, Set, Vec<Element>)> {
-    let mut sets = Vec::new();
-    for family in Family::ALL {
-        let of_family = node.nodeport_addresses.iter().filter(|address| Family::of(**address) == family);
-        let addresses = of_family.map(|address| Element {
-            place: Place { family, set: Set::NodeportIps, key: Key::address(*address) },
-            data: None,
-            comment: None,
-        });
-        sets.push((family, Set::NodeportIps, addresses.collect()));
-        sets.push((family, Set::ServiceCidrs, ranges(Set::ServiceCidrs, family, &node.service_cidrs)));
-        sets.push((family, Set::PodCidrs, ranges(Set::PodCidrs, family, &node.pod_cidrs)));
-    }
-    sets
-}
-
 /// What clients dial of a Service.
 pub(super) fn frontends(plan: &Plan) -> impl Iterator<Item = (&PortPlan, &Frontend)> {
     plan.ports.iter().flat_map(|port| port.frontends.iter().map(move |frontend| (port, frontend)))
@@ -446,77 +398,4 @@ fn shared_delta(part: &[Staged<'_>]) -> BTreeMap<Shared, i64> {
         staged.lowered.shared.gained.iter().for_each(|shared| *delta.entry(*shared).or_default() += 1);
     }
     delta
-}
-
-/// Which Services of a part were refused, and why, in words.
-fn blame(refusals: Vec<Refusal>, owners: &[Option<Owner>]) -> Result<BTreeMap<usize, String>, Failure> {
-    let mut refused = BTreeMap::new();
-    for (refusal, owner) in refusals.iter().zip(owners) {
-        match owner {
-            Some(Owner::Service(position)) if !disagrees(refusal) => {
-                refused.entry(*position).or_insert_with(|| refusal.to_string());
-            }
-            _ => return Err(failure(CommitError::Refused(refusals))),
-        }
-    }
-    Ok(refused)
-}
-
-/// Why a transaction failed of which no Service can be left out.
-pub(super) fn failure(error: CommitError) -> Failure {
-    match error {
-        CommitError::Refused(refusals) if refusals.iter().any(disagrees) => {
-            Failure::Disagreement(words(&refusals))
-        }
-        error => Failure::Error(fatal(error, NftablesError::Node)),
-    }
-}
-
-/// A transaction's failure as the caller's; `refused` makes it of the kernel's words.
-pub(super) fn fatal(error: CommitError, refused: fn(String) -> NftablesError) -> NftablesError {
-    match error {
-        CommitError::Refused(refusals) => refused(words(&refusals)),
-        CommitError::TooLarge => refused(TOO_LARGE.into()),
-        CommitError::Io(error) => NftablesError::Socket(error),
-    }
-}
-
-/// Whether a refusal says that an element was not there to be removed, or was there already.
-fn disagrees(refusal: &Refusal) -> bool {
-    matches!(refusal.errno, Errno::ENOENT | Errno::EEXIST | Errno::EBUSY)
-}
-
-/// Refusals in words; the first few say it all.
-pub(super) fn words(refusals: &[Refusal]) -> String {
-    let words: BTreeSet<_> = refusals.iter().map(ToString::to_string).take(3).collect();
-    words.into_iter().collect::<Vec<_>>().join("; ")
-}
-
-fn write_removals(transaction: &mut Transaction<Owner>, places: &[Place], owner: Owner) {
-    for (family, set, places) in by_set(places.iter().map(|place| (place, place))) {
-        for chunk in places.chunks(ELEMENTS_PER_MESSAGE) {
-            transaction.remove(set, family, chunk.iter().copied(), owner);
-        }
-    }
-}
-
-pub(super) fn write_additions<'a>(
-    transaction: &mut Transaction<Owner>,
-    elements: impl IntoIterator<Item = &'a Element>,
-    owner: Owner,
-) {
-    for (family, set, elements) in by_set(elements.into_iter().map(|element| (&element.place, element))) {
-        for chunk in elements.chunks(ELEMENTS_PER_MESSAGE) {
-            transaction.add(set, family, chunk.iter().copied(), owner);
-        }
-    }
-}
-
-/// Groups by set, as a message takes them; the order within a set stays.
-fn by_set<'a, T>(items: impl Iterator<Item = (&'a Place, T)>) -> impl Iterator<Item = (Family, Set, Vec<T>)> {
-    let mut sets: BTreeMap<_, Vec<T>> = BTreeMap::new();
-    for (place, item) in items {
-        sets.entry((place.family, place.set)).or_default().push(item);
-    }
-    sets.into_iter().map(|((family, set), items)| (family, set, items))
 }

@@ -13,7 +13,7 @@ use nftnl::nftnl_sys::{self as sys, libc};
 use nftnl::{MsgType, NlMsg};
 
 use super::NftablesError;
-use super::commit::{self, Owner};
+use super::failure::{Owner, fatal};
 use super::message::{comment, protocol_family};
 use super::netlink::{Netlink, TABLE_NAME, TABLE_USERDATA};
 use super::observe::again;
@@ -82,7 +82,7 @@ impl Marks {
             transaction.object(&Table(mark.text()), MsgType::Add, Owner::Ruleset);
         }
         let result = self.netlink.commit(&mut transaction);
-        result.map(drop).map_err(|error| commit::fatal(error, NftablesError::Ruleset))
+        result.map(drop).map_err(|error| fatal(error, NftablesError::Ruleset))
     }
 }
 

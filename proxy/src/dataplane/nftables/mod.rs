@@ -13,18 +13,21 @@
 //! | `affinity`, `object`, `dynamic` | session affinity: a port's own chains and maps (pure), and their messages |
 //! | `remembered`, `recall` | what these maps remember: what to change (pure), and reading them |
 //! | `readings`, `counters` | what elements have counted, and whose that is (pure) |
-//! | `message`, `parse`, `netlink` | transactions as netlink messages, what the kernel says, the socket, refusals |
+//! | `message`, `bulk`, `parse`, `netlink` | transactions as netlink messages, what the kernel says, the socket, refusals |
+//! | `failure` | what it means that a transaction failed |
 //! | `kernel`, `observe`, `picks`, `monitor` | reading the truth back, by which keys (pure), noticing foreign changes |
 //! | `mark` | a table beside ours that says that the socket layer is there |
 //! | `probe` | having the kernel check the ruleset |
 //! | `commit` | one batch: parts, refusals, retries |
 
 mod affinity;
+mod bulk;
 mod commit;
 mod counters;
 mod dynamic;
 mod element;
 mod expr;
+mod failure;
 mod fingerprint;
 #[cfg(test)]
 mod history_tests;
@@ -57,9 +60,9 @@ use nftnl::MsgType;
 use nix::errno::Errno;
 use tracing::{debug, info};
 
-use self::commit::{Failure, Owner};
 use self::counters::Carried;
 use self::element::Place;
+use self::failure::{Failure, Owner, fatal};
 use self::lower::Applied;
 pub use self::mark::{Mark, Marks};
 use self::message::{ELEMENTS_PER_MESSAGE, Wanted, table};
@@ -386,6 +389,6 @@ pub fn cleanup() -> Result<(), NftablesError> {
     for family in tables::installed(&mut netlink)? {
         transaction.object(&table(family), MsgType::Del, Owner::Ruleset);
     }
-    netlink.commit(&mut transaction).map_err(|error| commit::fatal(error, NftablesError::Ruleset))?;
+    netlink.commit(&mut transaction).map_err(|error| fatal(error, NftablesError::Ruleset))?;
     Ok(())
 }

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 
-use super::commit::{Owner, fatal};
+use super::failure::{Owner, fatal};
 use super::netlink::Netlink;
 use super::observe::Outdated;
 use super::rules::chains;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 
 use super::affinity::{Change, Port, find};
-use super::commit::{Failure, Owner, failure};
+use super::failure::{Failure, Owner, failure};
 use super::netlink::grace_period;
 use super::object::Object;
 use super::observe::entries;

@@ -12,9 +12,9 @@ use nftnl::nftnl_sys::libc;
 use nix::errno::Errno;
 use tracing::{info, warn};
 
-use super::commit::{Failure, Owner, failure, fatal, node_elements, words, write_additions};
-use super::element::Element;
+use super::element::{Element, Key, Place, ranges};
 use super::expr::c_name;
+use super::failure::{Failure, Owner, failure, fatal, words};
 use super::message::{Transaction, table};
 use super::netlink::{CommitError, Netlink};
 use super::observe::{Depth, Fixtures, Found, Outdated, TableState, again};
@@ -193,7 +193,7 @@ impl Nftables {
             let chains = rules::chains(family, &policy);
             let mut transaction = self.netlink.begin();
             ruleset(&mut transaction, family, &chains, &BTreeSet::new(), &Outdated::default());
-            elements.iter().for_each(|(_, _, wanted)| write_additions(&mut transaction, wanted, Owner::Node));
+            elements.iter().for_each(|(_, _, wanted)| transaction.add_all(wanted, Owner::Node));
             let added = elements.iter().map(|(_, _, wanted)| wanted.len()).sum();
             let was_refused = self.refused.contains_key(&family);
             let sent = self.send(&mut transaction, 0, added, outcome);
@@ -236,6 +236,23 @@ fn first_elements(
     node_elements(node).into_iter().filter(move |(of, set, _)| *of == family && !comes_later(*set))
 }
 
+/// The sets that belong to the node rather than to Services, and what is wanted in them.
+pub(super) fn node_elements(node: &NodePlan) -> Vec<(Family, Set, Vec<Element>)> {
+    let mut sets = Vec::new();
+    for family in Family::ALL {
+        let of_family = node.nodeport_addresses.iter().filter(|address| Family::of(**address) == family);
+        let addresses = of_family.map(|address| Element {
+            place: Place { family, set: Set::NodeportIps, key: Key::address(*address) },
+            data: None,
+            comment: None,
+        });
+        sets.push((family, Set::NodeportIps, addresses.collect()));
+        sets.push((family, Set::ServiceCidrs, ranges(Set::ServiceCidrs, family, &node.service_cidrs)));
+        sets.push((family, Set::PodCidrs, ranges(Set::PodCidrs, family, &node.pod_cidrs)));
+    }
+    sets
+}
+
 /// The families that have a table.
 ///
 /// # Errors
@@ -272,7 +289,7 @@ pub(super) fn ruleset(
         transaction.set(set, family, owner);
     }
     for (_, elements) in &outdated.sets {
-        write_additions(transaction, elements, owner);
+        transaction.add_all(elements, owner);
     }
     for spec in chains {
         transaction.object(&chain(spec, &table), MsgType::Add, owner);
