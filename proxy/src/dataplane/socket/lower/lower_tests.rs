@@ -341,6 +341,21 @@ fn frontends_of_nowhere_are_withdrawn_and_those_of_nobody_at_the_sweep() {
 }
 
 #[test]
+fn a_fresh_start_before_the_node_is_known_leaves_where_nodeports_answer() {
+    let mut agent = Agent::new(AMPLE);
+    let node = NodePlan { nodeport_addresses: vec![address("192.0.2.1:0").ip], ..NodePlan::default() };
+    agent.commit(Batch { node: Some(node.clone()), ..Batch::default() });
+    let next = || Lowering::adopt(POLICY, agent.maps.found(), AMPLE).0;
+    // Larger maps are made before the first batch is written.
+    let everything = next().everything();
+    assert_eq!(everything.node, None);
+    let mut lowering = next();
+    lowering.apply(&everything, &mut |write| panic!("{write:?}"));
+    lowering.apply(&Batch { node: Some(node.clone()), ..Batch::default() }, &mut |write| panic!("{write:?}"));
+    assert_eq!(lowering.everything().node, Some(node));
+}
+
+#[test]
 fn who_reads_late_is_led_to_another_service_only_without_a_grace_period() {
     let (old, new) = (cluster_ip("10.96.0.1:80"), cluster_ip("10.96.0.2:80"));
     for waits in [true, false] {

@@ -40,12 +40,16 @@ use crate::model::plan::{AddressPort, Frontend, NodePlan, Plan, PortPlan, Verdic
 
 /// How many Services that wait are tried in vain before a commit lets it be.
 const RETRIES: u32 = 64;
+/// What is known of the node before anybody has told of it.
+static UNKNOWN: NodePlan =
+    NodePlan { nodeport_addresses: Vec::new(), pod_cidrs: Vec::new(), service_cidrs: Vec::new() };
 
 /// What the socket layer says of all Services.
 #[derive(Debug)]
 pub struct Lowering {
     policy: Policy,
-    node: NodePlan,
+    /// `None`: nobody has told yet, and where an earlier run's NodePorts answer they still do.
+    node: Option<NodePlan>,
     handles: BTreeMap<ServiceKey, Handle>,
     /// By handle; `None`: nobody has it.
     services: Vec<Option<Service>>,
@@ -108,7 +112,7 @@ impl Lowering {
         let (image, found) = adopt(found, sizes, &mut |write| writes.push(write));
         let lowering = Self {
             policy,
-            node: NodePlan::default(),
+            node: None,
             handles: BTreeMap::new(),
             services: Vec::new(),
             vacant: Vec::new(),
@@ -164,7 +168,7 @@ impl Lowering {
 
     /// What the programs are to know of the node. `host` is the cookie of the host's network namespace.
     pub fn settings(&self, host: u64, pods: PodCgroups) -> Settings {
-        self.policy.settings(&self.node, host, pods)
+        self.policy.settings(self.node(), host, pods)
     }
 
     /// The ports of a Service; `None`: there is no such Service.
@@ -187,11 +191,11 @@ impl Lowering {
         self.handles.get(key).is_some_and(|handle| self.waiting.contains_key(handle))
     }
 
-    /// All that was ever applied, for a fresh start.
+    /// All that was ever applied, for a fresh start: none of the node where that was not.
     pub fn everything(&self) -> Batch {
         let services = self.services.iter().flatten();
         Batch {
-            node: Some(self.node.clone()),
+            node: self.node.clone(),
             services: services
                 .map(|service| (service.plan.service.clone(), Some(Arc::clone(&service.plan))))
                 .collect(),
@@ -216,8 +220,8 @@ impl Lowering {
     /// The node has changed. Where that changes who is answered, or what is translated, every Service is looked at again.
     fn move_node(&mut self, node: &NodePlan, touched: &mut BTreeSet<Handle>, write: &mut dyn FnMut(Write)) {
         let detects = |node: &NodePlan| Family::ALL.map(|family| self.policy.detects(family, node));
-        let detection = detects(node) != detects(&self.node);
-        self.node = node.clone();
+        let detection = detects(node) != detects(self.node());
+        self.node = Some(node.clone());
         if self.addresses.move_node(node) || detection {
             touched.extend(self.handles.values());
         }
@@ -228,12 +232,13 @@ impl Lowering {
     }
 
     fn answers_on(&self, ip: &IpAddr) -> bool {
-        self.policy.external && self.node.nodeport_addresses.contains(ip)
+        self.policy.external && self.node().nodeport_addresses.contains(ip)
     }
 
     /// NodePorts answer on new addresses once they are all there.
     fn settle_node(&mut self, write: &mut dyn FnMut(Write)) {
-        let come = self.node.nodeport_addresses.iter().filter(|_| self.policy.external);
+        let come =
+            self.node.iter().flat_map(|node| &node.nodeport_addresses).filter(|_| self.policy.external);
         let mut edit = Edit { image: &mut self.image, sink: write };
         come.for_each(|ip| edit.node_address(*ip, true));
     }
@@ -376,7 +381,11 @@ impl Lowering {
     /// Who answers each frontend of a port of which this backend, if any, cannot be led to.
     fn answers(&self, port: &PortPlan, backend: Option<Why>) -> Box<[Answer]> {
         let clashes = Clashes { backend, vip_on_node: self.addresses.vip_on_node(port) };
-        answers(port, &self.policy, &self.node, clashes)
+        answers(port, &self.policy, self.node(), clashes)
+    }
+
+    fn node(&self) -> &NodePlan {
+        self.node.as_ref().unwrap_or(&UNKNOWN)
     }
 
     /// A backend of a port that the socket layer cannot lead to. `before`: the port as it was, where only backends that
