@@ -242,7 +242,11 @@ impl Socket {
     /// Another kube-lane's programs are attached at the same cgroup, or above it, so that this one may answer nobody:
     /// where they are pinned, for people.
     pub fn others(&self) -> Option<String> {
-        self.others.told().map(|roots| format!("the socket layer of another kube-lane, pinned at {roots}, is attached at {}, or above it, as well", self.place.cgroup.path().display()))
+        let roots = self.others.told()?;
+        let cgroup = self.place.cgroup.path().display();
+        Some(format!(
+            "the socket layer of another kube-lane, pinned at {roots}, is attached at {cgroup}, or above it, as well"
+        ))
     }
 
     /// Follows what nobody tells.

@@ -5,9 +5,10 @@
 
 use std::fs;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use kube_lane_common::programs;
+use tracing::debug;
 
 use super::cgroup::Cgroup;
 use super::install;
@@ -54,29 +55,68 @@ impl Others {
 
 /// The folders of pins on the same file system that have one of these programs, which are not ours.
 fn roots(own: &Pins, ids: &[u32]) -> Vec<PathBuf> {
-    let mut roots = Vec::new();
-    let mut folders = own.file_system().filter(|_| !ids.is_empty()).into_iter().collect::<Vec<_>>();
-    let mut left = FOLDERS;
-    while let Some(folder) = folders.pop() {
-        let versions = Pins::new(&folder).versions();
-        if versions.is_ok_and(|versions| versions.iter().any(|version| has(version, ids))) {
-            roots.push(folder);
-            continue;
-        }
-        let entries = fs::read_dir(&folder).into_iter().flatten().flatten();
-        let below = entries
-            .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
-            .map(|entry| entry.path());
-        let before = folders.len();
-        folders.extend(below.take(left));
-        left -= folders.len() - before;
-    }
+    let Some(top) = own.file_system().filter(|_| !ids.is_empty()) else { return Vec::new() };
+    let beside = own.root().parent().filter(|beside| *beside != top && beside.starts_with(&top));
+    let mut roots = folders(&top, beside, FOLDERS);
+    roots.retain(|folder| {
+        let versions = Pins::new(folder).versions();
+        versions.is_ok_and(|versions| versions.iter().any(|version| has(version, ids)))
+    });
     roots.sort_unstable();
     roots
+}
+
+/// The folders of a file system, `most` of them: those in `beside` come first, then those near the top.
+fn folders(top: &Path, beside: Option<&Path>, most: usize) -> Vec<PathBuf> {
+    let mut folders: Vec<_> = beside.into_iter().chain([top]).map(Path::to_owned).collect();
+    let mut looked = 0;
+    while let Some(folder) = folders.get(looked) {
+        let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+        let below = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        let new = below.map(|entry| entry.path()).filter(|path| Some(&**path) != beside);
+        let left = most.saturating_sub(folders.len());
+        let mut new: Vec<_> = new.take(left + 1).collect();
+        let is_cut = new.len() > left;
+        new.truncate(left);
+        folders.append(&mut new);
+        if is_cut {
+            debug!("another kube-lane's pins are looked for in {most} folders of {} alone", top.display());
+            break;
+        }
+        looked += 1;
+    }
+    folders
 }
 
 /// Whether one of these programs is pinned there.
 fn has(version: &Version, ids: &[u32]) -> bool {
     let link = version.pinned_link(programs::CONNECT4).and_then(|link| link.info().ok());
     link.is_some_and(|info| ids.contains(&info.program))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_folders_are_those_beside_ours_and_near_the_top() {
+        let top = std::env::temp_dir().join(format!("kube-lane-others-{}", std::process::id()));
+        let path = |below: &str| top.join(below);
+        for folder in ["a/deep", "b/deep", "run/ours/v1", "run/theirs/v1"] {
+            fs::create_dir_all(path(folder)).unwrap();
+        }
+        let look = |most| {
+            let mut folders = folders(&top, Some(&path("run")), most);
+            folders.sort_unstable();
+            folders
+        };
+        let few = ["", "a", "b", "run", "run/ours", "run/theirs"].map(path);
+        assert_eq!(look(few.len()), few);
+        let all = ["a/deep", "b/deep", "run/ours/v1", "run/theirs/v1"].map(path);
+        let mut all = [&few[..], &all].concat();
+        all.sort_unstable();
+        assert_eq!(look(all.len()), all);
+        assert_eq!(look(100), all);
+        fs::remove_dir_all(&top).unwrap();
+    }
 }

@@ -33,6 +33,11 @@ impl Pins {
         Self { root: root.to_owned() }
     }
 
+    /// The folder.
+    pub(super) fn root(&self) -> &Path {
+        &self.root
+    }
+
     /// Whether there is a place for pins.
     pub(super) fn check(&self) -> Result<(), SocketError> {
         if self.is_on_bpf_file_system()? {

@@ -253,26 +253,35 @@ impl Link {
     }
 }
 
-/// The ids of the programs that run at a hook of a cgroup, those of the cgroups above it included: the first 64.
+/// The ids of the programs that run at a hook of a cgroup, those of the cgroups above it included.
 pub(super) fn programs_at(cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<Vec<u32>> {
     /// `BPF_F_QUERY_EFFECTIVE`.
     const EFFECTIVE: u32 = 1;
-    let mut ids = [0_u32; 64];
-    let mut attribute = QueryPrograms {
-        target: raw(cgroup),
-        attach_type,
-        flags: EFFECTIVE,
-        attach_flags: 0,
-        ids: ids.as_mut_ptr().addr() as u64,
-        count: ids.len() as u32,
-        padding: 0,
-    };
-    match bpf(command::PROG_QUERY, &mut attribute) {
-        // There are more.
-        Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {}
-        result => drop(result?),
+    let mut ids = vec![0_u32; 64];
+    loop {
+        let mut attribute = QueryPrograms {
+            target: raw(cgroup),
+            attach_type,
+            flags: EFFECTIVE,
+            attach_flags: 0,
+            ids: ids.as_mut_ptr().addr() as u64,
+            count: ids.len() as u32,
+            padding: 0,
+        };
+        let result = bpf(command::PROG_QUERY, &mut attribute);
+        let count = attribute.count as usize;
+        match result {
+            // There are more: so many.
+            Err(error) if error.raw_os_error() == Some(libc::ENOSPC) && count > ids.len() => {
+                ids.resize(count, 0);
+            }
+            result => {
+                result?;
+                ids.truncate(count);
+                return Ok(ids);
+            }
+        }
     }
-    Ok(ids.into_iter().take(attribute.count as usize).collect())
 }
 
 fn element<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, value: *mut V) -> Element {
