@@ -20,7 +20,7 @@ use crate::controller::Controller;
 use crate::dataplane::conntrack::Conntrack;
 use crate::dataplane::nftables::{self, Marks, Nftables};
 use crate::dataplane::socket::{self, Owner, Removal, Socket, SocketError};
-use crate::dataplane::{AtConnect, Awaited, Follower, Layers, Withdrawal};
+use crate::dataplane::{AtConnect, Awaited, Follower, Layers, Refusal, Withdrawal};
 use crate::health::{HealthState, Servers, ServiceHealth};
 use crate::model::input::{Event, Family, Origin};
 use crate::model::planner::Planner;
@@ -108,11 +108,14 @@ fn open_front(mut config: Config) -> anyhow::Result<(Config, Front)> {
         withdraw_elsewhere(&mut marks, &bpf_root);
         match open_socket(&config, &mut marks) {
             Ok(socket) => return Ok((config, (AtConnect::Socket(Box::new(socket), marks, bpf_root), None))),
-            Err(error) if matches!(error.downcast_ref(), Some(SocketError::Owned { .. })) => {
+            Err(error) if is_owned(&error) => {
                 let again = config.clone();
-                let explain = |error: anyhow::Error| rights::explain(rights::EBPF, error.as_ref());
-                let open = Box::new(move |marks: &mut Marks| open_socket(&again, marks).map_err(explain));
-                let awaited = Awaited::new(marks, bpf_root, open, explain(error));
+                let refusal = |error: anyhow::Error| Refusal {
+                    words: rights::explain(rights::EBPF, error.as_ref()),
+                    is_owned: is_owned(&error),
+                };
+                let open = Box::new(move |marks: &mut Marks| open_socket(&again, marks).map_err(refusal));
+                let awaited = Awaited::new(marks, bpf_root, open, refusal(error));
                 return Ok((config, (AtConnect::Awaited(awaited), None)));
             }
             Err(error) => {
@@ -126,6 +129,11 @@ fn open_front(mut config: Config) -> anyhow::Result<(Config, Front)> {
         }
     }
     Ok((config, (AtConnect::Nothing(Withdrawal::begin(marks, &bpf_root)), why)))
+}
+
+/// Another agent has the place of the socket layer.
+fn is_owned(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(SocketError::Owned { .. }))
 }
 
 /// What an earlier run on this node left in another place would stand before or behind what comes now.

@@ -1,4 +1,4 @@
-//! The socket layer that cannot be had yet: another agent has its place.
+//! The socket layer that cannot be had yet: another agent has its place, or had it and there is other trouble since.
 //!
 //! Owns trying again, and saying why it is not there, as long as that is so.
 
@@ -10,42 +10,60 @@ use tracing::warn;
 use super::nftables::Marks;
 use super::socket::Socket;
 
-/// How often it is tried again.
+/// How long after a failure it is tried again, and the most that grows to where more than another agent is in the
+/// way.
 const PAUSE: Duration = Duration::from_secs(1);
+const PAUSE_MAX: Duration = Duration::from_secs(30);
 
-/// Opens the socket layer, or says why it cannot be had, for people.
-pub type Open = Box<dyn FnMut(&mut Marks) -> Result<Socket, String>>;
+/// Opens the socket layer, or says why it cannot be had.
+pub type Open = Box<dyn FnMut(&mut Marks) -> Result<Socket, Refusal>>;
+
+/// Why the socket layer cannot be had.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// For people.
+    pub words: String,
+    /// Another agent has its place: to find that out costs little, and it may go any moment.
+    pub is_owned: bool,
+}
 
 /// A layer to come.
 pub struct Awaited {
     pub(super) marks: Marks,
     pub(super) bpf_root: PathBuf,
     open: Open,
-    why: String,
+    why: Refusal,
+    /// How often in a row it was something else than another agent.
+    failures: u32,
     due: Instant,
 }
 
 impl Awaited {
-    /// `why`: why it could not be had just now, for people; `bpf_root`: where it will be pinned.
-    pub fn new(marks: Marks, bpf_root: PathBuf, open: Open, why: String) -> Self {
-        let awaited = Self { marks, bpf_root, open, why, due: Instant::now() + PAUSE };
+    /// `why`: why it could not be had just now; `bpf_root`: where it will be pinned.
+    pub fn new(marks: Marks, bpf_root: PathBuf, open: Open, why: Refusal) -> Self {
+        let awaited = Self { marks, bpf_root, open, why, failures: 0, due: Instant::now() + PAUSE };
         warn!("{}; trying again", awaited.trouble());
         awaited
     }
 
     /// Tries again, where it could be told all that is programmed.
     pub(super) fn attempt(&mut self, is_programmed: bool) -> Option<Socket> {
-        self.due = Instant::now() + PAUSE;
         if !is_programmed {
+            self.due = Instant::now() + PAUSE;
             return None;
         }
-        let why = (self.open)(&mut self.marks).map_err(|why| std::mem::replace(&mut self.why, why));
-        why.inspect_err(|before| {
-            if *before != self.why {
-                warn!("{}; trying again", self.trouble());
+        match (self.open)(&mut self.marks) {
+            Ok(socket) => Some(socket),
+            Err(why) => {
+                self.failures = if why.is_owned { 0 } else { self.failures.saturating_add(1) };
+                self.due = Instant::now() + pause(self.failures);
+                if self.why != why {
+                    self.why = why;
+                    warn!("{}; trying again", self.trouble());
+                }
+                None
             }
-        })
-        .ok()
+        }
     }
 
     /// When to try again.
@@ -55,6 +73,22 @@ impl Awaited {
 
     /// Why it is not there, for people.
     pub(super) fn trouble(&self) -> String {
-        format!("the socket layer is not in place, nftables alone answers: {}", self.why)
+        format!("the socket layer is not in place, nftables alone answers: {}", self.why.words)
+    }
+}
+
+/// How long to wait after so many failures in a row.
+fn pause(failures: u32) -> Duration {
+    (PAUSE * 2_u32.saturating_pow(failures.saturating_sub(1))).min(PAUSE_MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_fails_again_and_again_is_tried_less_often() {
+        let seconds = |failures: &[u32]| failures.iter().map(|n| pause(*n).as_secs()).collect::<Vec<_>>();
+        assert_eq!(seconds(&[0, 1, 2, 3, 4, 5, 6, 7, u32::MAX]), [1, 1, 2, 4, 8, 16, 30, 30, 30]);
     }
 }

@@ -19,7 +19,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-pub use self::awaited::{Awaited, Open};
+pub use self::awaited::{Awaited, Open, Refusal};
 pub use self::inspection::{Counts, Inspection};
 pub use self::layers::{AtConnect, InFront, Layers};
 pub use self::withdrawal::Withdrawal;
