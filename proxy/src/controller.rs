@@ -204,7 +204,8 @@ impl<D: Dataplane> Controller<D> {
         if self.pending.sweep == Sweep::NotYet && self.planner.synced() {
             self.pending.sweep = Sweep::Due;
         }
-        if self.pending.is_empty() {
+        // What was taken in and led to no plan waits for nothing, unless it counts only once its origin has listed all.
+        if self.pending.is_empty() && self.planner.listed() {
             self.changes.nothing_waits();
         }
         self.publish_pending();

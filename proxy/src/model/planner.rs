@@ -159,8 +159,12 @@ impl Planner {
 
     /// All configured origins have listed all their objects: what has no plan does not exist.
     pub fn synced(&self) -> bool {
-        self.incomplete.is_empty()
-            && self.settings.origins.iter().all(|origin| self.objects.is_synced(*origin))
+        self.incomplete.is_empty() && self.listed()
+    }
+
+    /// All configured origins have listed what they can read: every object that was told of counts.
+    pub fn listed(&self) -> bool {
+        self.settings.origins.iter().all(|origin| self.objects.is_synced(*origin))
     }
 
     /// The current plans, in the order of their keys.

@@ -1,5 +1,6 @@
 //! The metric families of changes on their way to the kernel, under kube-proxy's names.
 
+use std::collections::VecDeque;
 use std::sync::atomic::AtomicU64;
 
 use k8s_openapi::jiff::Timestamp;
@@ -12,6 +13,10 @@ use prometheus_client::registry::Registry;
 use super::metrics::{IpFamily, KUBE_PROXY};
 use crate::model::input::{Change, Event, Family};
 
+/// How many changes are remembered until they are committed: while commits fail, the oldest are forgotten, and are
+/// missing from the metric.
+const TRIGGERED: usize = 1 << 14;
+
 type Seconds = Gauge<f64, AtomicU64>;
 
 /// Follows changes from the moment that they are taken in until they are committed.
@@ -22,8 +27,8 @@ pub struct Changes {
     last_queued: Seconds,
     last_synced: Seconds,
     programming: Metrics<IpFamily, Histogram>,
-    /// When what is not committed yet was triggered, in microseconds since the epoch.
-    triggered: Vec<(Family, i64)>,
+    /// When what is not committed yet was triggered, in microseconds since the epoch; the oldest first.
+    triggered: VecDeque<(Family, i64)>,
 }
 
 /// Changes of one kind of object.
@@ -62,7 +67,7 @@ impl Changes {
             last_queued: Seconds::default(),
             last_synced: Seconds::default(),
             programming: Metrics::new_with_constructor(programming),
-            triggered: Vec::new(),
+            triggered: VecDeque::new(),
         };
         registry.register(
             "sync_proxy_rules_last_queued_timestamp_seconds",
@@ -88,7 +93,12 @@ impl Changes {
         match change {
             Change::Slice(_) | Change::SliceGone(_) => self.endpoints.add(),
             Change::Service(_) | Change::ServiceGone(_) => self.services.add(),
-            Change::Triggered(family, at) => self.triggered.push((*family, *at)),
+            Change::Triggered(family, at) => {
+                if self.triggered.len() == TRIGGERED {
+                    self.triggered.pop_front();
+                }
+                self.triggered.push_back((*family, *at));
+            }
             Change::Node(_) | Change::ServiceCidrs(_) | Change::Complete(_) | Change::Synced => {}
         }
     }
@@ -171,5 +181,14 @@ mod tests {
         has("kubeproxy_sync_proxy_rules_endpoint_changes_pending 0");
         changes.committed();
         has("kubeproxy_network_programming_duration_seconds_count{ip_family=\"IPv4\"} 1");
+
+        // While commits fail, the oldest are forgotten.
+        changes.seen(&event(Change::Triggered(Family::V4, at)));
+        (0..TRIGGERED).for_each(|_| changes.seen(&event(Change::Triggered(Family::V6, at))));
+        changes.committed();
+        has("kubeproxy_network_programming_duration_seconds_count{ip_family=\"IPv4\"} 1");
+        has(&format!(
+            "kubeproxy_network_programming_duration_seconds_count{{ip_family=\"IPv6\"}} {TRIGGERED}"
+        ));
     }
 }
