@@ -4,6 +4,9 @@
 //! dataplane does). There is no fixed delay: a change is committed as soon as it is known, and under load batches
 //! grow by themselves.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -69,6 +72,16 @@ enum Sweep {
     NotYet,
     Due,
     Done,
+}
+
+/// What the kernel was told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Told {
+    /// Nothing: somebody else changed something, which is none of ours.
+    Nothing,
+    Changes,
+    /// What somebody else had changed of ours, and whatever else there was.
+    Repairs,
 }
 
 /// When what is done next.
@@ -204,24 +217,30 @@ impl<D: Dataplane> Controller<D> {
         if self.pending.sweep == Sweep::NotYet && self.planner.synced() {
             self.pending.sweep = Sweep::Due;
         }
-        // What was taken in and led to no plan waits for nothing, unless it counts only once its origin has listed all.
+        self.count_waiting();
+        self.publish_pending();
+    }
+
+    /// What was taken in and led to no plan waits for nothing, unless it counts only once its origin has listed all.
+    fn count_waiting(&mut self) {
         if self.pending.is_empty() && self.planner.listed() {
             self.changes.nothing_waits();
         }
-        self.publish_pending();
     }
 
     /// Commits, and sets the timers by how that went.
     fn commit_in_time(&mut self, timers: &mut Timers) {
-        let repair = self.pending.repair;
         // A commit is a system call of microseconds to a second; the other worker serves the sources meanwhile.
         match tokio::task::block_in_place(|| self.commit()) {
-            Ok(()) => {
+            Ok(told) => {
                 if timers.attempts > 0 {
                     info!("the dataplane works again");
                 }
-                let pause = if repair { REPAIR_INTERVAL } else { Duration::ZERO };
-                timers.succeeded(pause.max(self.min_sync_period));
+                timers.succeeded(match told {
+                    Told::Nothing => Duration::ZERO,
+                    Told::Changes => self.min_sync_period,
+                    Told::Repairs => self.min_sync_period.max(REPAIR_INTERVAL),
+                });
             }
             Err(error) => {
                 if timers.attempts == 0 {
@@ -238,9 +257,10 @@ impl<D: Dataplane> Controller<D> {
     }
 
     /// Tells the kernel what it still has to be told.
-    fn commit(&mut self) -> Result<(), D::Error> {
+    fn commit(&mut self) -> Result<Told, D::Error> {
         let begun = Instant::now();
         let mut total = Outcome::default();
+        let mut told = Told::Changes;
         if self.pending.repair {
             if let Some(outcome) = self.dataplane.repair()? {
                 info!(
@@ -250,8 +270,14 @@ impl<D: Dataplane> Controller<D> {
                 );
                 total.absorb(outcome);
                 self.followers.iter_mut().for_each(|follower| follower.repaired());
+                told = Told::Repairs;
             }
             self.pending.repair = false;
+            if told != Told::Repairs && self.pending.is_empty() {
+                self.count_waiting();
+                self.publish_nothing_pending();
+                return Ok(Told::Nothing);
+            }
         }
         let sweep = self.pending.sweep == Sweep::Due;
         if !self.pending.services.is_empty() || self.pending.node.is_some() || sweep {
@@ -285,7 +311,7 @@ impl<D: Dataplane> Controller<D> {
         if sweep {
             memory::trim();
         }
-        Ok(())
+        Ok(told)
     }
 
     /// Commits the pending batch; what failed as a whole stays pending.
@@ -379,6 +405,10 @@ impl<D: Dataplane> Controller<D> {
             }
             std::mem::replace(&mut state.node_eligible, node_eligible) != node_eligible || changed
         });
+    }
+
+    fn publish_nothing_pending(&self) {
+        self.health.send_if_modified(|state| state.pending_since.take().is_some());
     }
 
     fn publish_committed(&self) {
