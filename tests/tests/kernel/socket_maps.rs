@@ -287,6 +287,34 @@ fn maps_grow_with_the_services_under_connects() {
 }
 
 #[test]
+fn maps_that_cannot_grow_are_told_and_grow_once_they_can() {
+    let stage = Stage::new();
+    let most = Room {
+        services: Sizes { frontends: 1 << 20, ports: 1 << 20, slots: 1 << 20, backends: 1 << 20 },
+        ..SMALL
+    };
+    let mut socket = stage.serve_in(most, &[&stage.a]);
+    let few = socket.room();
+    // New maps are begun in a folder that nothing else may be in.
+    let obstacle = stage.root().join(LAYOUT).join("maps-new").join("obstacle");
+    fs::create_dir_all(&obstacle).unwrap();
+    let many = few.services.ports + 1000;
+    let services = (0..many).map(|number| numbered(number, &[at(stage.b.v4(), 8080)])).collect();
+    let batch = Batch { services, ..Batch::default() };
+    assert!(socket.is_too_small_for(&batch));
+    socket.grow_for(&batch);
+    // It is not tried again for the same batch.
+    fs::remove_dir(&obstacle).unwrap();
+    let error = socket.apply(&batch, |_| false).unwrap_err();
+    assert!(matches!(error, SocketError::Pin { .. }), "{error:?}");
+    assert_eq!((socket.room(), socket.is_in_place()), (few, true));
+    assert_eq!(stage.meets().as_deref(), Some("a"));
+    let applied = socket.apply(&Batch::default(), |_| false).unwrap();
+    assert!(applied.full.is_empty() && socket.room().services.ports > many, "{:?}", socket.room());
+    assert_eq!(stage.meets().as_deref(), Some("a"));
+}
+
+#[test]
 fn what_there_is_no_room_for_is_named_and_answered_once_there_is() {
     let stage = Stage::new();
     let mut socket = stage.serve(&[&stage.a]);

@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use tracing::warn;
+use tracing::{debug, warn};
 
 use super::super::answers::{Answer, Limit, Policy};
 use super::super::lower::{Lowering, PortView, Retired};
@@ -70,6 +70,8 @@ pub struct Socket {
     retired: Vec<Retired>,
     /// Services that there was no room for, to be told.
     full: Vec<(ServiceKey, Limit)>,
+    /// Why larger maps cannot be had for the batch that comes next: for that it is not tried again.
+    cramped: Option<SocketError>,
     /// Something that nobody tells may have changed.
     looked: bool,
     /// The programs are still to be told what is known of the node.
@@ -148,6 +150,7 @@ impl Socket {
             late: VecDeque::new(),
             retired: Vec::new(),
             full: Vec::new(),
+            cramped: None,
             looked: false,
             node_changed: true,
             unremembered,
@@ -172,14 +175,17 @@ impl Socket {
         let returned = self.grace.returned();
         self.reclaim(returned);
         self.node_changed |= batch.node.is_some();
-        self.grow_for(&batch);
+        if self.cramped.is_none() {
+            self.grow_for(&batch);
+        }
+        let cramped = self.cramped.take();
         let mut writes = self.lower(&batch);
         if self.broken {
             self.rebuild(self.maps.room())?;
         }
         self.settle()?;
         if !self.full.is_empty() {
-            writes += self.make_room()?;
+            writes += self.make_room(cramped)?;
         }
         self.looked |= self.left_alone.stirred();
         if self.looked {
@@ -196,12 +202,22 @@ impl Socket {
     }
 
     /// Makes larger maps where a batch needs them: else all of it would be tried in vain first, as all that was listed
-    /// when the agent started. Who is answered stays the same. Where there is no such room now, the Services that then
-    /// find none try once more.
+    /// when the agent started. Who is answered stays the same. Where they cannot be had, [`Socket::apply`] says why
+    /// once Services find no room.
     pub fn grow_for(&mut self, batch: &Batch) {
         let room = self.room_for_batch(batch);
-        if room != self.maps.room() {
-            let _ = self.rebuild(room);
+        if room == self.maps.room() {
+            return;
+        }
+        let was_broken = self.broken;
+        self.cramped = self.rebuild(room).err();
+        if let Some(error) = &self.cramped {
+            let error = error as &dyn std::error::Error;
+            if self.broken && !was_broken {
+                warn!(error, "the socket layer was lost while its maps were to grow");
+            } else {
+                debug!(error, "the socket layer's maps cannot grow");
+            }
         }
     }
 
@@ -267,8 +283,8 @@ impl Socket {
         self.settle()
     }
 
-    /// For Services that have none.
-    fn make_room(&mut self) -> Result<usize, SocketError> {
+    /// For Services that have none. `cramped`: why larger maps cannot be had, where that was tried just now.
+    fn make_room(&mut self, cramped: Option<SocketError>) -> Result<usize, SocketError> {
         // What was given up just now may be what they need.
         let returned = self.grace.wait();
         self.reclaim(returned);
@@ -279,6 +295,7 @@ impl Socket {
             let plans = everything.services.iter().filter_map(|(_, plan)| plan.as_deref());
             let room = self.room_for(plans);
             if room != self.maps.room() {
+                cramped.map_or(Ok(()), Err)?;
                 writes += self.rebuild(room)?;
                 self.settle()?;
             }
