@@ -238,7 +238,7 @@ impl Front {
             }
         }
         let was_in_place = self.socket.is_in_place();
-        match self.socket.apply(&batch.in_force(outcome), |_| false) {
+        match self.socket.apply(&batch.in_force(outcome)) {
             Ok(applied) => {
                 if self.trouble.take().is_some() || !was_in_place {
                     info!("the socket layer follows again");

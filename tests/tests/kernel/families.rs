@@ -2,6 +2,7 @@
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::{Child, Command, Stdio};
+use std::slice;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -179,9 +180,9 @@ fn a_family_that_the_kernel_refuses_does_not_keep_the_other_one() {
         assert!(listing().contains("default/svc-2:http"));
         // A Service of both has its IPv4 ports, and whoever follows is told of these.
         let half = of(Family::V4, both.clone());
-        assert_eq!(outcome.partly, [half.clone()]);
+        assert_eq!(outcome.partly, slice::from_ref(&half));
         let changed = Batch { services: vec![both.clone()], ..Batch::default() };
-        assert_eq!(changed.in_force(&outcome).services, [half.clone()]);
+        assert_eq!(changed.in_force(&outcome).services, slice::from_ref(&half));
         let v4_alone = in_namespace(move || {
             start(&mut opened(), vec![of(Family::V4, service(1, 5)), of(Family::V4, service(2, 3)), half]);
             nft(&["list", "table", "ip", "kube-lane"], None)

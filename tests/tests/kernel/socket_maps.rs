@@ -83,7 +83,7 @@ impl Stage {
     fn serve_in(&self, room: Room, pods: &[&Pod]) -> Socket {
         let mut socket = self.try_open(Options { room, ..self.options() }).unwrap();
         let node = Some(NodePlan::default());
-        socket.apply(&Batch { node, services: vec![service(1, pods)], sweep: true }, |_| false).unwrap();
+        socket.apply(&Batch { node, services: vec![service(1, pods)], sweep: true }).unwrap();
         socket
     }
 
@@ -266,13 +266,12 @@ fn maps_grow_with_the_services_under_connects() {
     let few = socket.room();
     let first =
         Batch { node: Some(NodePlan::default()), services: vec![service(1, &[&stage.a])], sweep: true };
-    socket.apply(&first, |_| false).unwrap();
+    socket.apply(&first).unwrap();
     let load = stage.load();
     let many: u32 = few.services.ports + 1000;
     for from in [0, many / 2] {
         let services = (from..from + many / 2).map(|number| numbered(number, &[at(stage.b.v4(), 8080)]));
-        let applied =
-            socket.apply(&Batch { services: services.collect(), ..Batch::default() }, |_| false).unwrap();
+        let applied = socket.apply(&Batch { services: services.collect(), ..Batch::default() }).unwrap();
         assert!(applied.full.is_empty(), "{:?}", applied.full.first());
     }
     let report = load.stop();
@@ -305,11 +304,11 @@ fn maps_that_cannot_grow_are_told_and_grow_once_they_can() {
     socket.grow_for(&batch);
     // It is not tried again for the same batch.
     fs::remove_dir(&obstacle).unwrap();
-    let error = socket.apply(&batch, |_| false).unwrap_err();
+    let error = socket.apply(&batch).unwrap_err();
     assert!(matches!(error, SocketError::Pin { .. }), "{error:?}");
     assert_eq!((socket.room(), socket.is_in_place()), (few, true));
     assert_eq!(stage.meets().as_deref(), Some("a"));
-    let applied = socket.apply(&Batch::default(), |_| false).unwrap();
+    let applied = socket.apply(&Batch::default()).unwrap();
     assert!(applied.full.is_empty() && socket.room().services.ports > many, "{:?}", socket.room());
     assert_eq!(stage.meets().as_deref(), Some("a"));
 }
@@ -320,18 +319,18 @@ fn what_there_is_no_room_for_is_named_and_answered_once_there_is() {
     let mut socket = stage.serve(&[&stage.a]);
     let backend = at(stage.b.v4(), 8080);
     let services = (0..SMALL.services.ports).map(|number| numbered(number, &[backend])).collect();
-    let applied = socket.apply(&Batch { services, ..Batch::default() }, |_| false).unwrap();
+    let applied = socket.apply(&Batch { services, ..Batch::default() }).unwrap();
     let [(full, limit)] = &applied.full[..] else { panic!("{:?}", applied.full) };
     assert_eq!(*limit, Limit::Ports);
     assert_eq!(stage.meets().as_deref(), Some("a"));
     // Another goes: there is room.
     let gone = Batch { services: vec![(service(1, &[]).0, None)], ..Batch::default() };
-    socket.apply(&gone, |_| false).unwrap();
+    socket.apply(&gone).unwrap();
     let deadline = Instant::now() + Duration::from_secs(5);
     while socket.inspect(full).answers[0][0].layer() != "socket" {
         assert!(Instant::now() < deadline, "{:?}", socket.inspect(full));
         thread::sleep(Duration::from_millis(1));
-        socket.apply(&Batch::default(), |_| false).unwrap();
+        socket.apply(&Batch::default()).unwrap();
     }
 }
 
@@ -424,7 +423,7 @@ fn cgroups_that_come_and_go_are_left_alone() {
     let mut socket = stage.try_open(options).unwrap();
     let mut follow = || {
         assert_eq!(socket.look(), None);
-        socket.apply(&Batch::default(), |_| false).unwrap();
+        socket.apply(&Batch::default()).unwrap();
         let left_alone = stage.map::<u64, u64>(maps::LEFT_ALONE);
         left_alone.keys().collect::<Result<BTreeSet<_>, _>>().unwrap()
     };
@@ -454,7 +453,7 @@ fn what_clients_no_longer_come_back_for_is_swept() {
     let apply = |services| {
         let mut socket = stage.open();
         let node = Some(NodePlan::default());
-        socket.apply(&Batch { node, services, ..Batch::default() }, |_| false).unwrap();
+        socket.apply(&Batch { node, services, ..Batch::default() }).unwrap();
     };
     // An agent sweeps as it starts.
     let swept_to = |expected| {
@@ -486,7 +485,7 @@ fn the_memory_of_clients_grows_and_says_when_it_cannot() {
     let mut socket = stage.try_open(Options { room, ..stage.options() }).unwrap();
     let services = vec![sticky(1, 10_800, &[&stage.a, &stage.b])];
     let node = Some(NodePlan::default());
-    socket.apply(&Batch { node, services, ..Batch::default() }, |_| false).unwrap();
+    socket.apply(&Batch { node, services, ..Batch::default() }).unwrap();
     let by = stage.meets().unwrap();
     let memories = || {
         let map = stage.map::<AffinityKey, Remembered>(maps::AFFINITY);
@@ -505,7 +504,7 @@ fn the_memory_of_clients_grows_and_says_when_it_cannot() {
     let dial = || newcomer.dial_with(Dial::new(Proto::Tcp, vip(1)).timeout(QUIET)).unwrap();
     let mut look = || {
         assert_eq!(socket.look(), None);
-        socket.apply(&Batch::default(), |_| false).unwrap();
+        socket.apply(&Batch::default()).unwrap();
         (socket.room().clients, socket.is_forgetful())
     };
     let begin = look().0;
@@ -538,7 +537,7 @@ fn a_set_that_changes_all_the_time_leads_to_its_endpoints_alone() {
     let (a, b) = (&stage.a, &stage.b);
     let mut socket = stage.serve_in(TIGHT, &[a]);
     let mut apply = |services| {
-        let applied = socket.apply(&Batch { services, ..Batch::default() }, |_| false).unwrap();
+        let applied = socket.apply(&Batch { services, ..Batch::default() }).unwrap();
         assert!(applied.full.is_empty(), "{:?}", applied.full);
     };
     let load = stage.load();

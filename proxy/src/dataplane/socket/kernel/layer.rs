@@ -159,27 +159,21 @@ impl Socket {
         })
     }
 
-    /// Carries a commit out, but for the Services that nftables refused: there both layers keep what they had. An empty
-    /// batch carries out what is late, and what there is room for by now.
+    /// Carries out what of a batch is in force in nftables. An empty batch carries out what is late, and what there is
+    /// room for by now.
     ///
     /// # Errors
     /// Where the maps cannot be written. What did not reach them does so at the next call, in its order; until then
     /// they are as they were between two of the writes, which is sound.
-    pub fn apply(
-        &mut self,
-        batch: &Batch,
-        refused: impl Fn(&ServiceKey) -> bool,
-    ) -> Result<Applied, SocketError> {
-        let services = batch.services.iter().filter(|(service, _)| !refused(service)).cloned();
-        let batch = Batch { node: batch.node.clone(), services: services.collect(), sweep: batch.sweep };
+    pub fn apply(&mut self, batch: &Batch) -> Result<Applied, SocketError> {
         let returned = self.grace.returned();
         self.reclaim(returned);
         self.node_changed |= batch.node.is_some();
         if self.cramped.is_none() {
-            self.grow_for(&batch);
+            self.grow_for(batch);
         }
         let cramped = self.cramped.take();
-        let mut writes = self.lower(&batch);
+        let mut writes = self.lower(batch);
         if self.broken {
             self.rebuild(self.maps.room())?;
         }
