@@ -1,3 +1,5 @@
+//! Tests of the rules: packets that walk through them, drawing as the kernel would.
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
