@@ -18,6 +18,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 use tracing::{debug, error, info, warn};
 
+use crate::backoff::backoff;
 use crate::dataplane::{Batch, Dataplane, Follower, Outcome};
 use crate::health::HealthState;
 use crate::memory;
@@ -105,7 +106,7 @@ impl Timers {
     }
 
     fn failed(&mut self) {
-        self.not_before = Instant::now() + (RETRY * 2u32.saturating_pow(self.attempts)).min(RETRY_MAX);
+        self.not_before = Instant::now() + backoff(RETRY, RETRY_MAX, self.attempts);
         self.attempts = self.attempts.saturating_add(1);
     }
 }

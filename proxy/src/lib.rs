@@ -11,6 +11,7 @@
 extern crate self as kube_lane;
 
 pub mod address;
+pub mod backoff;
 pub mod causes;
 pub mod cli;
 pub mod config;

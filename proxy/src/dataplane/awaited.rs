@@ -9,6 +9,7 @@ use tracing::warn;
 
 use super::nftables::Marks;
 use super::socket::Socket;
+use crate::backoff::backoff;
 
 /// How long after a failure it is tried again, and the most that grows to where more than another agent is in the
 /// way.
@@ -79,7 +80,7 @@ impl Awaited {
 
 /// How long to wait after so many failures in a row.
 fn pause(failures: u32) -> Duration {
-    (PAUSE * 2_u32.saturating_pow(failures.saturating_sub(1))).min(PAUSE_MAX)
+    backoff(PAUSE, PAUSE_MAX, failures.saturating_sub(1))
 }
 
 #[cfg(test)]

@@ -16,6 +16,7 @@ use super::nftables::{Marks, Nftables, NftablesError};
 use super::socket::Socket;
 use super::socket::answers::{Answer, Limit, Why};
 use super::{AtSocket, Awaited, Batch, Dataplane, Inspection, Outcome, Withdrawal};
+use crate::backoff::backoff;
 use crate::causes::with_causes;
 use crate::model::input::ServiceKey;
 use crate::model::plan::Plan;
@@ -258,7 +259,7 @@ impl Front {
                 if failures == 0 {
                     error!(error = words, "the socket layer {}; trying again", self.state());
                 }
-                self.due = Some(Instant::now() + (RETRY * 2_u32.saturating_pow(failures)).min(RETRY_MAX));
+                self.due = Some(Instant::now() + backoff(RETRY, RETRY_MAX, failures));
                 self.trouble = Some((words, failures.saturating_add(1)));
                 None
             }

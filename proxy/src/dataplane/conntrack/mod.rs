@@ -30,6 +30,7 @@ use tracing::{debug, info, warn};
 use self::ctnetlink::{Ctnetlink, DELETIONS, Entry};
 use self::tracker::{Filter, Look, Tracker};
 use super::{Batch, Follower, Outcome};
+use crate::backoff::backoff;
 use crate::model::input::Family;
 
 /// A packet that met the old elements may still be on its way when the first look ends: there is a second one.
@@ -166,7 +167,7 @@ impl<R: Fn(Looked)> Worker<R> {
             );
         }
         self.socket = None;
-        self.not_before = Instant::now() + (RETRY * 2u32.saturating_pow(self.failures)).min(RETRY_MAX);
+        self.not_before = Instant::now() + backoff(RETRY, RETRY_MAX, self.failures);
         self.failures = self.failures.saturating_add(1);
         self.shared.lock().tracker.put_back(look);
     }
