@@ -6,7 +6,7 @@ use std::process::Command;
 
 use anyhow::{Result, bail, ensure};
 
-use crate::setup::{self, DENY, MACHETE, Need, go};
+use crate::setup::{self, DENY, MACHETE, Need, go, go_tools};
 use crate::{ebpf, process, tidy};
 
 type Check = (&'static str, fn() -> Result<()>);
@@ -16,9 +16,10 @@ const CHECKS: &[Check] = &[
     ("tidy", tidy::check),
     ("rustfmt", || process::run(process::cargo().args(["fmt", "--all", "--check"]))),
     ("shellcheck", shellcheck),
+    ("actionlint", actionlint),
     ("machete", || process::run(Command::new(MACHETE.path()).current_dir(process::root()))),
     ("deny", deny),
-    ("go", go_module),
+    ("go", go_modules),
     ("clippy", || {
         let clippy = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
         process::run(process::cargo().args(clippy))
@@ -51,6 +52,17 @@ pub(crate) fn run() -> Result<()> {
     Ok(())
 }
 
+/// Checks dependencies against the RustSec advisory database. It is a Git repository on GitHub, which [`run`] does not
+/// need: lint must also work where only package registries can be reached. CI runs this beside lint, and each week.
+///
+/// # Errors
+/// When a dependency has an advisory or was yanked, or the database cannot be fetched.
+pub(crate) fn advisories() -> Result<()> {
+    setup::ensure_step(&DENY)?;
+    let check = ["--workspace", "check", "--hide-inclusion-graph", "advisories"];
+    process::run(Command::new(DENY.path()).current_dir(process::root()).args(check))
+}
+
 fn deny() -> Result<()> {
     let check = ["--workspace", "check", "--hide-inclusion-graph", "bans", "licenses", "sources"];
     process::run(Command::new(DENY.path()).current_dir(process::root()).args(check))
@@ -67,7 +79,18 @@ fn shellcheck() -> Result<()> {
     process::run(Command::new("shellcheck").current_dir(process::root()).args(scripts))
 }
 
-/// The module holds no Go code, only go.mod and go.sum: they must say exactly what the tools need.
-fn go_module() -> Result<()> {
-    process::run(go::command().args(["mod", "tidy", "-diff"]))
+/// Workflows that GitHub would refuse, and mistakes in their scripts (by shellcheck).
+fn actionlint() -> Result<()> {
+    let is_workflow = |file: &PathBuf| file.starts_with(".github/workflows");
+    let workflows: Vec<_> = process::tracked_files()?.into_iter().filter(is_workflow).collect();
+    ensure!(!workflows.is_empty(), "no workflow found below .github/workflows");
+    process::run(Command::new(go_tools::ACTIONLINT.path()).current_dir(process::root()).args(workflows))
+}
+
+/// The modules hold no Go code, only go.mod and go.sum: they must say exactly what the tools need.
+fn go_modules() -> Result<()> {
+    for mut command in [go::command(), go::command_in(go_tools::MODULE)] {
+        process::run(command.args(["mod", "tidy", "-diff"]))?;
+    }
+    Ok(())
 }

@@ -29,6 +29,8 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Task {
+    /// Look for known vulnerabilities of dependencies, in the RustSec database on GitHub.
+    Advisories,
     /// Install what the other tasks need and this machine lacks.
     Setup,
     /// Measure kube-lane beside kube-proxy; `bench --help` says what.
@@ -45,6 +47,7 @@ enum Task {
 
 fn main() -> ExitCode {
     let result = match Args::parse().task {
+        Task::Advisories => lint::advisories(),
         Task::Setup => setup::all(),
         Task::Bench(args) => bench::run(&args),
         Task::Build(args) => build::run(&args),

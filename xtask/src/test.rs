@@ -194,6 +194,14 @@ mod tests {
     }
 
     #[test]
+    fn ci_runs_every_lane() {
+        let workflow = std::fs::read_to_string(process::root().join(".github/workflows/ci.yml")).unwrap();
+        let matrix = workflow.lines().find_map(|line| line.trim().strip_prefix("lane: ")).unwrap();
+        let lanes = Lane::value_variants().iter().map(Lane::to_string).collect::<Vec<_>>();
+        assert_eq!(matrix, format!("[{}]", lanes.join(", ")));
+    }
+
+    #[test]
     fn other_lines_count_nothing() {
         assert_eq!(Tally::parse("test model::plan ... ok"), None);
     }

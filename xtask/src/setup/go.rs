@@ -1,4 +1,4 @@
-//! A Go toolchain for `tests/controlplane`: the machine's own, which from 1.21 on fetches the release that
+//! A Go toolchain for `tests/controlplane` and `tests/tools`: the machine's own, which from 1.21 on fetches the release that
 //! go.mod asks for by itself; an older one fetches it here, from the same module registry.
 
 use std::fs;
@@ -21,9 +21,14 @@ pub(crate) fn module() -> PathBuf {
 
 /// `go` in [`module`], in the release that its go.mod asks for or a later one.
 pub(crate) fn command() -> Command {
+    command_in("tests/controlplane")
+}
+
+/// `go` in the folder `module` of this repository; otherwise as [`command`].
+pub(crate) fn command_in(module: &str) -> Command {
     let fetched = process::target("tools/go/bin/go");
     let mut command = Command::new(if fetched.is_file() { fetched } else { "go".into() });
-    command.current_dir(module()).env("GOTOOLCHAIN", "auto");
+    command.current_dir(process::root().join(module)).env("GOTOOLCHAIN", "auto");
     command
 }
 

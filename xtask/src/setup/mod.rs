@@ -8,6 +8,7 @@ mod controlplane;
 mod debian;
 pub(crate) mod ebpf;
 pub(crate) mod go;
+pub(crate) mod go_tools;
 mod vm;
 
 use anyhow::{Context, Result, ensure};
@@ -105,6 +106,7 @@ impl Need {
                 Box::new(cargo_tools::RustComponents),
                 Box::new(MACHETE),
                 Box::new(DENY),
+                Box::new(go_tools::ACTIONLINT),
             ],
         }
     }
@@ -129,7 +131,8 @@ pub(crate) fn ensure(needs: &[Need]) -> Result<()> {
     needs.iter().flat_map(|need| need.steps()).try_for_each(|step| ensure_step(&*step))
 }
 
-fn ensure_step(step: &dyn Step) -> Result<()> {
+/// Installs one thing, if it is missing.
+pub(crate) fn ensure_step(step: &dyn Step) -> Result<()> {
     if step.is_done()? {
         return Ok(());
     }
