@@ -9,7 +9,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
 
-use crate::setup::{self, Need};
+use crate::setup::{self, KubernetesChoice, KubernetesRelease, Need};
 use crate::{build, ebpf, process};
 
 /// What `cargo xtask test` is told.
@@ -18,6 +18,10 @@ pub(crate) struct Args {
     /// Run only this lane; may be given several times.
     #[arg(long = "lane", value_name = "LANE")]
     lanes: Vec<Lane>,
+    /// Run the lanes cluster and oracle with this release of Kubernetes: 1.30, 1.33, or any patch release such as
+    /// 1.31.4. It is built on first use.
+    #[arg(long, value_name = "VERSION")]
+    kubernetes: Option<KubernetesChoice>,
     /// Run only tests whose names contain this.
     #[arg(last = true)]
     filter: Option<String>,
@@ -39,13 +43,20 @@ enum Lane {
 }
 
 impl Lane {
-    fn needs(self) -> &'static [Need] {
+    fn needs(self, kubernetes: Option<KubernetesRelease>) -> Vec<Need> {
         match self {
-            Lane::Unit => &[Need::Build],
-            Lane::Kernel => &[Need::Build, Need::Kernel],
-            Lane::Cluster | Lane::Oracle => &[Need::Build, Need::Kernel, Need::ControlPlane],
-            Lane::Vm => &[Need::Build, Need::Vm],
+            Lane::Unit => vec![Need::Build],
+            Lane::Kernel => vec![Need::Build, Need::Kernel],
+            Lane::Cluster | Lane::Oracle => {
+                vec![Need::Build, Need::Kernel, kubernetes.map_or(Need::ControlPlane, Need::Kubernetes)]
+            }
+            Lane::Vm => vec![Need::Build, Need::Vm],
         }
+    }
+
+    /// Whether the lane runs programs of Kubernetes.
+    fn runs_kubernetes(self) -> bool {
+        matches!(self, Lane::Cluster | Lane::Oracle)
     }
 
     /// What `cargo test` is told, once for each of its runs.
@@ -112,12 +123,18 @@ impl Tally {
 
 /// Runs the lanes, prints each one's outcome and, in the last line, the sum of all.
 pub(crate) fn run(args: &Args) -> ExitCode {
-    let lanes = if args.lanes.is_empty() { Lane::value_variants() } else { &args.lanes };
+    let kubernetes = args.kubernetes.and_then(|choice| choice.0);
+    // A release that is named asks for the lanes that run it.
+    let runs = |lane: &&Lane| args.kubernetes.is_none() || lane.runs_kubernetes();
+    let lanes: Vec<_> = match args.lanes.as_slice() {
+        [] => Lane::value_variants().iter().filter(runs).collect(),
+        lanes => lanes.iter().collect(),
+    };
     let mut total = Tally::default();
     for lane in lanes {
         let start = Instant::now();
         println!("lane {lane}");
-        let mut tally = run_lane(*lane, args.filter.as_deref()).unwrap_or_else(|error| {
+        let mut tally = run_lane(*lane, kubernetes, args.filter.as_deref()).unwrap_or_else(|error| {
             eprintln!("lane {lane} cannot run: {error:#}");
             Tally { passed: 0, failed: 1 }
         });
@@ -137,10 +154,10 @@ pub(crate) fn run(args: &Args) -> ExitCode {
     if total.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-fn run_lane(lane: Lane, filter: Option<&str>) -> Result<Tally> {
+fn run_lane(lane: Lane, kubernetes: Option<KubernetesRelease>, filter: Option<&str>) -> Result<Tally> {
     let unprivileged = matches!(lane, Lane::Unit | Lane::Vm);
     ensure!(unprivileged || process::is_root(), "it makes network namespaces, which takes root");
-    setup::ensure(lane.needs())?;
+    setup::ensure(&lane.needs(kubernetes))?;
     let mut tally = Tally::default();
     // The lanes run the agent as users have it: with its eBPF programs in it.
     let built = if lane == Lane::Unit { None } else { Some((build::agent(false)?, ebpf::build_object()?)) };
@@ -149,6 +166,9 @@ fn run_lane(lane: Lane, filter: Option<&str>) -> Result<Tally> {
         test.args(["test", "--no-fail-fast"]).args(*run);
         if let Some((binary, object)) = &built {
             test.env("KUBE_LANE_BIN", binary).env(build::OBJECT_VARIABLE, object);
+        }
+        if let Some(release) = kubernetes {
+            test.env("KUBE_LANE_CONTROLPLANE", release.bin());
         }
         test.args(filter);
         tally += run_cargo_test(&mut test)?;

@@ -274,15 +274,21 @@ pub async fn client(kubeconfig: &Path) -> Result<Client> {
     Ok(Client::try_from(config)?)
 }
 
-/// The upstream program `name`: from `KUBEBUILDER_ASSETS` if it is there, else as `cargo xtask setup` built it.
+/// The upstream program `name`: from the folder that `KUBE_LANE_CONTROLPLANE` names, and from nowhere else, if the
+/// variable is set (`cargo xtask test --kubernetes` sets it); from `KUBEBUILDER_ASSETS` if it is there; else as
+/// `cargo xtask setup` built it.
 ///
 /// # Errors
-/// When it is in neither place.
+/// When the program is in none of these places.
 pub fn program(name: &str) -> Result<PathBuf> {
-    let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/controlplane/bin").join(name);
-    let assets = std::env::var_os("KUBEBUILDER_ASSETS").map(|dir| Path::new(&dir).join(name));
-    let found = assets.into_iter().chain([built]).find(|path| path.is_file());
-    found.ok_or_else(|| anyhow!("{name} is missing: `cargo xtask setup` builds it"))
+    let folder = |variable| std::env::var_os(variable).map(PathBuf::from);
+    let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/controlplane/bin");
+    let folders = match folder("KUBE_LANE_CONTROLPLANE") {
+        Some(release) => vec![release],
+        None => folder("KUBEBUILDER_ASSETS").into_iter().chain([built]).collect(),
+    };
+    let found = folders.iter().map(|folder| folder.join(name)).find(|path| path.is_file());
+    found.ok_or_else(|| anyhow!("{name} is missing in {folders:?}: `cargo xtask setup` builds it"))
 }
 
 fn start_etcd(dir: &Path, netns: Option<&Path>, port: u16, peer_port: u16) -> Result<Process> {

@@ -24,12 +24,22 @@ pub(crate) fn command() -> Command {
     command_in("tests/controlplane")
 }
 
-/// `go` in the folder `module` of this repository; otherwise as [`command`].
-pub(crate) fn command_in(module: &str) -> Command {
+/// `go` in the folder `module`, relative to the top of this repository; otherwise as [`command`].
+pub(crate) fn command_in(module: impl AsRef<Path>) -> Command {
     let fetched = process::target("tools/go/bin/go");
     let mut command = Command::new(if fetched.is_file() { fetched } else { "go".into() });
     command.current_dir(process::root().join(module)).env("GOTOOLCHAIN", "auto");
     command
+}
+
+/// Downloads a module such as `k8s.io/api@v0.36.3`, checked as any module is, and returns its folder in Go's cache.
+///
+/// # Errors
+/// When the module proxy does not serve it.
+pub(super) fn download(module: &str) -> Result<PathBuf> {
+    process::run_long("go mod download", outside_module().args(["mod", "download", module]))?;
+    let cache = process::output(outside_module().args(["env", "GOMODCACHE"]))?;
+    Ok(Path::new(cache.trim()).join(module))
 }
 
 /// A working [`command`].
@@ -86,9 +96,7 @@ fn fetch() -> Result<()> {
         other => other,
     };
     let module = format!("golang.org/toolchain@v0.0.1-go{}.linux-{arch}", wanted()?);
-    process::run_long("go mod download", outside_module().args(["mod", "download", &module]))?;
-    let cache = process::output(outside_module().args(["env", "GOMODCACHE"]))?;
-    let toolchain = Path::new(cache.trim()).join(&module);
+    let toolchain = download(&module)?;
 
     // Modules carry no mode bits.
     for dir in ["bin", "pkg/tool"] {

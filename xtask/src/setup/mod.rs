@@ -13,6 +13,7 @@ mod vm;
 
 use anyhow::{Context, Result, ensure};
 pub(crate) use cargo_tools::{DENY, MACHETE};
+pub(crate) use controlplane::{Choice as KubernetesChoice, Release as KubernetesRelease};
 pub(crate) use debian::{Package, Probe};
 
 /// One thing that may be missing.
@@ -36,6 +37,8 @@ pub(crate) enum Need {
     Kernel,
     /// etcd, kube-apiserver, kube-proxy and kubectl in `target/controlplane/bin`.
     ControlPlane,
+    /// The same programs of another release of Kubernetes, in `target/controlplane-<release>/bin`.
+    Kubernetes(KubernetesRelease),
     /// To boot kernels in virtual machines.
     Vm,
     /// What `cargo xtask lint` calls.
@@ -80,7 +83,9 @@ impl Need {
                 }
             }
             // kube-proxy calls nft or iptables, whichever mode it runs in.
-            Need::ControlPlane => &const { [program("nftables", "nft"), program("iptables", "iptables")] },
+            Need::ControlPlane | Need::Kubernetes(_) => {
+                &const { [program("nftables", "nft"), program("iptables", "iptables")] }
+            }
             Need::Vm => {
                 &const {
                     [
@@ -99,7 +104,10 @@ impl Need {
         match self {
             Need::Build | Need::Kernel => vec![],
             Need::Ebpf => vec![Box::new(ebpf::Compiler), Box::new(ebpf::Linker)],
-            Need::ControlPlane => vec![Box::new(go::Toolchain), Box::new(controlplane::Programs)],
+            Need::ControlPlane => vec![Box::new(go::Toolchain), Box::new(controlplane::Programs(None))],
+            Need::Kubernetes(release) => {
+                vec![Box::new(go::Toolchain), Box::new(controlplane::Programs(Some(release)))]
+            }
             Need::Vm => vm::KERNELS.map(|kernel| Box::new(kernel) as Box<dyn Step>).into(),
             Need::Lint => vec![
                 Box::new(go::Toolchain),
