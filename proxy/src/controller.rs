@@ -20,7 +20,7 @@ use tracing::{debug, error, info, warn};
 
 use crate::backoff::backoff;
 use crate::dataplane::{Batch, Dataplane, Follower, Outcome};
-use crate::health::HealthState;
+use crate::health::{HealthState, Moment};
 use crate::memory;
 use crate::model::input::{Event, ServiceKey};
 use crate::model::plan::{NodePlan, Plan};
@@ -402,7 +402,7 @@ impl<D: Dataplane> Controller<D> {
         self.health.send_if_modified(|state| {
             let changed = waits && state.pending_since.is_none();
             if changed {
-                state.pending_since = Some(Timestamp::now());
+                state.pending_since = Some(Moment::now());
             }
             std::mem::replace(&mut state.node_eligible, node_eligible) != node_eligible || changed
         });

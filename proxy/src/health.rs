@@ -23,6 +23,7 @@ use serde::Serialize;
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tracing::{error, info};
 
 use crate::config::{Config, Mode};
@@ -48,7 +49,7 @@ pub struct HealthState {
     /// When the last commit succeeded.
     pub last_updated: Option<Timestamp>,
     /// Since when a change has been waiting for a commit to succeed; `None`: nothing waits.
-    pub pending_since: Option<Timestamp>,
+    pub pending_since: Option<Moment>,
     /// Whether load balancers should send traffic here: false where the own Node is unknown or about to be deleted.
     pub node_eligible: bool,
 }
@@ -60,10 +61,68 @@ impl Default for HealthState {
     }
 }
 
+/// A moment on two clocks: the wall clock, to show it, and a monotonic clock, to measure from it. A wall clock that
+/// somebody sets forward must not make a change late.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Moment {
+    /// On the wall clock.
+    pub time: Timestamp,
+    instant: Instant,
+}
+
+impl Moment {
+    /// This moment.
+    pub fn now() -> Self {
+        Self { time: Timestamp::now(), instant: Instant::now() }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn ago(seconds: u64) -> Self {
+        let instant = Instant::now().checked_sub(Duration::from_secs(seconds)).unwrap();
+        Self { time: Timestamp::now(), instant }
+    }
+}
+
+/// Why an agent fails a probe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unhealthy {
+    /// A change waits for too long.
+    #[error(
+        "a change has waited for {} s to be committed to the kernel; at most {} s is healthy. `kube-lane status` and the \
+         log tell why",
+        .0.as_secs(), LATE.as_secs()
+    )]
+    Late(Duration),
+    /// The agent has not done its first work yet.
+    #[error(
+        "the first sync is not complete: not all Services are listed and programmed yet. `kube-lane status` and the log \
+         tell why"
+    )]
+    NotSynced,
+}
+
 impl HealthState {
-    fn is_late(&self, now: Timestamp) -> bool {
-        let late = |since: Timestamp| now.duration_since(since).unsigned_abs() >= LATE && now > since;
-        self.pending_since.is_some_and(late)
+    /// Whether the agent needs no restart, as `/livez` tells: no change is late.
+    ///
+    /// # Errors
+    /// With the reason why it does.
+    pub fn live(&self) -> Result<(), Unhealthy> {
+        match self.pending_since.map(|since| since.instant.elapsed()) {
+            Some(waited) if waited >= LATE => Err(Unhealthy::Late(waited)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether Services work on this node: everything is programmed and no change is late. Unlike `/healthz` this
+    /// leaves out whether load balancers should send traffic to the node, which says nothing about the agent.
+    ///
+    /// # Errors
+    /// With the reason why they may not.
+    pub fn ready(&self) -> Result<(), Unhealthy> {
+        if !self.synced {
+            return Err(Unhealthy::NotSynced);
+        }
+        self.live()
     }
 }
 
@@ -198,7 +257,7 @@ fn health_routes(state: watch::Receiver<HealthState>, requests: Requests) -> Rou
 async fn healthz(State(health): State<Health>) -> Response {
     let state = *health.state.borrow();
     let now = Timestamp::now();
-    let healthy = state.synced && !state.is_late(now);
+    let healthy = state.ready().is_ok();
     let answer = Answer::new(&state, now, healthy, healthy && state.node_eligible, Some(state.node_eligible));
     answer.counted(&health.requests.healthz)
 }
@@ -207,7 +266,7 @@ async fn healthz(State(health): State<Health>) -> Response {
 async fn livez(State(health): State<Health>) -> Response {
     let state = *health.state.borrow();
     let now = Timestamp::now();
-    let healthy = !state.is_late(now);
+    let healthy = state.live().is_ok();
     Answer::new(&state, now, healthy, healthy, None).counted(&health.requests.livez)
 }
 
@@ -342,7 +401,7 @@ mod tests {
         assert_eq!(json(address, "/livez").await.0, 200);
 
         for (seconds, code) in [(59, 200), (61, 503)] {
-            let pending_since = Some(Timestamp::from_second(now.as_second() - seconds).unwrap());
+            let pending_since = Some(Moment::ago(seconds));
             state.send_replace(HealthState { pending_since, ..synced });
             assert_eq!(json(address, "/livez").await.0, code, "waiting for {seconds} s");
             assert_eq!(json(address, "/healthz").await.0, code, "waiting for {seconds} s");

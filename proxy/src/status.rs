@@ -85,7 +85,7 @@ pub struct Facts {
     pub why: Option<String>,
 }
 
-/// What `kube-lane status` asks, in one line of JSON.
+/// What `kube-lane status` and `kube-lane probe` ask, in one line of JSON.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Request {
@@ -95,6 +95,37 @@ pub struct Request {
     pub all: bool,
     /// Answer in JSON, not in text.
     pub json: bool,
+    /// Answer this probe with a [`Verdict`], and nothing else.
+    pub probe: Option<Probe>,
+}
+
+/// A probe of the kubelet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Probe {
+    /// The agent has started: as `live`
+    Startup,
+    /// The agent needs no restart: it answers, and no change has waited for a minute or longer to be committed
+    Live,
+    /// Services work on this node: all are programmed, and no change has waited for a minute or longer
+    Ready,
+}
+
+/// The answer to a probe, in one line of JSON.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Verdict {
+    /// Why the probe fails; `None`: it succeeds.
+    pub failure: Option<String>,
+}
+
+impl Probe {
+    fn judge(self, health: &HealthState) -> Verdict {
+        let result = match self {
+            Self::Startup | Self::Live => health.live(),
+            Self::Ready => health.ready(),
+        };
+        Verdict { failure: result.err().map(|failure| failure.to_string()) }
+    }
 }
 
 /// The first line of the answer, in JSON; the rest is to be printed.
@@ -136,7 +167,7 @@ impl Agent<'_> {
             "whyNotEbpf": facts.why,
             "synced": health.synced,
             "lastUpdated": health.last_updated.map(|time| time.to_string()),
-            "pendingSince": health.pending_since.map(|time| time.to_string()),
+            "pendingSince": health.pending_since.map(|since| since.time.to_string()),
             "services": report.count,
             "refused": report.refused.iter().map(refused).collect::<Vec<_>>(),
             "troubles": report.troubles,
@@ -160,8 +191,8 @@ impl Display for Agent<'_> {
         if let Some(time) = health.last_updated {
             writeln!(f, "  last commit {time:.0}")?;
         }
-        if let Some(time) = health.pending_since {
-            writeln!(f, "  a change waits since {time:.0}")?;
+        if let Some(since) = health.pending_since {
+            writeln!(f, "  a change waits since {:.0}", since.time)?;
         }
         if !manifests.complete {
             writeln!(

@@ -1,7 +1,8 @@
 //! One agent a network namespace: two would each repair what the other wrote, for ever.
 //!
 //! Owns the mark of the one that runs, an abstract socket: it is the network namespace's own, needs no place on disk
-//! that pods would have to share, and goes with its process however that ends. `kube-lane status` asks there.
+//! that pods would have to share, and goes with its process however that ends. `kube-lane status` and
+//! `kube-lane probe` ask there.
 
 use std::io;
 use std::os::linux::net::SocketAddrExt;
@@ -52,6 +53,39 @@ pub(super) fn claim() -> Result<Option<UnixListener>, AnotherAgent> {
 /// When the socket cannot be asked.
 pub(super) fn agent() -> io::Result<Option<UnixStream>> {
     Ok(connect()?.map(|(stream, _)| stream))
+}
+
+/// Why there is no agent of this container to ask.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum NoAgent {
+    /// Nobody listens.
+    #[error(
+        "no kube-lane runs here (in this network namespace, as this user): the agent has not started yet, or it has ended"
+    )]
+    Nobody,
+    /// The agent that listens is another container's.
+    #[error(
+        "the kube-lane that runs on this node is not this container's: its process is in another PID namespace. Stop that \
+         one (an older pod, or a systemd unit), so that the agent here can start"
+    )]
+    Elsewhere,
+    /// The socket cannot be asked.
+    #[error("cannot ask the agent on the abstract socket `{NAME}`")]
+    Socket(#[from] io::Error),
+}
+
+/// A connection to the agent of this container. The network namespace is the whole node's, and so is the abstract socket: the
+/// PID namespace tells whether the agent that has it is the one that a kubelet asks about.
+///
+/// # Errors
+/// When there is none.
+pub(super) fn own_agent() -> Result<UnixStream, NoAgent> {
+    match connect()? {
+        // The kernel gives 0 for a process that our PID namespace does not hold.
+        Some((_, 0)) => Err(NoAgent::Elsewhere),
+        Some((stream, _)) => Ok(stream),
+        None => Err(NoAgent::Nobody),
+    }
 }
 
 fn connect() -> io::Result<Option<(UnixStream, i32)>> {

@@ -12,6 +12,7 @@ use crate::config::flags::{Action, RunFlags};
 mod check;
 mod cleanup;
 mod instance;
+mod probe;
 mod render;
 mod rights;
 mod run;
@@ -21,7 +22,7 @@ mod sysctls;
 mod version;
 
 const FLAGS_NOTE: &str = "Every other flag of kube-proxy 1.36 is accepted as well. Those that are set and have no \
-effect so far are named in one warning at the start. With --config, only --hostname-override, --master, --manifests, \
+effect so far are named in one warning at the start. With --config, only --hostname-override, --master, --manifests, --state-dir, \
 --conntrack-clean-sctp, --count-connections, --cgroup-root, --bpf-root, --socket-lb-* and the flags about logs still \
 have an effect.";
 
@@ -54,6 +55,8 @@ enum Command {
     Render(render::RenderFlags),
     /// Ask the agent of this node what it has programmed, and which layer answers
     Status(status::StatusFlags),
+    /// Answer a probe of the kubelet: ask the agent of this container, and fail with the reason
+    Probe(probe::ProbeFlags),
     /// Print the version
     Version,
 }
@@ -75,6 +78,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Some(Command::Check(flags)) => check::run(&flags),
         Some(Command::Render(flags)) => render::run(&flags),
         Some(Command::Status(flags)) => status::run(&flags),
+        Some(Command::Probe(flags)) => probe::run(&flags),
         Some(Command::Version) => version::run(),
     };
     match result {

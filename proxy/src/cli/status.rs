@@ -46,6 +46,7 @@ pub(super) fn run(flags: &StatusFlags) -> anyhow::Result<ExitCode> {
         services: flags.services.clone(),
         all: flags.all,
         json: matches!(flags.output, Output::Json),
+        probe: None,
     };
     writeln!(stream, "{}", serde_json::to_string(&request)?).context("cannot ask the agent")?;
     stream.shutdown(Shutdown::Write)?;

@@ -78,6 +78,7 @@ section! {
     /// `kubeLane`: what kube-proxy has no field for.
     KubeLaneSection {
         manifests: Option<PathBuf>,
+        state_dir: Option<PathBuf>,
         log_level: Option<String>,
         #[serde(rename = "conntrackCleanSCTP")]
         conntrack_clean_sctp: Option<bool>,

@@ -35,6 +35,9 @@ pub struct RunFlags {
     /// Folder of static Services, EndpointSlices and Nodes, beside the API server or without one
     #[arg(long, value_name = "DIR")]
     manifests: Option<String>,
+    /// Folder of this node in which the agent remembers the API servers' addresses
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
 
     /// Configuration file (KubeProxyConfiguration v1alpha1, YAML or JSON)
     #[arg(long, value_name = "FILE")]
@@ -349,6 +352,7 @@ impl RunFlags {
         };
         let (own, flags) = (&mut file.kube_lane, flags.kube_lane);
         own.manifests = flags.manifests.or(own.manifests.take());
+        own.state_dir = flags.state_dir.or(own.state_dir.take());
         own.conntrack_clean_sctp = flags.conntrack_clean_sctp.or(own.conntrack_clean_sctp);
         own.count_connections = flags.count_connections.or(own.count_connections);
         own.cgroup_root = flags.cgroup_root.or(own.cgroup_root.take());
@@ -440,6 +444,7 @@ impl RunFlags {
         prune(&mut options);
         file.logging.options = (options != json!({})).then_some(options);
         file.kube_lane.manifests = self.manifests.as_ref().map(PathBuf::from);
+        file.kube_lane.state_dir = self.state_dir.clone();
         file.kube_lane.count_connections = self.count_connections;
         file.kube_lane.log_level = self.log.log_level.clone();
         file

@@ -48,6 +48,8 @@ pub struct Config {
     pub api: Option<Api>,
     /// The manifest folder.
     pub manifests: Option<PathBuf>,
+    /// Where the agent keeps what it remembers between runs; `None`: nowhere.
+    pub state_dir: Option<PathBuf>,
     /// Whose addresses are whose.
     pub network: Network,
     /// How the socket layer works.

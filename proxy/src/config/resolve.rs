@@ -271,6 +271,7 @@ pub(super) fn resolve(
         node_name,
         api,
         manifests,
+        state_dir: file.kube_lane.state_dir.clone().filter(|path| !path.as_os_str().is_empty()),
         network,
         socket_lb,
         masquerade_all,

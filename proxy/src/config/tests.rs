@@ -340,11 +340,12 @@ fn beside_a_file_only_some_flags_count_and_the_rest_are_named() {
     let file = ConfigFile::fields(
         "beside",
         "hostnameOverride: from-file\nlogging: {verbosity: 1, format: text}\nclusterCIDR: 10.0.0.0/8\n\
-         kubeLane: {manifests: /etc/kube-lane, logLevel: warn}\n",
+         kubeLane: {manifests: /etc/kube-lane, stateDir: /var/lib/kube-lane, logLevel: warn}\n",
     );
     let resolved = file.resolve(&[]).unwrap();
     assert_eq!(resolved.config.node_name, "from-file");
     assert_eq!(resolved.config.manifests, Some("/etc/kube-lane".into()));
+    assert_eq!(resolved.config.state_dir, Some("/var/lib/kube-lane".into()));
     assert_eq!(resolved.config.logging.level.as_deref(), Some("warn"));
 
     let resolved = file
@@ -354,6 +355,7 @@ fn beside_a_file_only_some_flags_count_and_the_rest_are_named() {
             "-v=5",
             "--log-format=json",
             "--manifests=m",
+            "--state-dir=s",
             "--cluster-cidr=11.0.0.0/8",
             "--masquerade-all",
             "--profiling",
@@ -363,7 +365,7 @@ fn beside_a_file_only_some_flags_count_and_the_rest_are_named() {
     assert_eq!(config.node_name, "from-flag");
     assert_eq!(config.api.as_ref().and_then(|api| api.master.as_deref()), Some("https://192.0.2.1"));
     assert_eq!((config.logging.verbosity, config.logging.format), (5, LogFormat::Json));
-    assert_eq!(config.manifests, Some("m".into()));
+    assert_eq!((config.manifests.clone(), config.state_dir.clone()), (Some("m".into()), Some("s".into())));
     assert_eq!(config.network.detector, Detector::ClusterCidr(vec!["10.0.0.0/8".parse().unwrap()]));
     assert_eq!(
         resolved.warnings,
@@ -443,6 +445,7 @@ fn what_is_written_is_read_back_the_same() {
         "--conntrack-clean-sctp",
         "--oom-score-adj=7",
         "--manifests=/m",
+        "--state-dir=/s",
         "-v=3",
     ];
     let written = resolve(&flags).unwrap();

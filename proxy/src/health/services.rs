@@ -11,7 +11,6 @@ use axum::Router;
 use axum::extract::State;
 use axum::http::{HeaderName, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use k8s_openapi::jiff::Timestamp;
 use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::json;
 use tokio::net::{TcpListener, TcpSocket};
@@ -172,7 +171,7 @@ async fn answer(State((context, service, family)): State<(Context, ServiceKey, F
     let check = context.checks.borrow().services.get(&service).copied();
     let local = check.and_then(|check| endpoints(&check, family)).unwrap_or_default();
     // Eligible or not, which the node's own health says: connections of this Service may still come.
-    let healthy = !context.health.borrow().is_late(Timestamp::now());
+    let healthy = context.health.borrow().live().is_ok();
     let code = if local > 0 && healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let body = json!({
         "service": { "namespace": service.namespace(), "name": service.name() },
@@ -196,6 +195,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::health::Moment;
     use crate::health::tests::get;
     use crate::model::plan::{NodePlan, Plan};
 
@@ -256,8 +256,7 @@ mod tests {
         assert_eq!(body, json!({"service": service, "localEndpoints": 2, "serviceProxyHealthy": true}));
         ask((v6, port).into(), Some(503)).await;
 
-        let long_ago = Timestamp::from_second(1).unwrap();
-        state.send_modify(|state| state.pending_since = Some(long_ago));
+        state.send_modify(|state| state.pending_since = Some(Moment::ago(61)));
         let (_, body) = ask((v4, port).into(), Some(503)).await;
         assert_eq!(body["serviceProxyHealthy"], json!(false));
         state.send_modify(|state| (state.pending_since, state.node_eligible) = (None, false));

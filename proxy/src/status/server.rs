@@ -79,6 +79,12 @@ impl Server {
             return Ok(());
         }
         let request: Request = serde_json::from_str(&line)?;
+        if let Some(probe) = request.probe {
+            // Without the controller, which may be in the midst of a long commit.
+            let verdict = probe.judge(&self.health.borrow());
+            let answer = serde_json::to_string(&verdict)? + "\n";
+            return timeout(PATIENCE, writing.write_all(answer.as_bytes())).await?;
+        }
 
         let keys = request.services.iter().filter_map(|name| name.split_once('/'));
         let keys = keys.map(|(namespace, name)| ServiceKey::new(namespace, name)).collect();
@@ -124,5 +130,55 @@ impl Server {
         let gone = || io::Error::other("the controller has ended");
         self.queries.send(Query { about, answer }).await.map_err(|_| gone())?;
         answered.await.map_err(|_| gone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Mode;
+    use crate::health::Moment;
+    use crate::status::{Probe, Verdict};
+
+    /// What the agent answers to a probe.
+    async fn ask(at: &std::path::Path, probe: Probe) -> Option<String> {
+        let mut stream = UnixStream::connect(at).await.unwrap();
+        let request = Request { probe: Some(probe), ..Request::default() };
+        stream.write_all((serde_json::to_string(&request).unwrap() + "\n").as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        let verdict: Verdict = serde_json::from_str(&answer).unwrap();
+        verdict.failure
+    }
+
+    #[tokio::test]
+    async fn probes_are_answered_without_the_controller() {
+        let at = std::env::temp_dir().join(format!("kube-lane-probe-{}", std::process::id()));
+        let listener = StdListener::bind(&at).unwrap();
+        let facts = Facts { node: "node-a".into(), mode: Mode::Nftables, why: None };
+        let (health, state) = watch::channel(HealthState::default());
+        let (_manifests, condition) = watch::channel(Condition::default());
+        // The controller takes no question: it is in the midst of a commit.
+        let (queries, _asked) = mpsc::channel(1);
+        tokio::spawn(serve(listener, facts, state, condition, queries));
+        let probes = [Probe::Startup, Probe::Live, Probe::Ready];
+        let told = || futures::future::join_all(probes.map(|probe| ask(&at, probe)));
+
+        let [startup, live, ready] = told().await.try_into().unwrap();
+        assert_eq!((startup, live), (None, None), "it has started, and needs no restart");
+        assert!(ready.unwrap().contains("first sync"));
+        // Load balancers have to avoid the node, which is nothing that is wrong with the agent.
+        health.send_modify(|state| (state.synced, state.node_eligible) = (true, false));
+        assert_eq!(told().await, [None, None, None]);
+        health.send_modify(|state| state.pending_since = Some(Moment::now()));
+        assert_eq!(told().await, [None, None, None], "a change that waits is not late yet");
+        health.send_modify(|state| state.pending_since = Some(Moment::ago(61)));
+        for failure in told().await {
+            assert!(
+                failure.as_ref().is_some_and(|failure| failure.contains("has waited for 61 s")),
+                "{failure:?}"
+            );
+        }
+        std::fs::remove_file(at).unwrap();
     }
 }

@@ -27,6 +27,8 @@ mod nftables;
 mod plans;
 #[cfg(test)]
 mod policies;
+#[cfg(test)]
+mod probe;
 mod read_back;
 #[cfg(test)]
 mod services;

@@ -1,0 +1,56 @@
+//! `kube-lane probe`: whom it asks, and what it says where there is nobody to ask.
+
+use std::process::Command;
+
+use kube_lane_lab::Host;
+use kube_lane_tests::agent::binary;
+use kube_lane_tests::objects::Folder;
+use nix::sys::signal::Signal;
+
+use super::world::{SYNC, World};
+
+/// Whether a probe succeeds, and its words; `unshared`: asked from a PID namespace of its own, as a container has.
+fn probe(host: &Host, what: &str, unshared: bool) -> (bool, String) {
+    let mut command = Command::new(if unshared { "unshare".into() } else { binary().unwrap() });
+    if unshared {
+        command.args(["--pid", "--fork"]).arg(binary().unwrap());
+    }
+    command.args(["probe", what]);
+    let output = host.run(move || command.output()).unwrap().unwrap();
+    assert!(output.stdout.is_empty(), "{output:?}");
+    (output.status.success(), String::from_utf8(output.stderr).unwrap())
+}
+
+/// Fails unless a probe fails with these words.
+#[track_caller]
+fn fails(host: &Host, what: &str, unshared: bool, words: &str) {
+    let (succeeds, said) = probe(host, what, unshared);
+    assert!(!succeeds && said.contains(words), "{what}: {said}");
+}
+
+#[test]
+fn probes_ask_the_agent_of_their_own_container_and_nobody_else() {
+    let mut world = World::new(&[]);
+    for what in ["startup", "live", "ready"] {
+        assert_eq!(probe(world.lab.node(0), what, false), (true, String::new()));
+        // An agent of another pod, or one that systemd runs, says nothing about this container's.
+        fails(world.lab.node(0), what, true, "another PID namespace");
+        fails(world.lab.outside(), what, false, "no kube-lane runs here");
+    }
+    world.agents[1].process().signal(Signal::SIGSTOP).unwrap();
+    fails(world.lab.node(1), "live", false, "has not answered");
+
+    // A folder that is not there yet: what it may hold is not programmed.
+    world.agents.clear();
+    let folder = Folder::new().unwrap();
+    let late = folder.path().join("late");
+    let mut agent = world.start_agent(0, &["--manifests", late.to_str().unwrap()]);
+    let deadline = std::time::Instant::now() + SYNC;
+    while !probe(world.lab.node(0), "live", false).0 {
+        assert!(std::time::Instant::now() < deadline, "{}", agent.log());
+    }
+    fails(world.lab.node(0), "ready", false, "the first sync is not complete");
+    std::fs::create_dir(late).unwrap();
+    agent.wait_synced(SYNC).unwrap();
+    assert_eq!(probe(world.lab.node(0), "ready", false), (true, String::new()));
+}
