@@ -103,7 +103,9 @@ fn warnings_are_logged_for_people_and_for_machines() {
         "{log}"
     );
     assert!(
-        warnings[1].ends_with("without effect in kube-lane so far: --profiling, --oom-score-adj"),
+        warnings[1].ends_with(
+            "kube-lane does not support these settings and ignores them: --profiling, --oom-score-adj"
+        ),
         "{log}"
     );
 

@@ -21,9 +21,9 @@ mod status;
 mod sysctls;
 mod version;
 
-const FLAGS_NOTE: &str = "Every other flag of kube-proxy 1.36 is accepted as well. Those that are set and have no \
-effect so far are named in one warning at the start. With --config, only --hostname-override, --master, --manifests, --state-dir, \
---conntrack-clean-sctp, --count-connections, --cgroup-root, --bpf-root, --socket-lb-* and the flags about logs still \
+const FLAGS_NOTE: &str = "kube-lane accepts every other flag of kube-proxy 1.36. One warning at the start \
+lists those that are set and that kube-lane does not support. With --config, only --hostname-override, --master, --manifests, \
+--state-dir, --conntrack-clean-sctp, --count-connections, --cgroup-root, --bpf-root, --socket-lb-* and the flags about logs still \
 have an effect.";
 
 /// kube-lane: Kubernetes Services in nftables and eBPF, in place of kube-proxy

@@ -15,7 +15,7 @@ use tracing::{debug, info, warn};
 use super::{instance, rights, settings, sysctls};
 use crate::causes::with_causes;
 use crate::config::flags::RunFlags;
-use crate::config::{Api, Config, Environment, Mode, Resolved};
+use crate::config::{Api, BaseState, Config, Environment, Mode, Resolved};
 use crate::controller::Controller;
 use crate::dataplane::conntrack::Conntrack;
 use crate::dataplane::nftables::{self, Marks, Nftables};
@@ -92,6 +92,10 @@ fn configure(flags: &RunFlags) -> anyhow::Result<Config> {
 fn say(resolved: Resolved) -> anyhow::Result<Config> {
     telemetry::init(&resolved.config.logging)?;
     resolved.warnings.iter().for_each(|warning| warn!("{warning}"));
+    resolved.notes.iter().for_each(|note| info!("{note}"));
+    if resolved.base == BaseState::Missing {
+        debug!("--config-base: the file does not exist");
+    }
     Ok(resolved.config)
 }
 
@@ -278,7 +282,7 @@ async fn start_sources(
 
 fn source(config: &Config, api: &Api) -> KubeSourceConfig {
     KubeSourceConfig {
-        kubeconfig: api.kubeconfig.clone(),
+        kubeconfig: api.kubeconfig.clone().or_else(|| api.base_kubeconfig.clone()),
         master: api.master.clone(),
         node: config.node_name.clone(),
     }

@@ -17,7 +17,8 @@ impl Checker {
 
     /// Notes one.
     pub(super) fn invalid(&mut self, field: &'static str, value: &str, problem: &str, remedy: &'static str) {
-        self.0.push(InvalidField { field, value: value.to_owned(), problem: problem.to_owned(), remedy });
+        let (value, problem) = (value.to_owned(), problem.to_owned());
+        self.0.push(InvalidField { source_file: None, field, value, problem, remedy });
     }
 
     /// What `parse` makes of a field, if it is there and good.

@@ -1,7 +1,7 @@
 //! What can be wrong with a configuration: each error names the field, the value and the remedy.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// A configuration that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -33,8 +33,10 @@ pub enum ConfigError {
 
 /// One field whose value cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{field}: {value:?} {problem}; {remedy}")]
+#[error("{}{field}: {value:?} {problem}; {remedy}", In(.source_file.as_deref()))]
 pub struct InvalidField {
+    /// The file that sets the field, where one does.
+    pub source_file: Option<PathBuf>,
     /// The field, as the file writes it, with the flag that sets it.
     pub field: &'static str,
     /// Its value.
@@ -43,6 +45,21 @@ pub struct InvalidField {
     pub problem: String,
     /// What to write instead.
     pub remedy: &'static str,
+}
+
+impl InvalidField {
+    /// Its dotted path, without the flag.
+    pub(super) fn path(&self) -> &'static str {
+        self.field.split(' ').next().unwrap_or_default()
+    }
+}
+
+struct In<'a>(Option<&'a Path>);
+
+impl fmt::Display for In<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.map_or(Ok(()), |path| write!(f, "configuration file {}, ", path.display()))
+    }
 }
 
 struct Lines<'a>(&'a [InvalidField]);

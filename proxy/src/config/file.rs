@@ -28,7 +28,25 @@ macro_rules! section {
                 pub(super) $field: $type,
             )*
         }
+
+        impl Overlay for $name {
+            fn over(self, lower: Self) -> Self {
+                Self { $($field: self.$field.over(lower.$field),)* }
+            }
+        }
     };
+}
+
+/// What can be laid over another of its kind, field by field.
+pub(super) trait Overlay {
+    /// What is set here wins; the rest is `lower`'s.
+    fn over(self, lower: Self) -> Self;
+}
+
+impl<T> Overlay for Option<T> {
+    fn over(self, lower: Self) -> Self {
+        self.or(lower)
+    }
 }
 
 section! {

@@ -3,7 +3,7 @@
 //! A flag only says which field of `KubeProxyConfiguration` it sets; what the field means is `resolve`'s.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
 use serde_json::json;
@@ -11,11 +11,12 @@ use serde_json::json;
 use super::conntrack::ConntrackFlags;
 use super::duration::GoDuration;
 use super::error::ConfigError;
-use super::file::{KubeProxyConfiguration, LoggingSection, leaves, prune};
+use super::file::{KubeProxyConfiguration, prune};
+use super::layers::FileFlags;
 use super::resolve::{Environment, Overrides, Resolved, resolve};
 use super::socket_lb::{self, Roots, SocketLbFlags};
 use super::values::{go_bool, not_empty};
-use super::{LogFormat, Logging, NetworkFlags, parse};
+use super::{LogFormat, Logging, NetworkFlags};
 use crate::address::parse_ip;
 
 /// The flags of `kube-lane run`, which are those of kube-proxy.
@@ -39,9 +40,8 @@ pub struct RunFlags {
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
 
-    /// Configuration file (KubeProxyConfiguration v1alpha1, YAML or JSON)
-    #[arg(long, value_name = "FILE")]
-    config: Option<String>,
+    #[command(flatten)]
+    files: FileFlags,
     /// Write the resolved configuration to this file and exit
     #[arg(long, value_name = "FILE")]
     write_config_to: Option<String>,
@@ -98,9 +98,8 @@ pub struct RunFlags {
 /// What subcommands beside `run` are told of the agent's configuration.
 #[derive(Args, Clone, Debug, Default)]
 pub struct AgentFlags {
-    /// The agent's configuration file; flags go before it
-    #[arg(long, value_name = "FILE")]
-    config: Option<String>,
+    #[command(flatten)]
+    files: FileFlags,
     #[command(flatten)]
     roots: Roots,
 }
@@ -108,14 +107,14 @@ pub struct AgentFlags {
 impl AgentFlags {
     /// Whether there is a configuration file to read.
     pub fn names_file(&self) -> bool {
-        self.config.is_some()
+        self.files.config().or(self.files.config_base()).is_some()
     }
 }
 
 impl From<&AgentFlags> for RunFlags {
     fn from(flags: &AgentFlags) -> Self {
-        let AgentFlags { config, roots } = flags.clone();
-        Self { config, socket_lb: roots.into(), ..Self::default() }
+        let AgentFlags { files, roots } = flags.clone();
+        Self { files, socket_lb: roots.into(), ..Self::default() }
     }
 }
 
@@ -189,55 +188,6 @@ struct ToleratedFlags {
     log_json_info_buffer_size: Option<String>,
 }
 
-/// Which flag sets a field, where a message may have to name it.
-pub(super) const FLAGS: &[(&str, &str)] = &[
-    ("bindAddress", "bind-address"),
-    ("bindAddressHardFail", "bind-address-hard-fail"),
-    ("clientConnection.burst", "kube-api-burst"),
-    ("clientConnection.contentType", "kube-api-content-type"),
-    ("clientConnection.kubeconfig", "kubeconfig"),
-    ("clientConnection.qps", "kube-api-qps"),
-    ("clusterCIDR", "cluster-cidr"),
-    ("configSyncPeriod", "config-sync-period"),
-    ("conntrack.maxPerCore", "conntrack-max-per-core"),
-    ("conntrack.min", "conntrack-min"),
-    ("conntrack.tcpBeLiberal", "conntrack-tcp-be-liberal"),
-    ("conntrack.tcpCloseWaitTimeout", "conntrack-tcp-timeout-close-wait"),
-    ("conntrack.tcpEstablishedTimeout", "conntrack-tcp-timeout-established"),
-    ("conntrack.udpStreamTimeout", "conntrack-udp-timeout-stream"),
-    ("conntrack.udpTimeout", "conntrack-udp-timeout"),
-    ("detectLocal.bridgeInterface", "pod-bridge-interface"),
-    ("detectLocal.interfaceNamePrefix", "pod-interface-name-prefix"),
-    ("detectLocalMode", "detect-local-mode"),
-    ("enableProfiling", "profiling"),
-    ("featureGates", "feature-gates"),
-    ("healthzBindAddress", "healthz-bind-address"),
-    ("iptables.localhostNodePorts", "iptables-localhost-nodeports"),
-    ("iptables.masqueradeAll", "masquerade-all"),
-    ("iptables.masqueradeBit", "iptables-masquerade-bit"),
-    ("ipvs.excludeCIDRs", "ipvs-exclude-cidrs"),
-    ("ipvs.minSyncPeriod", "ipvs-min-sync-period"),
-    ("ipvs.scheduler", "ipvs-scheduler"),
-    ("ipvs.strictARP", "ipvs-strict-arp"),
-    ("ipvs.syncPeriod", "ipvs-sync-period"),
-    ("ipvs.tcpFinTimeout", "ipvs-tcpfin-timeout"),
-    ("ipvs.tcpTimeout", "ipvs-tcp-timeout"),
-    ("ipvs.udpTimeout", "ipvs-udp-timeout"),
-    ("logging.options.json.infoBufferSize", "log-json-info-buffer-size"),
-    ("logging.options.json.splitStream", "log-json-split-stream"),
-    ("logging.options.text.infoBufferSize", "log-text-info-buffer-size"),
-    ("logging.options.text.splitStream", "log-text-split-stream"),
-    ("logging.vmodule", "vmodule"),
-    ("metricsBindAddress", "metrics-bind-address"),
-    ("mode", "proxy-mode"),
-    ("nftables.masqueradeAll", "masquerade-all"),
-    ("nftables.minSyncPeriod", "iptables-min-sync-period"),
-    ("nftables.syncPeriod", "iptables-sync-period"),
-    ("nodePortAddresses", "nodeport-addresses"),
-    ("oomScoreAdj", "oom-score-adj"),
-    ("showHiddenMetricsForVersion", "show-hidden-metrics-for-version"),
-];
-
 /// What the flags ask for, apart from how it is configured.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
@@ -276,14 +226,11 @@ impl RunFlags {
     /// When the configuration file cannot be read or decoded.
     pub fn bpf_root(&self) -> Result<Option<PathBuf>, ConfigError> {
         let flag = self.to_file().kube_lane.bpf_root;
-        let root = match self.config.as_ref().filter(|path| flag.is_none() && !path.is_empty()) {
-            Some(path) => read(path.as_ref())?.file.kube_lane.bpf_root,
-            None => flag,
-        };
+        let root = if flag.is_none() { self.files.read()?.merged().kube_lane.bpf_root } else { flag };
         Ok(socket_lb::not_empty(root))
     }
 
-    /// Reads the configuration file, if one is named, and resolves it together with the flags.
+    /// Reads the configuration files that are named, and resolves them together with the flags.
     ///
     /// # Errors
     /// When the file cannot be read or decoded, or when a value cannot be used.
@@ -309,68 +256,21 @@ impl RunFlags {
     }
 
     fn resolve_with(&self, environment: &Environment, overrides: Overrides) -> Result<Resolved, ConfigError> {
-        match self.config.as_ref().filter(|path| !path.is_empty()) {
-            Some(path) => self.resolve_file(path.into(), environment, overrides),
-            None => {
-                let name_of = |path: &str| match FLAGS.iter().find(|(field, _)| *field == path) {
-                    Some((_, flag)) => format!("--{flag}"),
-                    None => path.to_owned(),
-                };
-                resolve(self.to_file(), &overrides, environment, name_of)
-            }
+        let mut layers = self.files.read()?;
+        if !layers.has_file() {
+            layers.set_flags(self.to_file());
+            return resolve(layers, &overrides, environment);
         }
-    }
-
-    /// With a file, only the host name, the master, the logs and our own flags still count.
-    fn resolve_file(
-        &self,
-        path: PathBuf,
-        environment: &Environment,
-        overrides: Overrides,
-    ) -> Result<Resolved, ConfigError> {
-        let parse::Parsed { mut file, warnings } = read(&path)?;
-        let flags = self.to_file();
-
-        let value = flags.to_value();
-        let set = leaves(&value);
-        let mut ignored: Vec<String> = FLAGS
-            .iter()
-            .filter(|(field, _)| !field.starts_with("logging."))
-            .filter(|(field, _)| set.iter().any(|(path, _)| path == field))
-            .map(|(_, flag)| format!("--{flag}"))
-            .collect();
-        ignored.sort();
-        ignored.dedup();
-
-        file.hostname_override = flags.hostname_override.or(file.hostname_override);
-        file.logging = LoggingSection {
-            format: flags.logging.format.or(file.logging.format),
-            flush_frequency: flags.logging.flush_frequency.or(file.logging.flush_frequency),
-            verbosity: flags.logging.verbosity.or(file.logging.verbosity),
-            vmodule: flags.logging.vmodule.or(file.logging.vmodule),
-            options: flags.logging.options.or(file.logging.options),
-        };
-        let (own, flags) = (&mut file.kube_lane, flags.kube_lane);
-        own.manifests = flags.manifests.or(own.manifests.take());
-        own.state_dir = flags.state_dir.or(own.state_dir.take());
-        own.conntrack_clean_sctp = flags.conntrack_clean_sctp.or(own.conntrack_clean_sctp);
-        own.count_connections = flags.count_connections.or(own.count_connections);
-        own.cgroup_root = flags.cgroup_root.or(own.cgroup_root.take());
-        own.bpf_root = flags.bpf_root.or(own.bpf_root.take());
-        own.socket_lb = std::mem::take(&mut own.socket_lb).under(flags.socket_lb);
-        own.log_level = flags.log_level.or(own.log_level.take());
-
+        let ignored = layers.set_flags_beside_file(self.to_file());
+        if !ignored.is_empty() {
+            let ignored: Vec<_> = ignored.iter().map(|flag| format!("--{flag}")).collect();
+            layers
+                .warnings
+                .push(format!("--config is set, so these flags have no effect: {}", ignored.join(", ")));
+        }
         // The addresses are the file's.
         let overrides = Overrides { no_healthz: false, no_metrics: false, ..overrides };
-        let mut resolved = resolve(file, &overrides, environment, str::to_owned)?;
-        let mut all: Vec<String> =
-            warnings.into_iter().map(|warning| format!("{}, {warning}", path.display())).collect();
-        if !ignored.is_empty() {
-            all.push(format!("without effect beside --config: {}", ignored.join(", ")));
-        }
-        all.append(&mut resolved.warnings);
-        resolved.warnings = all;
-        Ok(resolved)
+        resolve(layers, &overrides, environment)
     }
 
     fn overrides(&self) -> Overrides {
@@ -482,10 +382,4 @@ fn feature_gates(text: &str) -> Result<BTreeMap<String, bool>, String> {
             _ => Err(format!("{gate:?} is not written like Gate=true")),
         })
         .collect()
-}
-
-pub(super) fn read(path: &Path) -> Result<parse::Parsed, ConfigError> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|source| ConfigError::File { path: path.to_owned(), source })?;
-    parse::parse(path, &text)
 }

@@ -1,9 +1,9 @@
 //! What the user asked for: kube-proxy's flags and `KubeProxyConfiguration`, resolved into one plain [`Config`].
 //!
 //! ```text
-//! flags ────────────┐ (without --config)
-//!                   ├→ KubeProxyConfiguration → resolve → Config + warnings
-//! --config FILE ────┘ + the flags that still apply
+//! flags               ┐
+//! --config FILE       ├→ layers → KubeProxyConfiguration → resolve → Config + warnings
+//! --config-base FILE  ┘
 //! ```
 //!
 //! Owns reading, precedence, defaults and validation. Never touches the kernel, the API server or the logs: warnings
@@ -19,6 +19,8 @@ mod duration;
 mod error;
 mod file;
 pub mod flags;
+mod layers;
+mod names;
 mod network;
 mod parse;
 mod plan_flags;
@@ -30,6 +32,7 @@ pub(crate) mod values;
 
 pub use conntrack::Conntrack;
 pub use error::{ConfigError, InvalidField};
+pub use layers::{BaseState, FileFlags, Source};
 use network::NetworkFlags;
 pub use network::{Detector, Network};
 pub use plan_flags::PlanFlags;
@@ -91,13 +94,15 @@ impl Mode {
     }
 }
 
-/// How to reach the API server. Neither field set: from inside the cluster, by the pod's ServiceAccount.
+/// How to reach the API server. No field set: from inside the cluster, by the pod's ServiceAccount.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Api {
-    /// A kubeconfig file.
+    /// The kubeconfig file that `--kubeconfig` or `--config` names.
     pub kubeconfig: Option<PathBuf>,
     /// The server's URL, in place of the one that the kubeconfig names.
     pub master: Option<String>,
+    /// The kubeconfig file that `--config-base` names, where `kubeconfig` is not set. It existed when this was resolved.
+    pub base_kubeconfig: Option<PathBuf>,
 }
 
 /// How to log.

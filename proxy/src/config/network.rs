@@ -67,17 +67,15 @@ pub(super) struct NetworkFlags {
 }
 
 impl NetworkFlags {
-    /// Puts the flags into the form of a file, over what that has.
+    /// Puts the flags into the form of a file.
     pub(super) fn fill(&self, file: &mut KubeProxyConfiguration) {
         let flags = self.clone();
-        let local = &mut file.detect_local;
-        local.bridge_interface = flags.pod_bridge_interface.or(local.bridge_interface.take());
-        local.interface_name_prefix = flags.pod_interface_name_prefix.or(local.interface_name_prefix.take());
-        file.cluster_cidr = flags.cluster_cidr.or(file.cluster_cidr.take());
-        file.detect_local_mode = flags.detect_local_mode.or(file.detect_local_mode.take());
-        let nodeport_addresses = flags.nodeport_addresses.map(super::values::not_empty);
-        file.node_port_addresses = nodeport_addresses.or(file.node_port_addresses.take());
-        file.bind_address = flags.bind_address.or(file.bind_address.take());
+        file.detect_local.bridge_interface = flags.pod_bridge_interface;
+        file.detect_local.interface_name_prefix = flags.pod_interface_name_prefix;
+        file.cluster_cidr = flags.cluster_cidr;
+        file.detect_local_mode = flags.detect_local_mode;
+        file.node_port_addresses = flags.nodeport_addresses.map(super::values::not_empty);
+        file.bind_address = flags.bind_address;
     }
 }
 

@@ -10,6 +10,7 @@ use super::check::{Checker, text};
 use super::duration::GoDuration;
 use super::error::ConfigError;
 use super::file::{KubeProxyConfiguration, leaves};
+use super::layers::{BaseState, Layers, Source};
 use super::{Api, Config, Conntrack, LogFormat, Logging, Mode, Network, SocketLb};
 
 const HEALTHZ_PORT: u16 = 10256;
@@ -87,6 +88,10 @@ pub struct Resolved {
     pub config: Config,
     /// One line each, for the log.
     pub warnings: Vec<String>,
+    /// What is worth a word and nothing to warn of, one line each.
+    pub notes: Vec<String>,
+    /// What became of `--config-base`.
+    pub base: BaseState,
     pub(super) file: KubeProxyConfiguration,
 }
 
@@ -162,17 +167,39 @@ fn set(value: &mut Value, path: &str, field: Value) {
     *at = field;
 }
 
-/// Resolves what was written. `name_of` gives the name by which the user wrote a field.
+/// Resolves what was written. A base whose settings cannot be used is left out, which a warning says: kube-proxy's
+/// file must not keep the node from being served.
 ///
 /// # Errors
 /// [`ConfigError::Invalid`], with every field whose value cannot be used.
 pub(super) fn resolve(
-    file: KubeProxyConfiguration,
+    layers: Layers,
     overrides: &Overrides,
     environment: &Environment,
-    name_of: impl Fn(&str) -> String,
 ) -> Result<Resolved, ConfigError> {
-    let mut warnings = Vec::new();
+    let resolved = match resolve_layers(&layers, overrides, environment) {
+        Err(error) if layers.base_state == BaseState::Read => {
+            // Where it is not the base's, the error is the same without it.
+            let layers = layers.without_base(error.to_string().replace('\n', "; "));
+            resolve_layers(&layers, overrides, environment).map_err(|_| error)
+        }
+        resolved => resolved,
+    };
+    resolved.map(|mut resolved| {
+        if let BaseState::Refused(why) = &resolved.base {
+            resolved.warnings.insert(0, format!("--config-base is not used: {why}"));
+        }
+        resolved
+    })
+}
+
+fn resolve_layers(
+    layers: &Layers,
+    overrides: &Overrides,
+    environment: &Environment,
+) -> Result<Resolved, ConfigError> {
+    let (file, sources) = (layers.merged(), layers.sources());
+    let mut warnings = layers.warnings.clone();
     let mut check = Checker::default();
 
     let written_mode = text(&file.mode);
@@ -225,10 +252,14 @@ pub(super) fn resolve(
     let node_name = check.node_name(file.hostname_override.as_deref(), &environment.hostname);
 
     let manifests = file.kube_lane.manifests.clone().filter(|path| !path.as_os_str().is_empty());
-    let api = Api {
+    let mut api = Api {
         kubeconfig: text(&file.client_connection.kubeconfig).map(PathBuf::from),
         master: check.server_url("--master", text(&overrides.master)),
+        base_kubeconfig: None,
     };
+    if let Some(Source::Base(_)) = sources.of("clientConnection.kubeconfig") {
+        api.base_kubeconfig = api.kubeconfig.take();
+    }
     let api = if api != Api::default() || environment.in_cluster {
         Some(api)
     } else if manifests.is_some() || overrides.no_source {
@@ -252,20 +283,37 @@ pub(super) fn resolve(
         }
     };
 
-    let invalid = check.into_invalid();
+    let mut invalid = check.into_invalid();
     if !invalid.is_empty() {
+        for field in &mut invalid {
+            field.source_file = match sources.of(field.path()) {
+                Some(Source::Base(path) | Source::File(path)) => Some(path),
+                Some(Source::Flag(_)) | None => None,
+            };
+        }
         return Err(ConfigError::Invalid(invalid));
     }
     of_service.extend(socket_lb.warnings(mode, &network.detector, masquerade_all));
     if !overrides.no_service {
         warnings.append(&mut of_service);
     }
-    let idle = without_effect(&file.to_value(), written_mode);
+    let idle: Vec<_> = without_effect(&file.to_value(), written_mode)
+        .iter()
+        .filter_map(|path| match sources.of(path)? {
+            // In the base, a section of another mode of kube-proxy is nobody's wish.
+            Source::Base(_) if path.starts_with("iptables.") || path.starts_with("ipvs.") => None,
+            Source::Base(file) => Some(format!("{path} ({})", file.display())),
+            Source::File(_) => Some(path.clone()),
+            flag @ Source::Flag(_) => Some(flag.to_string()),
+        })
+        .collect();
     if !idle.is_empty() {
-        let mut names: Vec<String> = idle.iter().map(|path| name_of(path)).collect();
-        names.dedup();
-        warnings.push(format!("without effect in kube-lane so far: {}", names.join(", ")));
+        warnings
+            .push(format!("kube-lane does not support these settings and ignores them: {}", idle.join(", ")));
     }
+    let missing = layers.missing_kubeconfig.iter().map(|path| {
+        format!("the kubeconfig that --config-base names does not exist and is not used: {}", path.display())
+    });
     let config = Config {
         mode,
         node_name,
@@ -287,7 +335,7 @@ pub(super) fn resolve(
             level: file.kube_lane.log_level.clone().filter(|level| !level.is_empty()),
         },
     };
-    Ok(Resolved { config, warnings, file })
+    Ok(Resolved { config, warnings, notes: missing.collect(), base: layers.base_state.clone(), file })
 }
 
 /// The fields that are set to something else than kube-proxy's default, and that nothing here reads. A zero value

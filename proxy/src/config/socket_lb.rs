@@ -6,7 +6,7 @@ use clap::Args;
 use kube_lane_common::POD_CGROUPS;
 
 use super::check::Checker;
-use super::file::{KubeLaneSection, KubeProxyConfiguration, SocketLbSection};
+use super::file::{KubeLaneSection, KubeProxyConfiguration};
 use super::values::go_bool;
 use super::{Detector, Mode};
 
@@ -120,16 +120,13 @@ impl From<Roots> for SocketLbFlags {
 }
 
 impl AnswerFlags {
-    /// Puts the flags into the form of a file, over what that has.
+    /// Puts the flags into the form of a file.
     pub(super) fn fill(&self, file: &mut KubeProxyConfiguration) {
         let section = &mut file.kube_lane.socket_lb;
-        *section = std::mem::take(section).under(SocketLbSection {
-            udp: self.socket_lb_udp,
-            external: self.socket_lb_external,
-            loopback_node_ports: self.socket_lb_loopback_nodeports,
-            host_namespace_only: self.socket_lb_host_namespace_only,
-            ..SocketLbSection::default()
-        });
+        section.udp = self.socket_lb_udp;
+        section.external = self.socket_lb_external;
+        section.loopback_node_ports = self.socket_lb_loopback_nodeports;
+        section.host_namespace_only = self.socket_lb_host_namespace_only;
     }
 }
 
@@ -142,24 +139,6 @@ impl SocketLbFlags {
         own.socket_lb.leave_alone = self.socket_lb_leave_alone.clone();
         own.socket_lb.pod_cgroups = self.socket_lb_pod_cgroups.clone();
         self.answer.fill(file);
-    }
-}
-
-impl SocketLbSection {
-    /// What `over` sets goes before what is set here.
-    pub(super) fn under(self, over: Self) -> Self {
-        Self {
-            udp: over.udp.or(self.udp),
-            external: over.external.or(self.external),
-            loopback_node_ports: over.loopback_node_ports.or(self.loopback_node_ports),
-            host_namespace_only: over.host_namespace_only.or(self.host_namespace_only),
-            leave_alone: over.leave_alone.or(self.leave_alone),
-            pod_cgroups: over.pod_cgroups.or(self.pod_cgroups),
-            max_frontends: over.max_frontends.or(self.max_frontends),
-            max_service_ports: over.max_service_ports.or(self.max_service_ports),
-            max_endpoints: over.max_endpoints.or(self.max_endpoints),
-            max_affinity_clients: over.max_affinity_clients.or(self.max_affinity_clients),
-        }
     }
 }
 

@@ -7,6 +7,7 @@ use clap::{CommandFactory, Parser};
 use super::flags::{Action, RunFlags};
 use super::*;
 
+mod base;
 mod socket_lb;
 
 #[derive(Debug, Parser)]
@@ -131,7 +132,9 @@ fn every_flag_of_kube_proxy_is_accepted_in_both_forms() {
     // All the others have kube-proxy's default, which is nothing to warn of.
     assert_eq!(
         resolved.warnings,
-        ["without effect in kube-lane so far: --feature-gates, --ipvs-exclude-cidrs, --ipvs-scheduler"]
+        [
+            "kube-lane does not support these settings and ignores them: --feature-gates, --ipvs-exclude-cidrs, --ipvs-scheduler"
+        ]
     );
     for flag in KUBE_PROXY_FLAGS {
         let (name, value) = flag.split_once('=').unwrap();
@@ -157,7 +160,7 @@ fn the_command_line_of_the_readme() {
         "-v",
         "2",
     ]);
-    assert_eq!(config.api, Some(Api { kubeconfig: Some("F".into()), master: None }));
+    assert_eq!(config.api, Some(Api { kubeconfig: Some("F".into()), ..Api::default() }));
     assert_eq!(config.node_name, "node-a");
     assert_eq!(config.mode, Mode::Nftables);
     let networks = ["10.244.0.0/16", "fd00::/48"].map(|cidr| cidr.parse().unwrap()).to_vec();
@@ -235,11 +238,13 @@ fn what_has_no_effect_is_named_in_one_warning() {
     let flags = ["--oom-score-adj=5", "--cluster-cidr=10.0.0.0/8", "--profiling", "--ipvs-scheduler=rr"];
     assert_eq!(
         resolve(&flags).unwrap().warnings,
-        ["without effect in kube-lane so far: --profiling, --ipvs-scheduler, --oom-score-adj"]
+        [
+            "kube-lane does not support these settings and ignores them: --profiling, --ipvs-scheduler, --oom-score-adj"
+        ]
     );
     assert_eq!(
         resolve(&["--cluster-cidr=10.0.0.0/8", "--kube-api-qps=50", "--kube-api-burst=10"]).unwrap().warnings,
-        ["without effect in kube-lane so far: --kube-api-qps"],
+        ["kube-lane does not support these settings and ignores them: --kube-api-qps"],
         "there is no limit"
     );
     let file = ConfigFile::fields(
@@ -251,7 +256,7 @@ fn what_has_no_effect_is_named_in_one_warning() {
     assert_eq!(
         warnings,
         [
-            "without effect in kube-lane so far: clientConnection.acceptContentTypes, clientConnection.contentType, \
+            "kube-lane does not support these settings and ignores them: clientConnection.acceptContentTypes, clientConnection.contentType, \
           featureGates, oomScoreAdj"
         ]
     );
@@ -290,7 +295,7 @@ fn the_api_server_may_be_absent_only_beside_a_manifest_folder() {
     let outside = Environment { hostname: "n".to_owned(), in_cluster: false };
     let api = |args: &[&str]| parse(args).resolve(&outside).map(|resolved| resolved.config.api);
     assert_eq!(api(&["--manifests=m"]).unwrap(), None);
-    let master = Api { kubeconfig: None, master: Some("http://[::1]".into()) };
+    let master = Api { master: Some("http://[::1]".into()), ..Api::default() };
     assert_eq!(api(&["--manifests=m", "--master=http://[::1]"]).unwrap(), Some(master));
     let error = api(&[]).unwrap_err().to_string();
     assert!(error.contains("--kubeconfig") && error.contains("--manifests"), "{error}");
@@ -313,7 +318,7 @@ fn kubeadm_and_written_defaults_are_read_without_a_warning() {
     let file = ConfigFile::new("kubeadm-2", include_str!("../../tests/config/kubeadm.conf"));
     let config = file.resolve(&[]).unwrap().config;
     let kubeconfig = Some("/var/lib/kube-proxy/kubeconfig.conf".into());
-    assert_eq!(config.api, Some(Api { kubeconfig, master: None }));
+    assert_eq!(config.api, Some(Api { kubeconfig, ..Api::default() }));
     assert_eq!(config.network.detector, Detector::ClusterCidr(vec!["10.244.0.0/16".parse().unwrap()]));
     assert_eq!(config.node_name, "host-1", "the host name where nobody names the node");
 }
@@ -369,7 +374,7 @@ fn beside_a_file_only_some_flags_count_and_the_rest_are_named() {
     assert_eq!(config.network.detector, Detector::ClusterCidr(vec!["10.0.0.0/8".parse().unwrap()]));
     assert_eq!(
         resolved.warnings,
-        ["without effect beside --config: --cluster-cidr, --masquerade-all, --profiling"]
+        ["--config is set, so these flags have no effect: --cluster-cidr, --masquerade-all, --profiling"]
     );
 }
 
@@ -452,7 +457,7 @@ fn what_is_written_is_read_back_the_same() {
     let read = ConfigFile::new("round-trip", &written.to_yaml()).resolve(&[]).unwrap();
     assert_eq!(read.config, written.config, "{}", written.to_yaml());
     assert_eq!(read.to_yaml(), written.to_yaml());
-    assert_eq!(read.warnings, ["without effect in kube-lane so far: oomScoreAdj"]);
+    assert_eq!(read.warnings, ["kube-lane does not support these settings and ignores them: oomScoreAdj"]);
     assert!(written.to_yaml().contains("hostnameOverride: node-1\n"), "{}", written.to_yaml());
     let written = resolve(&["--kubeconfig=/k"]).unwrap();
     assert_eq!(written.config.node_name, "host-1");
@@ -515,7 +520,7 @@ fn actions() {
 #[test]
 fn every_flag_named_in_a_warning_exists() {
     let command = Cli::command();
-    for (_, flag) in flags::FLAGS {
+    for (_, flag) in names::FLAGS {
         assert!(command.get_arguments().any(|argument| argument.get_long() == Some(flag)), "--{flag}");
     }
 }
