@@ -7,13 +7,14 @@ use std::process::Command;
 use anyhow::{Result, bail, ensure};
 
 use crate::setup::{self, DENY, MACHETE, Need, go, go_tools};
-use crate::{ebpf, process, tidy};
+use crate::{ebpf, links, process, tidy};
 
 type Check = (&'static str, fn() -> Result<()>);
 
 /// In the order they run: what answers soonest first.
 const CHECKS: &[Check] = &[
     ("tidy", tidy::check),
+    ("links", links::check),
     ("rustfmt", || process::run(process::cargo().args(["fmt", "--all", "--check"]))),
     ("shellcheck", shellcheck),
     ("actionlint", actionlint),

@@ -13,6 +13,7 @@ mod bench;
 mod build;
 mod demo;
 mod ebpf;
+mod links;
 mod lint;
 mod process;
 mod setup;
