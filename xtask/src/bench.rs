@@ -4,10 +4,10 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result};
 
 use crate::setup::{self, Need};
-use crate::{build, process};
+use crate::{build, preflight, process};
 
 /// What a run's folder in `target/` begins with; its process id follows.
 const TEMPORARY: &str = "bench-";
@@ -34,7 +34,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         setup::ensure(&[Need::Build])?;
         return process::run(bench.arg("--").args(&args.arguments));
     }
-    ensure!(process::is_root(), "benchmarks make network namespaces, which takes root");
+    preflight::lab().context("benchmarks cannot run")?;
     setup::ensure(&[Need::Build, Need::Kernel, Need::ControlPlane])?;
     sweep();
     let temporary = process::target(&format!("{TEMPORARY}{}", std::process::id()));

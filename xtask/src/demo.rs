@@ -3,10 +3,10 @@
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 
 use crate::setup::{self, Need};
-use crate::{build, process};
+use crate::{build, preflight, process};
 
 /// What `cargo xtask demo` is told; the demo itself explains it.
 #[derive(clap::Args)]
@@ -25,9 +25,9 @@ pub(crate) struct Args {
 /// Runs the demo.
 ///
 /// # Errors
-/// Without root, or when something is missing that cannot be installed. The demo's own end is the process's.
+/// On a machine that cannot run it, or when something is missing that cannot be installed. The demo's own end is the process's.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    ensure!(process::is_root(), "the demo makes network namespaces, which takes root: sudo cargo xtask demo");
+    preflight::lab().context("the demo cannot run")?;
     setup::ensure(&[Need::Build, Need::Kernel])?;
     if args.api {
         setup::ensure(&[Need::ControlPlane])?;

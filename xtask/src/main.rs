@@ -15,6 +15,7 @@ mod demo;
 mod ebpf;
 mod links;
 mod lint;
+mod preflight;
 mod process;
 mod setup;
 mod test;

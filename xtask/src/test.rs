@@ -1,16 +1,16 @@
 //! `cargo xtask test`: the test lanes. A lane that cannot run fails, and so does one that ran nothing.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::io::{BufRead as _, BufReader};
 use std::ops::AddAssign;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use clap::ValueEnum;
 
-use crate::setup::{self, KubernetesChoice, KubernetesRelease, Need};
-use crate::{build, ebpf, process};
+use crate::setup::{self, Cost, KubernetesChoice, KubernetesRelease, Need};
+use crate::{build, ebpf, preflight, process};
 
 /// What `cargo xtask test` is told.
 #[derive(clap::Args)]
@@ -51,6 +51,24 @@ impl Lane {
                 vec![Need::Build, Need::Kernel, kubernetes.map_or(Need::ControlPlane, Need::Kubernetes)]
             }
             Lane::Vm => vec![Need::Build, Need::Vm],
+        }
+    }
+
+    /// Looks whether this machine can run the lane at all, before anything is installed or built.
+    fn preflight(self) -> Result<()> {
+        match self {
+            Lane::Unit | Lane::Vm => Ok(()),
+            Lane::Kernel | Lane::Cluster | Lane::Oracle => preflight::lab(),
+        }
+    }
+
+    /// How long the tests run once everything is built, roughly, on a machine with two processors.
+    fn minutes(self) -> u32 {
+        match self {
+            Lane::Unit => 1,
+            Lane::Kernel | Lane::Cluster => 5,
+            Lane::Oracle => 10,
+            Lane::Vm => 15,
         }
     }
 
@@ -130,8 +148,24 @@ pub(crate) fn run(args: &Args) -> ExitCode {
         [] => Lane::value_variants().iter().filter(runs).collect(),
         lanes => lanes.iter().collect(),
     };
-    let mut total = Tally::default();
-    for lane in lanes {
+    let refusals: Vec<_> = lanes.iter().map(|lane| lane.preflight().err()).collect();
+    for (lane, refusal) in lanes.iter().zip(&refusals) {
+        if let Some(refusal) = refusal {
+            eprintln!("lane {lane} cannot run: {refusal:#}");
+        }
+    }
+    let able: Vec<_> = lanes
+        .iter()
+        .zip(&refusals)
+        .filter(|(_, refusal)| refusal.is_none())
+        .map(|(lane, _)| **lane)
+        .collect();
+    // What cannot be told now, the lanes tell.
+    if let Ok(Some(announcement)) = first_run(&able, kubernetes) {
+        println!("{announcement}");
+    }
+    let mut total = Tally { passed: 0, failed: lanes.len() - able.len() };
+    for lane in &able {
         let start = Instant::now();
         println!("lane {lane}");
         let mut tally = run_lane(*lane, kubernetes, args.filter.as_deref()).unwrap_or_else(|error| {
@@ -154,9 +188,42 @@ pub(crate) fn run(args: &Args) -> ExitCode {
     if total.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
+/// What a first run announces: how long it takes, what it fetches and what it builds. Later runs announce nothing.
+fn first_run(lanes: &[Lane], kubernetes: Option<KubernetesRelease>) -> Result<Option<String>> {
+    let mut needs: Vec<_> = lanes.iter().flat_map(|lane| lane.needs(kubernetes)).collect();
+    if lanes.iter().any(|lane| *lane != Lane::Unit) {
+        needs.push(Need::Ebpf);
+    }
+    let mut steps = setup::missing(&needs)?;
+    if !build::target_dir().join("debug/deps").is_dir() {
+        steps.push(("the workspace and its tests".to_owned(), WORKSPACE));
+    }
+    Ok(announce(&steps, lanes))
+}
+
+/// The dependencies of the workspace, its tests and the eBPF programs.
+const WORKSPACE: Cost = Cost { minutes: 10, megabytes: 60 };
+
+fn announce(steps: &[(String, Cost)], lanes: &[Lane]) -> Option<String> {
+    if steps.is_empty() {
+        return None;
+    }
+    let lasting: u32 = lanes.iter().map(|lane| lane.minutes()).sum();
+    let minutes = lasting + steps.iter().map(|(_, cost)| cost.minutes).sum::<u32>();
+    let megabytes: u32 = steps.iter().map(|(_, cost)| cost.megabytes).sum();
+    let mut text = format!(
+        "first run: about {minutes} minutes on two processors, {megabytes} MB to fetch; later runs {lasting} minutes"
+    );
+    for (name, Cost { minutes, megabytes }) in steps {
+        let _ = write!(text, "\n  {minutes:>3} min  {name} ({megabytes} MB)");
+    }
+    for lane in lanes {
+        let _ = write!(text, "\n  {:>3} min  lane {lane}", lane.minutes());
+    }
+    Some(text)
+}
+
 fn run_lane(lane: Lane, kubernetes: Option<KubernetesRelease>, filter: Option<&str>) -> Result<Tally> {
-    let unprivileged = matches!(lane, Lane::Unit | Lane::Vm);
-    ensure!(unprivileged || process::is_root(), "it makes network namespaces, which takes root");
     setup::ensure(&lane.needs(kubernetes))?;
     let mut tally = Tally::default();
     // The lanes run the agent as users have it: with its eBPF programs in it.
@@ -219,6 +286,17 @@ mod tests {
         let matrix = workflow.lines().find_map(|line| line.trim().strip_prefix("lane: ")).unwrap();
         let lanes = Lane::value_variants().iter().map(Lane::to_string).collect::<Vec<_>>();
         assert_eq!(matrix, format!("[{}]", lanes.join(", ")));
+    }
+
+    #[test]
+    fn a_first_run_says_how_long_it_takes() {
+        assert_eq!(announce(&[], &[Lane::Unit]), None);
+        let steps =
+            [("a compiler".to_owned(), Cost { minutes: 2, megabytes: 30 }), ("etcd".to_owned(), WORKSPACE)];
+        let text = announce(&steps, &[Lane::Unit, Lane::Kernel]).unwrap();
+        let expected = "first run: about 18 minutes on two processors, 90 MB to fetch; later runs 6 minutes\n    \
+                        2 min  a compiler (30 MB)\n   10 min  etcd (60 MB)\n    1 min  lane unit\n    5 min  lane kernel";
+        assert_eq!(text, expected);
     }
 
     #[test]

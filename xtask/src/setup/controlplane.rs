@@ -9,7 +9,7 @@ use std::str::FromStr;
 
 use anyhow::{Context, Error, Result, bail};
 
-use super::{Step, go};
+use super::{Cost, Step, go};
 use crate::process;
 
 /// The programs and the packages that they are.
@@ -172,6 +172,10 @@ impl Step for Programs {
         }
         fs::write(self.dir().join("stamp"), self.stamp())?;
         Ok(())
+    }
+
+    fn cost(&self) -> Cost {
+        Cost { minutes: 7, megabytes: 300 }
     }
 }
 

@@ -8,7 +8,7 @@ use std::process::Command;
 
 use anyhow::{Result, bail};
 
-use super::Step;
+use super::{Cost, Step};
 use crate::process;
 
 /// A Debian package and how to tell that what it delivers is there.
@@ -63,6 +63,10 @@ impl Step for Packages {
 
     fn run(&self) -> Result<()> {
         install(&Vec::from_iter(self.missing()))
+    }
+
+    fn cost(&self) -> Cost {
+        Cost { minutes: 1, megabytes: 60 }
     }
 }
 

@@ -11,7 +11,7 @@ use std::sync::OnceLock;
 use anyhow::{Context, Result, bail};
 
 use super::cargo_tools::Tool;
-use super::{Step, debian};
+use super::{Cost, Step, debian};
 use crate::process;
 
 /// Links LLVM bitcode to one object. It needs only LLVM's shared library, the one that the compiler has.
@@ -169,6 +169,10 @@ impl Step for Compiler {
             .context("the compiler does not start")?;
         let (stamp, packages) = Self::stamp();
         fs::write(stamp, packages).context("cannot write the stamp")
+    }
+
+    fn cost(&self) -> Cost {
+        Cost { minutes: 2, megabytes: 200 }
     }
 }
 

@@ -8,7 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use super::{Step, debian};
+use super::{Cost, Step, debian};
 use crate::process;
 
 /// The first release that obeys `GOTOOLCHAIN=auto`.
@@ -63,6 +63,10 @@ impl Step for Toolchain {
             Some(_) => fetch(),
             None => bail!("`go version` does not answer: please install Go {} or later", wanted()?),
         }
+    }
+
+    fn cost(&self) -> Cost {
+        Cost { minutes: 1, megabytes: 70 }
     }
 }
 

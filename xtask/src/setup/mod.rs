@@ -24,6 +24,19 @@ pub(crate) trait Step {
     fn is_done(&self) -> Result<bool>;
     /// Installs it; says what it does where that takes long.
     fn run(&self) -> Result<()>;
+    /// What that takes.
+    fn cost(&self) -> Cost {
+        Cost { minutes: 1, megabytes: 10 }
+    }
+}
+
+/// What an installation takes, roughly, on a machine with two processors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Cost {
+    /// To fetch and to build.
+    pub(crate) minutes: u32,
+    /// To fetch.
+    pub(crate) megabytes: u32,
 }
 
 /// What a task needs of the machine.
@@ -137,6 +150,20 @@ pub(crate) fn ensure(needs: &[Need]) -> Result<()> {
     let packages = debian::Packages(needs.iter().flat_map(|need| need.packages()).copied().collect());
     ensure_step(&packages)?;
     needs.iter().flat_map(|need| need.steps()).try_for_each(|step| ensure_step(&*step))
+}
+
+/// What [`ensure`] would install, by name, in its order.
+pub(crate) fn missing(needs: &[Need]) -> Result<Vec<(String, Cost)>> {
+    let packages = debian::Packages(needs.iter().flat_map(|need| need.packages()).copied().collect());
+    let steps = needs.iter().flat_map(|need| need.steps());
+    let mut missing: Vec<(String, Cost)> = Vec::new();
+    for step in std::iter::once(Box::new(packages) as Box<dyn Step>).chain(steps) {
+        // Two needs may have a step in common.
+        if !step.is_done()? && !missing.iter().any(|(name, _)| *name == step.name()) {
+            missing.push((step.name(), step.cost()));
+        }
+    }
+    Ok(missing)
 }
 
 /// Installs one thing, if it is missing.

@@ -7,7 +7,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use super::Step;
+use super::{Cost, Step};
 use crate::process;
 
 /// Where Debian has the packages below.
@@ -39,7 +39,7 @@ impl Kernel {
 
 impl Step for Kernel {
     fn name(&self) -> String {
-        format!("Debian's kernel {}, below target/ (30 MB to fetch)", self.series)
+        format!("Debian's kernel {}, below target/", self.series)
     }
 
     fn is_done(&self) -> Result<bool> {
@@ -80,6 +80,10 @@ impl Step for Kernel {
         let depmod = process::find_program("depmod").context("no depmod")?;
         process::run(Command::new(depmod).arg("-b").arg(&unpacked).arg(release(&unpacked)?))?;
         fs::rename(&unpacked, self.dir()).context("cannot put the kernel in place")
+    }
+
+    fn cost(&self) -> Cost {
+        Cost { minutes: 1, megabytes: 30 }
     }
 }
 
