@@ -132,7 +132,7 @@ impl Compiler {
 
 impl Step for Compiler {
     fn name(&self) -> String {
-        "Debian's Rust 1.96 for eBPF, below target/ (140 MB to fetch)".into()
+        "Debian's Rust 1.96 for eBPF, below target/".into()
     }
 
     fn is_done(&self) -> Result<bool> {
@@ -172,7 +172,7 @@ impl Step for Compiler {
     }
 
     fn cost(&self) -> Cost {
-        Cost { minutes: 2, megabytes: 200 }
+        Cost { minutes: 2, megabytes: 140 }
     }
 }
 
