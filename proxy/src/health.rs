@@ -24,20 +24,21 @@ use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::time::Instant;
-use tracing::{error, info};
+use tracing::{info, warn};
 
 use crate::config::{Config, Mode};
 use crate::observability::events::{Events, Reason};
 use crate::observability::metrics::KUBE_PROXY;
 
+mod ports;
 mod services;
 
+pub use self::ports::{AwaitedPort, AwaitedPorts};
+use self::ports::{Awaiting, RETRY};
 pub use self::services::ServiceHealth;
 
 /// A change that has waited this long to be committed makes the agent unhealthy: twice kube-proxy's `syncPeriod`.
 const LATE: Duration = Duration::from_secs(60);
-/// How long to wait before an address that could not be bound is tried again, as kube-proxy does.
-const RETRY: Duration = Duration::from_secs(5);
 /// How long the process's last Event may hold up its end.
 const FLUSH: Duration = Duration::from_secs(2);
 
@@ -143,17 +144,19 @@ pub struct Servers {
     hard_fail: bool,
     mode: Mode,
     requests: Requests,
+    ports: AwaitedPorts,
 }
 
 impl Servers {
-    /// Prepares the servers and registers their own counters.
-    pub fn new(config: &Config, registry: &mut Registry) -> Self {
+    /// Prepares the servers and registers their own counters. Addresses that another program has are listed in `ports`.
+    pub fn new(config: &Config, registry: &mut Registry, ports: AwaitedPorts) -> Self {
         Self {
             healthz: config.healthz_address,
             metrics: config.metrics_address,
             hard_fail: config.bind_address_hard_fail,
             mode: config.mode,
             requests: Requests::register(registry),
+            ports,
         }
     }
 
@@ -167,7 +170,12 @@ impl Servers {
         registry: Arc<Registry>,
         events: Events,
     ) -> Result<Infallible, BindError> {
-        let trouble = |reason| Trouble { hard_fail: self.hard_fail, events: events.clone(), reason };
+        let trouble = |reason| Trouble {
+            hard_fail: self.hard_fail,
+            events: events.clone(),
+            reason,
+            ports: self.ports.clone(),
+        };
         let healthz = trouble(Reason::FailedToStartProxierHealthcheck);
         let healthz = serve("health", self.healthz, healthz, health_routes(health, self.requests));
         let metrics = trouble(Reason::FailedToStartMetricServer);
@@ -182,6 +190,7 @@ struct Trouble {
     hard_fail: bool,
     events: Events,
     reason: Reason,
+    ports: AwaitedPorts,
 }
 
 async fn serve(
@@ -191,12 +200,12 @@ async fn serve(
     routes: Router,
 ) -> Result<Infallible, BindError> {
     let Some(address) = address else { return std::future::pending().await };
-    let mut reported = None;
+    let mut reported: Option<(io::ErrorKind, Awaiting)> = None;
     loop {
         let failure = match TcpListener::bind(address).await {
             Ok(listener) => {
-                info!(%address, "serving {what}");
-                reported = None;
+                let again = if reported.take().is_some() { ": the address is free now" } else { "" };
+                info!(%address, "serving {what}{again}");
                 axum::serve(listener, routes.clone()).await.err()
             }
             Err(source) if trouble.hard_fail => {
@@ -208,11 +217,23 @@ async fn serve(
             Err(source) => Some(source),
         };
         if let Some(failure) = failure
-            && reported != Some(failure.kind())
+            && reported.as_ref().map(|(kind, _)| *kind) != Some(failure.kind())
         {
-            error!(%address, error = %failure, "cannot serve {what}; trying again every {} s", RETRY.as_secs());
+            let hint = if failure.kind() == io::ErrorKind::AddrInUse {
+                "another program has the port: kube-proxy, as long as it runs on this node?"
+            } else {
+                "is this an address of the node?"
+            };
+            warn!(
+                %address,
+                error = %failure,
+                hint,
+                "cannot serve {what}; trying again every {} s. `kube-lane probe` needs no port",
+                RETRY.as_secs()
+            );
             trouble.events.node(trouble.reason, format!("cannot serve {what} on {address}: {failure}"));
-            reported = Some(failure.kind());
+            drop(reported.take());
+            reported = Some((failure.kind(), trouble.ports.add(address, what, &failure)));
         }
         tokio::time::sleep(RETRY).await;
     }
@@ -423,7 +444,8 @@ mod tests {
     }
 
     fn trouble(hard_fail: bool) -> Trouble {
-        Trouble { hard_fail, events: Events::off(), reason: Reason::FailedToStartProxierHealthcheck }
+        let (reason, ports) = (Reason::FailedToStartProxierHealthcheck, AwaitedPorts::default());
+        Trouble { hard_fail, events: Events::off(), reason, ports }
     }
 
     #[tokio::test]
@@ -438,5 +460,26 @@ mod tests {
         assert!(tokio::time::timeout(Duration::from_millis(50), trying).await.is_err(), "still trying");
         let off = serve("health", None, trouble(true), Router::new());
         assert!(tokio::time::timeout(Duration::from_millis(50), off).await.is_err(), "off is no failure");
+    }
+
+    #[tokio::test]
+    async fn an_address_is_taken_over_when_it_comes_free() {
+        let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = taken.local_addr().unwrap();
+        let trouble = trouble(false);
+        let ports = trouble.ports.clone();
+        let routes = metrics_routes(Mode::Nftables, Arc::new(metrics::registry("nftables")));
+        let server = tokio::spawn(serve("metrics", Some(address), trouble, routes));
+        while ports.list().is_empty() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let [port] = &ports.list()[..] else { panic!("{:?}", ports.list()) };
+        assert_eq!((port.address, port.server.as_str()), (address, "metrics"));
+        drop(taken);
+        while !ports.list().is_empty() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        assert_eq!(get(address, "/proxyMode").await.2, "nftables");
+        server.abort();
     }
 }

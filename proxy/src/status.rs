@@ -14,16 +14,17 @@ use tokio::sync::oneshot;
 
 use crate::config::Mode;
 use crate::dataplane::Inspection;
-use crate::health::HealthState;
+use crate::health::{AwaitedPort, HealthState, Unhealthy};
 use crate::model::input::ServiceKey;
 use crate::model::plan::{NodePlan, Plan};
 use crate::model::render::Annotated;
 use crate::source::Problem;
+use crate::source::kube::ServerStatus;
 use crate::source::manifest::Condition;
 
 mod server;
 
-pub use self::server::serve;
+pub use self::server::{Conditions, serve};
 
 /// How many Services the controller hands out at a time.
 pub const PAGE: usize = 256;
@@ -119,12 +120,20 @@ pub struct Verdict {
 }
 
 impl Probe {
-    fn judge(self, health: &HealthState) -> Verdict {
+    fn judge(self, health: &HealthState, server: Option<&ServerStatus>) -> Verdict {
         let result = match self {
             Self::Startup | Self::Live => health.live(),
             Self::Ready => health.ready(),
         };
-        Verdict { failure: result.err().map(|failure| failure.to_string()) }
+        let Err(unhealthy) = result else { return Verdict { failure: None } };
+        let mut failure = unhealthy.to_string();
+        if unhealthy == Unhealthy::NotSynced
+            && let Some(server) = server
+            && let Some(why) = &server.failure
+        {
+            failure += &format!(". The API server {} cannot be reached: {why}", server.address);
+        }
+        Verdict { failure: Some(failure) }
     }
 }
 
@@ -142,12 +151,15 @@ struct Agent<'a> {
     facts: &'a Facts,
     health: &'a HealthState,
     manifests: &'a Condition,
+    /// `None`: there is no API server.
+    server: Option<&'a ServerStatus>,
+    ports: &'a [AwaitedPort],
     report: &'a Report,
 }
 
 impl Agent<'_> {
     fn to_json(self) -> Value {
-        let Self { facts, health, manifests, report } = self;
+        let Self { facts, health, manifests, server, ports, report } = self;
         let problem = |is_read: bool| {
             move |problem: &Problem| {
                 let place = problem.place.as_ref();
@@ -171,6 +183,8 @@ impl Agent<'_> {
             "services": report.count,
             "refused": report.refused.iter().map(refused).collect::<Vec<_>>(),
             "troubles": report.troubles,
+            "apiServer": server,
+            "awaitedPorts": ports,
             "manifests": { "complete": manifests.complete, "problems": problems },
             "leftAlone": report.left_alone.iter().map(left_alone).collect::<Vec<_>>(),
             "node": report.node,
@@ -180,7 +194,7 @@ impl Agent<'_> {
 
 impl Display for Agent<'_> {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        let Self { facts, health, manifests, report } = self;
+        let Self { facts, health, manifests, server, ports, report } = self;
         let version = env!("CARGO_PKG_VERSION");
         writeln!(f, "kube-lane v{version}, node {}, mode {}", facts.node, facts.mode.as_str())?;
         if let Some(why) = &facts.why {
@@ -206,6 +220,7 @@ impl Display for Agent<'_> {
             writeln!(f, "  and {more} more that is wrong with manifests: the log names it")?;
         }
         report.troubles.iter().try_for_each(|trouble| writeln!(f, "  {trouble}"))?;
+        ports.iter().try_for_each(|port| writeln!(f, "  {port}"))?;
         for (cgroup, exists) in &report.left_alone {
             let absent = if *exists { "" } else { " (not there)" };
             writeln!(f, "  left alone at the socket: {}{absent}", cgroup.display())?;
@@ -213,8 +228,32 @@ impl Display for Agent<'_> {
         for (service, words) in &report.refused {
             writeln!(f, "  the kernel refuses {service}: {words}")?;
         }
+        if let Some(server) = server {
+            write_server(f, server)?;
+        }
         report.node.as_ref().map_or(Ok(()), |node| node.fmt(f))
     }
+}
+
+/// How the API server is reached.
+fn write_server(f: &mut Formatter<'_>, server: &ServerStatus) -> fmt::Result {
+    writeln!(f, "api server\n  {} from {}", server.address, server.source)?;
+    match server.in_use {
+        Some(address) => {
+            let service = if server.through_service { ", an address of a Service" } else { "" };
+            let fallback = if server.fallback { ", since the preferred address does not answer" } else { "" };
+            writeln!(f, "  in use: {address}{service}{fallback}")?;
+        }
+        None => writeln!(f, "  in use: none so far")?,
+    }
+    if let Some(failure) = &server.failure {
+        writeln!(f, "  the last connection failed: {failure}")?;
+    }
+    if !server.endpoints.is_empty() {
+        let endpoints: Vec<_> = server.endpoints.iter().map(ToString::to_string).collect();
+        writeln!(f, "  known endpoints: {}", endpoints.join(", "))?;
+    }
+    Ok(())
 }
 
 impl Known {
@@ -256,7 +295,28 @@ mod tests {
         let problem = Problem { place: Some(place), object, field, value, remedy: "no YAML".into() };
         let manifests =
             Condition { complete: false, unread: vec![problem.clone()], odd: vec![problem; NAMED] };
-        let agent = Agent { facts: &facts, health: &health, manifests: &manifests, report: &report };
+        let server = ServerStatus {
+            address: "https://10.96.0.1/".into(),
+            source: "Service default/kubernetes".into(),
+            in_use: Some("10.96.0.1:443".parse().unwrap()),
+            fallback: true,
+            through_service: true,
+            endpoints: vec!["192.0.2.1:6443".parse().unwrap()],
+            failure: None,
+        };
+        let ports = [AwaitedPort {
+            address: "[::]:10256".parse().unwrap(),
+            server: "health".into(),
+            error: "in use".into(),
+        }];
+        let agent = Agent {
+            facts: &facts,
+            health: &health,
+            manifests: &manifests,
+            server: Some(&server),
+            ports: &ports,
+            report: &report,
+        };
         let problems = "  /m/web.yaml:7: no YAML\n".repeat(NAMED);
         assert_eq!(
             agent.to_string(),
@@ -264,15 +324,24 @@ mod tests {
                 + "  not ebpf: no eBPF\n  2 Services, not all listed or programmed yet\n  not all manifests were read yet: what \
                    an earlier run left stays, and /healthz says 503\n"
                 + &problems
-                + "  and 1 more that is wrong with manifests: the log names it\n  a map is full\n  left alone at the \
+                + "  and 1 more that is wrong with manifests: the log names it\n  a map is full\n  health cannot be \
+                   served on [::]:10256: in use\n  left alone at the \
                    socket: /cg/a\n  left alone at the socket: /cg/b (not there)\n  \
-                   the kernel refuses a/b: No space\nnode\n"
+                   the kernel refuses a/b: No space\napi server\n  https://10.96.0.1/ from Service default/kubernetes\n  \
+                   in use: 10.96.0.1:443, an address of a Service, since the preferred address does not answer\n  \
+                   known endpoints: 192.0.2.1:6443\nnode\n"
         );
         let json = agent.to_json();
         assert_eq!(json["refused"], json!([{"service": "a/b", "words": "No space"}]));
         let problem =
             json!({"file": "/m/web.yaml", "line": 7, "isRead": false, "words": "/m/web.yaml:7: no YAML"});
         assert_eq!(json["manifests"]["problems"][0], problem);
+        assert_eq!(json["apiServer"]["throughService"], true);
+        assert_eq!(json["apiServer"]["inUse"], "10.96.0.1:443");
+        assert_eq!(
+            json["awaitedPorts"],
+            json!([{"address": "[::]:10256", "server": "health", "error": "in use"}])
+        );
         assert_eq!(json["leftAlone"][1], json!({"cgroup": "/cg/b", "exists": false}));
         assert_eq!((&json["mode"], &json["whyNotEbpf"]), (&json!("nftables"), &json!("no eBPF")));
     }

@@ -21,7 +21,7 @@ use crate::dataplane::conntrack::Conntrack;
 use crate::dataplane::nftables::{self, Marks, Nftables};
 use crate::dataplane::socket::{self, Owner, Removal, Socket, SocketError};
 use crate::dataplane::{AtConnect, Awaited, Follower, Layers, Refusal, Withdrawal};
-use crate::health::{HealthState, Servers, ServiceHealth};
+use crate::health::{AwaitedPorts, HealthState, Servers, ServiceHealth};
 use crate::model::input::{Event, Family, Origin};
 use crate::model::planner::Planner;
 use crate::observability::changes::Changes;
@@ -31,11 +31,11 @@ use crate::observability::flows::Flows;
 use crate::observability::local::NoLocalEndpoints;
 use crate::observability::manifests::Manifests;
 use crate::observability::socket::SocketLayer;
-use crate::observability::{metrics, telemetry};
-use crate::source::kube::{self, KubeSourceConfig};
+use crate::observability::{api_server, metrics, telemetry};
+use crate::source::kube::{self, ApiServers, KubeSourceConfig};
 use crate::source::manifest::Condition;
 use crate::source::{host, manifest};
-use crate::status::{self, Facts, Query};
+use crate::status::{self, Conditions, Facts, Query};
 use crate::{memory, ready};
 
 /// Messages of the sources that may wait for the controller; each holds a batch of events.
@@ -186,16 +186,31 @@ async fn serve(config: Config, front: Front, listener: Option<UnixListener>) -> 
     sysctls::apply(&config.conntrack);
     let (health, health_state) = watch::channel(HealthState::default());
     let mut registry = metrics::registry(config.mode.as_str());
-    let servers = Servers::new(&config, &mut registry);
-    let events = start_events(&config).await?;
+    let ports = AwaitedPorts::register(&mut registry);
+    let servers = Servers::new(&config, &mut registry, ports.clone());
+    // Whatever asks the API server shares what is known of its addresses.
+    let api = config.api.as_ref().map(|api| source(&config, api));
+    let api = api.map(|source| (ApiServers::open(&source), source));
+    if let Some((api_servers, _)) = &api {
+        api_server::register(&mut registry, api_servers.status());
+    }
+    let server_status = api.as_ref().map(|(api_servers, _)| api_servers.status());
+    let events = start_events(&config, api.as_ref()).await?;
     let (queries, asked) = mpsc::channel(1);
     let facts = Facts { node: config.node_name.clone(), mode: config.mode, why: front.1.clone() };
     let (manifests, condition) = watch::channel(Condition::default());
     let told = Told { health, manifests };
-    let agent = agent(config, front, told, asked, events.clone(), &mut registry);
+    let conditions = Conditions {
+        health: health_state.clone(),
+        manifests: condition,
+        server: server_status,
+        ports: ports.clone(),
+    };
+    let cluster = Cluster { api, events: events.clone(), ports };
+    let agent = agent(config, front, told, asked, cluster, &mut registry);
     // Tasks of their own: a commit blocks this one.
     if let Some(listener) = listener {
-        let answering = status::serve(listener, facts, health_state.clone(), condition, queries);
+        let answering = status::serve(listener, facts, conditions, queries);
         tokio::spawn(async move {
             if let Err(error) = answering.await {
                 warn!(%error, "`kube-lane status` cannot be answered");
@@ -219,13 +234,23 @@ struct Told {
     manifests: watch::Sender<Condition>,
 }
 
+/// What connects the agent with its cluster.
+struct Cluster {
+    api: Option<Connection>,
+    events: Events,
+    ports: AwaitedPorts,
+}
+
+/// The addresses of an API server, and how to use them.
+type Connection = (ApiServers, KubeSourceConfig);
+
 /// The agent proper: sources, model, dataplane, and the controller that joins them.
 fn agent(
     config: Config,
     (at_connect, why): Front,
     Told { health, manifests }: Told,
     queries: mpsc::Receiver<Query>,
-    kubernetes: Events,
+    Cluster { api, events: kubernetes, ports }: Cluster,
     registry: &mut Registry,
 ) -> impl Future<Output = anyhow::Result<()>> + use<> {
     // Modules register their metrics before the first await.
@@ -242,7 +267,7 @@ fn agent(
             files.tell(&condition);
             manifests.send_replace(condition);
         };
-        let origins = start_sources(&config, events, followed).await?;
+        let origins = start_sources(&config, api, events, followed).await?;
         let planner = Planner::new(settings::planner(&config.node_name, origins, &config.network));
         let nftables = Nftables::open(settings::nftables(&config))?;
         let foreign = ready::readable(nftables.descriptor()?)?;
@@ -250,7 +275,7 @@ fn agent(
         let dataplane = Layers::new(nftables, at_connect, told);
         let behind = dataplane.descriptor()?.map(ready::readable).transpose()?;
         let conntrack = Conntrack::spawn(config.conntrack.clean_sctp, move |looked| flows.looked(&looked))?;
-        let service_health = ServiceHealth::spawn(health.subscribe(), kubernetes);
+        let service_health = ServiceHealth::spawn(health.subscribe(), kubernetes, ports);
         let followers: Vec<Box<dyn Follower>> =
             vec![Box::new(conntrack), Box::new(service_health), Box::new(no_local_endpoints)];
         Controller::new(planner, dataplane, followers, config.min_sync_period, health, commits, changes)
@@ -263,6 +288,7 @@ fn agent(
 /// Starts what the configuration names; tells which origins there are. `followed` hears how the manifests fare.
 async fn start_sources(
     config: &Config,
+    api: Option<Connection>,
     events: mpsc::Sender<Vec<Event>>,
     followed: impl Fn(Condition) + Send + Sync + 'static,
 ) -> anyhow::Result<Vec<Origin>> {
@@ -272,9 +298,9 @@ async fn start_sources(
         let node = Some(config.node_name.clone());
         manifest::spawn(dir.clone(), node, config.api.is_none(), events.clone(), followed);
     }
-    if let Some(api) = &config.api {
+    if let Some((servers, source)) = api {
         origins.push(Origin::Api);
-        kube::spawn(source(config, api), events.clone()).await?;
+        kube::spawn(source, servers, events.clone()).await?;
     }
     host::spawn(events).context("following the host's addresses")?;
     Ok(origins)
@@ -282,16 +308,19 @@ async fn start_sources(
 
 fn source(config: &Config, api: &Api) -> KubeSourceConfig {
     KubeSourceConfig {
-        kubeconfig: api.kubeconfig.clone().or_else(|| api.base_kubeconfig.clone()),
+        kubeconfig: api.kubeconfig.clone(),
+        base_kubeconfig: api.base_kubeconfig.clone(),
+        environment: kube::Environment::read(),
+        state_dir: config.state_dir.clone(),
         master: api.master.clone(),
         node: config.node_name.clone(),
     }
 }
 
 /// Where Kubernetes Events go, the first of which says that the agent starts.
-async fn start_events(config: &Config) -> anyhow::Result<Events> {
-    let Some(api) = &config.api else { return Ok(Events::off()) };
-    let events = Events::spawn(kube::client(&source(config, api)).await?, &config.node_name);
+async fn start_events(config: &Config, api: Option<&Connection>) -> anyhow::Result<Events> {
+    let Some((servers, source)) = api else { return Ok(Events::off()) };
+    let events = Events::spawn(kube::client(source, servers).await?, &config.node_name);
     events.node(Reason::Starting, String::new());
     Ok(events)
 }

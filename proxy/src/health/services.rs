@@ -16,9 +16,10 @@ use serde_json::json;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
-use super::{HealthState, NOSNIFF, RETRY};
+use super::ports::RETRY;
+use super::{AwaitedPorts, HealthState, NOSNIFF};
 use crate::dataplane::{Batch, Follower, Outcome};
 use crate::model::input::{Family, ServiceKey};
 use crate::model::plan::HealthCheck;
@@ -66,9 +67,9 @@ pub struct ServiceHealth(watch::Sender<Checks>);
 impl ServiceHealth {
     /// Starts without any server. They are where NodePorts answer. A port that cannot be bound becomes an Event, and is
     /// tried again.
-    pub fn spawn(health: watch::Receiver<HealthState>, events: Events) -> Self {
+    pub fn spawn(health: watch::Receiver<HealthState>, events: Events, ports: AwaitedPorts) -> Self {
         let (sender, checks) = watch::channel(Checks::default());
-        tokio::spawn(keep(Context { checks, health, events }));
+        tokio::spawn(keep(Context { checks, health, events, ports }));
         Self(sender)
     }
 }
@@ -101,6 +102,7 @@ struct Context {
     checks: watch::Receiver<Checks>,
     health: watch::Receiver<HealthState>,
     events: Events,
+    ports: AwaitedPorts,
 }
 
 /// Keeps the servers that there should be.
@@ -129,23 +131,31 @@ async fn keep(mut context: Context) {
 
 /// Serves for ever; a port that cannot be bound is reported once and tried again.
 async fn serve(at: SocketAddr, service: ServiceKey, context: Context) {
-    let mut reported = false;
+    let mut awaiting = None;
     loop {
         let failure = match listen(at) {
             Ok(listener) => {
-                debug!(address = %at, %service, "serving the health check of a Service");
-                reported = false;
+                if awaiting.take().is_some() {
+                    info!(address = %at, %service, "serving the health check of a Service: the address is free now");
+                } else {
+                    debug!(address = %at, %service, "serving the health check of a Service");
+                }
                 let family = Family::of(at.ip());
                 let state = (context.clone(), service.clone(), family);
                 axum::serve(listener, Router::new().fallback(answer).with_state(state)).await.err()
             }
             Err(error) => Some(error),
         };
-        if let Some(error) = failure.filter(|_| !reported) {
-            warn!(address = %at, %service, %error, "cannot serve the health check of a Service; trying again");
+        if let Some(error) = failure.filter(|_| awaiting.is_none()) {
+            warn!(
+                address = %at, %service, %error,
+                "cannot serve the health check of a Service: another program has the port, probably kube-proxy; trying again \
+                 every {} s",
+                RETRY.as_secs()
+            );
+            awaiting = Some(context.ports.add(at, &format!("the health check of Service {service}"), &error));
             let note = format!("failed to start healthcheck {service} on {at}: {error}");
             context.events.service(&service, Reason::FailedToStartServiceHealthcheck, note);
-            reported = true;
         }
         tokio::time::sleep(RETRY).await;
     }
@@ -236,7 +246,7 @@ mod tests {
     #[tokio::test]
     async fn servers_follow_what_is_committed() {
         let (state, health) = watch::channel(HealthState::default());
-        let mut services = ServiceHealth::spawn(health, Events::off());
+        let mut services = ServiceHealth::spawn(health, Events::off(), AwaitedPorts::default());
         let (port, other) = (free_port().await, free_port().await);
         let [v4, v6] = [IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST)];
         let node = NodePlan { nodeport_addresses: vec![v4, v6], ..NodePlan::default() };
@@ -281,7 +291,8 @@ mod tests {
     #[tokio::test]
     async fn servers_are_where_node_ports_are_and_wait_for_their_port() {
         let (_state, health) = watch::channel(HealthState::default());
-        let mut services = ServiceHealth::spawn(health, Events::off());
+        let ports = AwaitedPorts::default();
+        let mut services = ServiceHealth::spawn(health, Events::off(), ports.clone());
         let port = free_port().await;
         let [one, two] = ["127.0.0.1", "127.0.0.2"].map(|text| text.parse::<IpAddr>().unwrap());
         let node = |addresses: &[IpAddr]| {
@@ -294,5 +305,27 @@ mod tests {
         services.committed(&Batch { node: node(&[two]), ..Batch::default() }, &Outcome::default());
         ask((two, port).into(), Some(200)).await;
         ask((one, port).into(), None).await;
+
+        // Another program has the port, as kube-proxy may.
+        let taken = TcpListener::bind((one, port)).await.unwrap();
+        services.committed(&Batch { node: node(&[one]), ..Batch::default() }, &Outcome::default());
+        while ports.list().is_empty() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        assert_eq!(ports.list()[0].server, "the health check of Service ns/web");
+        drop(taken);
+        ask((one, port).into(), Some(200)).await;
+        assert!(ports.list().is_empty(), "{:?}", ports.list());
+        // What is no longer wanted is not waited for either.
+        let taken = TcpListener::bind((two, port)).await.unwrap();
+        services.committed(&Batch { node: node(&[two]), ..Batch::default() }, &Outcome::default());
+        while ports.list().is_empty() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        services.committed(&Batch { node: node(&[]), ..Batch::default() }, &Outcome::default());
+        while !ports.list().is_empty() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        drop(taken);
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Read by nobody's decisions.
 
+pub mod api_server;
 pub mod changes;
 pub mod commits;
 pub mod events;

@@ -4,30 +4,46 @@
 //! an object is gone when a server says so, or no longer lists it.
 
 mod client;
+mod dial;
 mod health;
 mod keeper;
 mod list;
+mod memory;
 mod protobuf;
+mod servers;
 mod watch;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
+use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
+use tokio::time::sleep;
 
 pub use self::client::SourceError;
 use self::health::Health;
 use self::keeper::{OwnNode, ServiceCidrs, Services, Slices};
+pub use self::servers::{ApiServers, Environment, ServerStatus};
 use self::watch::{Shared, Watch};
 use crate::model::input::{Change, Event, Origin};
 
+/// How often addresses of the API server that did not answer are tried again.
+const RECHECK: Duration = Duration::from_secs(15);
+
 /// How to reach the API server, and who asks.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct KubeSourceConfig {
     /// `--kubeconfig`. With neither this nor `master`, the Pod's own service account is used.
     pub kubeconfig: Option<PathBuf>,
+    /// The kubeconfig that `--config-base` names, which is used where neither is given and the environment names no
+    /// real address.
+    pub base_kubeconfig: Option<PathBuf>,
+    /// What the environment says of the API server.
+    pub environment: Environment,
+    /// Where the real endpoints of the API server are remembered; `None`: nowhere.
+    pub state_dir: Option<PathBuf>,
     /// `--master`: the server's URL, instead of the kubeconfig's.
     pub master: Option<String>,
     /// The own node's name.
@@ -38,8 +54,8 @@ pub struct KubeSourceConfig {
 ///
 /// # Errors
 /// When the credentials cannot be read, or are no credentials.
-pub async fn client(config: &KubeSourceConfig) -> Result<kube::Client, SourceError> {
-    client::connect(config).await.map(|(client, _)| client)
+pub async fn client(config: &KubeSourceConfig, servers: &ApiServers) -> Result<kube::Client, SourceError> {
+    client::connect(config, servers).await.map(|(client, _)| client)
 }
 
 /// Follows the API server until the receiver is dropped. The server need not be up; the kubeconfig must be good.
@@ -48,12 +64,14 @@ pub async fn client(config: &KubeSourceConfig) -> Result<kube::Client, SourceErr
 /// When the credentials cannot be read, or are no credentials.
 pub async fn spawn(
     config: KubeSourceConfig,
+    servers: ApiServers,
     events: mpsc::Sender<Vec<Event>>,
 ) -> Result<JoinHandle<()>, SourceError> {
-    let (client, server) = client::connect(&config).await?;
+    let (client, server) = client::connect(&config, &servers).await?;
     let node = OwnNode::new(config.node.clone());
-    let shared =
-        Arc::new(Shared { config, health: Health::new(server), events, unlisted: AtomicUsize::new(4) });
+    let recheck = tokio::spawn(recheck(config.clone(), servers.clone()));
+    let unlisted = AtomicUsize::new(4);
+    let shared = Arc::new(Shared { config, servers, health: Health::new(server), events, unlisted });
     let services = tokio::spawn(Watch::new(Arc::clone(&shared), client.clone(), Services::new()).run());
     let slices = tokio::spawn(Watch::new(Arc::clone(&shared), client.clone(), Slices::new()).run());
     let node = tokio::spawn(Watch::new(Arc::clone(&shared), client.clone(), node).run());
@@ -64,7 +82,22 @@ pub async fn spawn(
                 tracing::error!(%error, "a watch ended by a defect of its own");
             }
         }
+        recheck.abort();
     }))
+}
+
+/// Tries the addresses again that did not answer, so that no watch has to wait for one that still does not.
+async fn recheck(config: KubeSourceConfig, servers: ApiServers) {
+    loop {
+        sleep(RECHECK).await;
+        for candidate in servers.silent() {
+            // Certificates may be others now.
+            let Ok((dialer, url)) = client::dialer(&config, &servers).await else { break };
+            if dialer.dial_quickly(candidate, &url).await.is_ok() {
+                servers.answers_again(candidate);
+            }
+        }
+    }
 }
 
 fn api_event(change: Change) -> Event {

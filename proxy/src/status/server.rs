@@ -16,8 +16,9 @@ use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
 use super::{About, Agent, Facts, Head, Query, Report, Request};
-use crate::health::HealthState;
+use crate::health::{AwaitedPorts, HealthState};
 use crate::model::input::ServiceKey;
+use crate::source::kube::ServerStatus;
 use crate::source::manifest::Condition;
 
 /// The longest request: room for some ten thousand names.
@@ -25,10 +26,22 @@ const REQUEST: u64 = 1 << 20;
 /// How long the peer may take for its line, and for each page of the answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// What is told of the agent without asking the controller.
+#[derive(Debug)]
+pub struct Conditions {
+    /// Of the agent.
+    pub health: watch::Receiver<HealthState>,
+    /// Of the manifest folder.
+    pub manifests: watch::Receiver<Condition>,
+    /// Of the connection to the API server, where there is one.
+    pub server: Option<watch::Receiver<ServerStatus>>,
+    /// The ports that another program has.
+    pub ports: AwaitedPorts,
+}
+
 struct Server {
     facts: Facts,
-    health: watch::Receiver<HealthState>,
-    manifests: watch::Receiver<Condition>,
+    conditions: Conditions,
     queries: mpsc::Sender<Query>,
 }
 
@@ -39,13 +52,12 @@ struct Server {
 pub async fn serve(
     listener: StdListener,
     facts: Facts,
-    health: watch::Receiver<HealthState>,
-    manifests: watch::Receiver<Condition>,
+    conditions: Conditions,
     queries: mpsc::Sender<Query>,
 ) -> io::Result<()> {
     listener.set_nonblocking(true)?;
     let listener = UnixListener::from_std(listener)?;
-    let server = Arc::new(Server { facts, health, manifests, queries });
+    let server = Arc::new(Server { facts, conditions, queries });
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
@@ -81,7 +93,8 @@ impl Server {
         let request: Request = serde_json::from_str(&line)?;
         if let Some(probe) = request.probe {
             // Without the controller, which may be in the midst of a long commit.
-            let verdict = probe.judge(&self.health.borrow());
+            let server = self.conditions.server.as_ref().map(|server| server.borrow().clone());
+            let verdict = probe.judge(&self.conditions.health.borrow(), server.as_ref());
             let answer = serde_json::to_string(&verdict)? + "\n";
             return timeout(PATIENCE, writing.write_all(answer.as_bytes())).await?;
         }
@@ -92,8 +105,17 @@ impl Server {
         let known = |name: &String| page.services.iter().any(|known| known.plan.service.as_str() == name);
         let unknown = request.services.iter().filter(|name| !known(name)).cloned().collect();
         let mut text = serde_json::to_string(&Head { unknown })? + "\n";
-        let (health, manifests) = (*self.health.borrow(), self.manifests.borrow().clone());
-        let agent = Agent { facts: &self.facts, health: &health, manifests: &manifests, report: &page };
+        let Conditions { health, manifests, server, ports } = &self.conditions;
+        let (health, manifests) = (*health.borrow(), manifests.borrow().clone());
+        let server = server.as_ref().map(|server| server.borrow().clone());
+        let agent = Agent {
+            facts: &self.facts,
+            health: &health,
+            manifests: &manifests,
+            server: server.as_ref(),
+            ports: &ports.list(),
+            report: &page,
+        };
         text += &if request.json {
             format!("{{\"agent\":{},\"services\":[", agent.to_json())
         } else {
@@ -160,13 +182,25 @@ mod tests {
         let (_manifests, condition) = watch::channel(Condition::default());
         // The controller takes no question: it is in the midst of a commit.
         let (queries, _asked) = mpsc::channel(1);
-        tokio::spawn(serve(listener, facts, state, condition, queries));
+        let server = ServerStatus {
+            address: "https://a".into(),
+            failure: Some("refused".into()),
+            ..ServerStatus::default()
+        };
+        let (_server, server) = watch::channel(server);
+        let ports = AwaitedPorts::default();
+        let conditions = Conditions { health: state, manifests: condition, server: Some(server), ports };
+        tokio::spawn(serve(listener, facts, conditions, queries));
         let probes = [Probe::Startup, Probe::Live, Probe::Ready];
         let told = || futures::future::join_all(probes.map(|probe| ask(&at, probe)));
 
         let [startup, live, ready] = told().await.try_into().unwrap();
         assert_eq!((startup, live), (None, None), "it has started, and needs no restart");
-        assert!(ready.unwrap().contains("first sync"));
+        let ready = ready.unwrap();
+        assert!(
+            ready.contains("first sync") && ready.contains("https://a") && ready.contains("refused"),
+            "{ready}"
+        );
         // Load balancers have to avoid the node, which is nothing that is wrong with the agent.
         health.send_modify(|state| (state.synced, state.node_eligible) = (true, false));
         assert_eq!(told().await, [None, None, None]);

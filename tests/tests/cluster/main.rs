@@ -4,6 +4,8 @@
 #[cfg(test)]
 mod agent;
 #[cfg(test)]
+mod api_server;
+#[cfg(test)]
 mod controlplane;
 #[cfg(test)]
 mod deploy;

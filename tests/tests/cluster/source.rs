@@ -10,7 +10,7 @@ use std::time::Duration;
 use kube::Client;
 use kube::api::{Api, ApiResource, DeleteParams, DynamicObject, GroupVersionKind, Patch, PatchParams};
 use kube_lane::model::input::{Change, Event, Origin};
-use kube_lane::source::kube::{KubeSourceConfig, spawn};
+use kube_lane::source::kube::{ApiServers, KubeSourceConfig, spawn};
 use kube_lane_tests::controlplane::ControlPlane;
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
@@ -65,9 +65,15 @@ struct Source {
 impl Source {
     async fn spawn(kubeconfig: PathBuf, master: Option<SocketAddr>) -> Self {
         let master = master.map(|address| format!("https://{address}"));
-        let config = KubeSourceConfig { kubeconfig: Some(kubeconfig), master, node: "node-a".into() };
+        let config = KubeSourceConfig {
+            kubeconfig: Some(kubeconfig),
+            master,
+            node: "node-a".into(),
+            ..KubeSourceConfig::default()
+        };
         let (sender, events) = mpsc::channel(64);
-        let task = spawn(config, sender).await.unwrap();
+        let servers = ApiServers::open(&config);
+        let task = spawn(config, servers, sender).await.unwrap();
         Self { events, task }
     }
 
@@ -183,8 +189,11 @@ impl Log {
 
     fn lines(&self) -> Vec<String> {
         let text = String::from_utf8_lossy(&self.0.lock().unwrap()).into_owned();
-        // The test's own client logs too.
-        text.lines().filter(|line| line.contains(" kube_lane::")).map(str::to_owned).collect()
+        // The test's own client logs too; the first line of all is which address is configured.
+        let is_ours = |line: &&str| {
+            line.contains(" kube_lane::") && !line.contains("the address of the API server server=")
+        };
+        text.lines().filter(is_ours).map(str::to_owned).collect()
     }
 }
 
@@ -335,6 +344,81 @@ async fn credentials_may_expire_and_be_renewed() {
     write_whole(&path, &good);
     source.until(&["synced"]).await;
     assert_lines(&log, &["the API server cannot be watched", "the API server is watched again"]);
+}
+
+#[tokio::test]
+async fn what_is_remembered_of_another_cluster_does_no_harm() {
+    let (ours, other) = (ControlPlane::start().await.unwrap(), ControlPlane::start().await.unwrap());
+    apply(&other.client().await.unwrap(), &service("other", "10.96.1.9", 80)).await;
+    let dir = ours.admin_kubeconfig().with_file_name("state");
+    std::fs::create_dir(&dir).unwrap();
+    let file = dir.join("api-servers.json");
+    std::fs::write(&file, json!({"version": 1, "endpoints": [other.address()]}).to_string()).unwrap();
+    let mut way = Way::to(ours.address()).await;
+    let config = KubeSourceConfig {
+        kubeconfig: Some(ours.admin_kubeconfig()),
+        master: Some(format!("https://{}", way.address)),
+        node: "node-a".into(),
+        state_dir: Some(dir),
+        ..KubeSourceConfig::default()
+    };
+    let (sender, events) = mpsc::channel(64);
+    let servers = ApiServers::open(&config);
+    let mut status = servers.status();
+    let task = spawn(config, servers, sender).await.unwrap();
+    let mut source = Source { events, task };
+    // The other cluster's server answers, and its certificate is not ours.
+    let refused = status.wait_for(|status| {
+        status.failure.as_ref().is_some_and(|failure| {
+            failure.contains(&other.address().to_string()) && failure.contains("certificate")
+        })
+    });
+    drop(timeout(LIMIT, refused).await.expect("the certificate is verified").unwrap());
+    assert!(source.events.try_recv().is_err(), "nothing comes from there");
+    way.open().await;
+    let others = source.until(&["default/kubernetes at 443", "synced"]).await;
+    assert!(!others.iter().any(|said| said.contains("other")), "{others:?}");
+    assert_eq!(status.borrow().in_use, Some(way.address));
+}
+
+#[tokio::test]
+async fn a_fallback_ends_when_the_configured_address_answers_again() {
+    let control_plane = ControlPlane::start().await.unwrap();
+    let (log, _guard) = Log::capture();
+    let dir = control_plane.admin_kubeconfig().with_file_name("state");
+    std::fs::create_dir(&dir).unwrap();
+    let content = json!({"version": 1, "endpoints": [control_plane.address()]});
+    std::fs::write(dir.join("api-servers.json"), content.to_string()).unwrap();
+    let mut way = Way::to(control_plane.address()).await;
+    let config = KubeSourceConfig {
+        kubeconfig: Some(control_plane.admin_kubeconfig()),
+        master: Some(format!("https://{}", way.address)),
+        node: "node-a".into(),
+        state_dir: Some(dir),
+        ..KubeSourceConfig::default()
+    };
+    let (sender, events) = mpsc::channel(64);
+    let servers = ApiServers::open(&config);
+    let mut status = servers.status();
+    let task = spawn(config, servers, sender).await.unwrap();
+    let mut source = Source { events, task };
+    source.until(&["synced"]).await;
+    assert_eq!(status.borrow().in_use, Some(control_plane.address()));
+    assert!(status.borrow().fallback);
+
+    way.open().await;
+    let back = status.wait_for(|status| status.in_use == Some(way.address) && !status.fallback);
+    drop(timeout(LIMIT, back).await.expect("watches go back").unwrap());
+    // The watches go on where they were.
+    apply(&control_plane.client().await.unwrap(), &service("web", "10.96.1.1", 80)).await;
+    let others = source.until(&["default/web at 80"]).await;
+    assert!(others.is_empty(), "{others:?}");
+    assert_lines(&log, &["does not answer: using another one", "answers again"]);
+    way.close().await;
+    let away = status.wait_for(|status| status.fallback);
+    drop(timeout(LIMIT, away).await.expect("another address is used").unwrap());
+    apply(&control_plane.client().await.unwrap(), &service("web", "10.96.1.1", 81)).await;
+    source.until(&["default/web at 81"]).await;
 }
 
 fn write_whole(path: &Path, text: &str) {

@@ -1,11 +1,13 @@
 //! `kube-lane probe`: whom it asks, and what it says where there is nobody to ask.
 
+use std::net::{Ipv4Addr, TcpListener};
 use std::process::Command;
 
 use kube_lane_lab::Host;
 use kube_lane_tests::agent::binary;
 use kube_lane_tests::objects::Folder;
 use nix::sys::signal::Signal;
+use serde_json::Value;
 
 use super::world::{SYNC, World};
 
@@ -53,4 +55,38 @@ fn probes_ask_the_agent_of_their_own_container_and_nobody_else() {
     std::fs::create_dir(late).unwrap();
     agent.wait_synced(SYNC).unwrap();
     assert_eq!(probe(world.lab.node(0), "ready", false), (true, String::new()));
+}
+
+#[test]
+fn ports_that_another_program_has_decide_nothing_and_are_taken_over_when_they_come_free() {
+    let mut world = World::new(&[]);
+    world.agents.clear();
+    let node = world.lab.node(0).clone();
+    let take = |port| node.run(move || TcpListener::bind((Ipv4Addr::UNSPECIFIED, port))).unwrap().unwrap();
+    let taken = [10256, 10249].map(take);
+    let agent = world.start_agent(0, &[]);
+    let wait = |what: &str, is_so: &dyn Fn() -> bool| {
+        let deadline = std::time::Instant::now() + SYNC;
+        while !is_so() {
+            assert!(std::time::Instant::now() < deadline, "{what}\n{}", agent.log());
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+    };
+    wait("it is ready", &|| probe(&node, "ready", false).0);
+    let awaited = || {
+        let status: Value = serde_json::from_str(&agent.status(&["-o=json"]).unwrap().1).unwrap();
+        status["agent"]["awaitedPorts"].as_array().unwrap().len()
+    };
+    wait("both ports are awaited", &|| awaited() == 2);
+    drop(taken);
+    wait("health is served", &|| agent.healthz().is_ok_and(|(code, _)| code == 200));
+    wait("metrics are served", &|| agent.metric("kubelane_awaited_ports").is_ok_and(|ports| ports == 0.0));
+    assert_eq!(awaited(), 0);
+    let log = agent.log();
+    for server in ["health", "metrics"] {
+        for words in [format!("cannot serve {server}"), format!("serving {server}: the address is free now")]
+        {
+            assert_eq!(log.lines().filter(|line| line.contains(&words)).count(), 1, "{words}: {log}");
+        }
+    }
 }

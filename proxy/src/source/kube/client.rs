@@ -1,12 +1,10 @@
 //! The HTTP client: from `--kubeconfig`, `--master` or the Pod's service account to requests.
 //!
-//! Owns credentials and the connection's own timeouts. Never retries: the watches do, with one backoff each.
+//! Owns credentials, and where the configured address comes from. Never retries: the watches do, with one backoff each.
 
-use std::path::PathBuf;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
 
 use hyper_util::client::legacy::Client as HyperClient;
-use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use kube::client::{Body, ClientBuilder, ConfigExt};
 use kube::config::{InClusterError, KubeConfigOptions, Kubeconfig, KubeconfigError};
@@ -14,11 +12,8 @@ use kube::{Client, Config};
 use tower::{BoxError, ServiceBuilder};
 
 use super::KubeSourceConfig;
-
-/// How long a connection may take.
-const CONNECT: Duration = Duration::from_secs(10);
-/// A connection that is silent for so long is asked whether it still lives.
-const KEEPALIVE: Duration = Duration::from_secs(15);
+use super::dial::Dialer;
+use super::servers::{ApiServers, Source, Target};
 
 /// Why the API source cannot start, or cannot renew its credentials.
 #[derive(Debug, thiserror::Error)]
@@ -56,16 +51,52 @@ pub enum SourceError {
 }
 
 /// Reads the credentials afresh. Returns the client and the server's URL.
-pub(super) async fn connect(source: &KubeSourceConfig) -> Result<(Client, String), SourceError> {
-    let config = configure(source).await?;
+pub(super) async fn connect(
+    source: &KubeSourceConfig,
+    servers: &ApiServers,
+) -> Result<(Client, String), SourceError> {
+    let (config, dialer) = prepare(source, servers).await?;
     let server = config.cluster_url.to_string();
-    match build(config) {
+    match build(config, dialer) {
         Ok(client) => Ok((client, server)),
         Err(source) => Err(SourceError::Client { server, source: Box::new(source) }),
     }
 }
 
-async fn configure(source: &KubeSourceConfig) -> Result<Config, SourceError> {
+/// Reads the credentials afresh, and tells `servers` which address they are for. Returns what connects there, and the URL.
+pub(super) async fn dialer(
+    source: &KubeSourceConfig,
+    servers: &ApiServers,
+) -> Result<(Dialer, http::Uri), SourceError> {
+    prepare(source, servers).await.map(|(config, dialer)| (dialer, config.cluster_url))
+}
+
+async fn prepare(source: &KubeSourceConfig, servers: &ApiServers) -> Result<(Config, Dialer), SourceError> {
+    let Configured { config, origin, proxy } = configure(source).await?;
+    servers.configured(Target {
+        url: config.cluster_url.clone(),
+        source: origin,
+        // The agent's token must not go to whoever has another server's address now. Where a proxy is meant to be in
+        // between, the endpoints' own addresses mean nothing.
+        may_fall_back: proxy.is_none()
+            && config.cluster_url.scheme_str() == Some("https")
+            && !config.accept_invalid_certs,
+        ignored_proxy: proxy,
+    });
+    let server = config.cluster_url.to_string();
+    let dialer = Dialer::new(&config, servers.clone());
+    let dialer = dialer.map_err(|source| SourceError::Client { server, source: Box::new(source) })?;
+    Ok((config, dialer))
+}
+
+/// What the user wrote, or what the kubelet gave.
+struct Configured {
+    config: Config,
+    origin: Source,
+    proxy: Option<String>,
+}
+
+async fn configure(source: &KubeSourceConfig) -> Result<Configured, SourceError> {
     let master = match &source.master {
         None => None,
         Some(url) => match url.parse::<http::Uri>() {
@@ -73,37 +104,54 @@ async fn configure(source: &KubeSourceConfig) -> Result<Config, SourceError> {
             Err(source) => return Err(SourceError::Master { url: url.clone(), source }),
         },
     };
-    let mut config = match (&source.kubeconfig, &master) {
-        (Some(path), _) => {
-            let failed = |source| SourceError::Kubeconfig { path: path.clone(), source: Box::new(source) };
-            let kubeconfig = Kubeconfig::read_from(path).map_err(failed)?;
-            Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.map_err(failed)?
+    // The base is kube-proxy's configuration: what the pod's environment names goes before it, unless --master asks for
+    // nothing but credentials.
+    let base = source.base_kubeconfig.as_ref();
+    let base = base.filter(|_| master.is_some() || !source.environment.names_a_server());
+    let mut configured = match (source.kubeconfig.as_ref(), base, &master) {
+        (Some(path), _, _) => read(path, Source::Kubeconfig(path.clone())).await?,
+        (None, Some(path), _) => read(path, Source::Base(path.clone())).await?,
+        (None, None, Some(master)) => {
+            Configured { config: Config::new(master.clone()), origin: Source::Master, proxy: None }
         }
-        (None, Some(master)) => Config::new(master.clone()),
-        (None, None) => Config::incluster().map_err(|source| SourceError::InCluster(Box::new(source)))?,
+        (None, None, None) => {
+            let config = Config::incluster().map_err(|source| SourceError::InCluster(Box::new(source)))?;
+            let named = source.environment.names_a_server();
+            let origin = if named { Source::Environment } else { Source::Service };
+            Configured { config, origin, proxy: None }
+        }
     };
     if let Some(master) = master {
-        config.cluster_url = master;
+        configured.config.cluster_url = master;
+        configured.origin = Source::Master;
     }
-    Ok(config)
+    Ok(configured)
 }
 
-/// kube's own stack, less its proxy, its retries and its tracing layer, which logs each failed request as an error;
-/// with TCP keepalive, so that a connection whose other end is gone is noticed.
-fn build(config: Config) -> Result<Client, kube::Error> {
-    let mut connector = HttpConnector::new();
-    connector.enforce_http(false);
-    connector.set_nodelay(true);
-    connector.set_connect_timeout(Some(CONNECT));
-    connector.set_keepalive(Some(KEEPALIVE));
-    connector.set_keepalive_interval(Some(KEEPALIVE));
-    connector.set_keepalive_retries(Some(3));
-    let connector = config.rustls_https_connector_with_connector(connector)?;
+async fn read(path: &Path, origin: Source) -> Result<Configured, SourceError> {
+    let failed = |source| SourceError::Kubeconfig { path: path.to_owned(), source: Box::new(source) };
+    let kubeconfig = Kubeconfig::read_from(path).map_err(failed)?;
+    let proxy = proxy(&kubeconfig);
+    let config =
+        Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.map_err(failed)?;
+    Ok(Configured { config, origin, proxy })
+}
+
+/// `proxy-url` of the current context's cluster.
+fn proxy(kubeconfig: &Kubeconfig) -> Option<String> {
+    let current = kubeconfig.current_context.as_ref()?;
+    let context = kubeconfig.contexts.iter().find(|context| context.name == *current)?.context.as_ref()?;
+    let cluster = kubeconfig.clusters.iter().find(|cluster| cluster.name == context.cluster)?;
+    cluster.cluster.as_ref()?.proxy_url.clone().filter(|url| !url.is_empty())
+}
+
+/// kube's own stack, less its connector, its retries and its tracing layer, which logs each failed request as an error.
+fn build(config: Config, dialer: Dialer) -> Result<Client, kube::Error> {
     let service = ServiceBuilder::new()
         .layer(config.base_uri_layer())
         .option_layer(config.auth_layer()?)
         .layer(config.extra_headers_layer()?)
         .map_err(BoxError::from)
-        .service(HyperClient::builder(TokioExecutor::new()).build::<_, Body>(connector));
+        .service(HyperClient::builder(TokioExecutor::new()).build::<_, Body>(dialer));
     Ok(ClientBuilder::new(service, config.default_namespace).build())
 }

@@ -38,7 +38,7 @@ impl Kind {
     fn remedy(self) -> &'static str {
         match self {
             Self::Unreachable => {
-                "is the API server up, and its address in the kubeconfig (or --master) right?"
+                "is the API server up, and its address right? `kube-lane status` names the address and where it comes from"
             }
             Self::Unauthorized => {
                 "are the credentials of the kubeconfig, or the service account's token, still valid?"

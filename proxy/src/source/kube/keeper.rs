@@ -26,6 +26,8 @@ pub(super) trait Keeper: Send + 'static {
     const PATH: &'static str;
     /// Whether the source can do without it: a server that does not serve it, or forbids it, has none.
     const OPTIONAL: bool = false;
+    /// Whether its objects say where the API server is.
+    const LISTS_ENDPOINTS: bool = false;
 
     /// The field and label selectors.
     fn selectors(&self) -> (Option<String>, Option<&'static str>);
@@ -91,8 +93,8 @@ impl Known {
 }
 
 macro_rules! namespaced {
-    ($keeper:ident, $wire:ident, $convert:ident, $kind:literal, $resource:literal, $path:literal, $fields:expr, $labels:expr,
-     $here:path, $gone:path) => {
+    ($keeper:ident, $wire:ident, $convert:ident, $kind:literal, $resource:literal, $path:literal, $endpoints:literal,
+     $fields:expr, $labels:expr, $here:path, $gone:path) => {
         #[doc = concat!("Keeps track of every ", $kind, ".")]
         pub(super) struct $keeper {
             converter: Converter,
@@ -126,6 +128,7 @@ macro_rules! namespaced {
             type Message = protobuf::$wire;
             const RESOURCE: &'static str = $resource;
             const PATH: &'static str = $path;
+            const LISTS_ENDPOINTS: bool = $endpoints;
 
             fn selectors(&self) -> (Option<String>, Option<&'static str>) {
                 ($fields, $labels)
@@ -179,6 +182,7 @@ namespaced!(
     "Service",
     "services",
     "/api/v1/services",
+    false,
     Some("spec.clusterIP!=None".to_owned()),
     Some("!service.kubernetes.io/service-proxy-name"),
     Change::Service,
@@ -191,6 +195,7 @@ namespaced!(
     "EndpointSlice",
     "endpointslices",
     "/apis/discovery.k8s.io/v1/endpointslices",
+    true,
     None,
     Some("!service.kubernetes.io/headless"),
     Change::Slice,

@@ -18,7 +18,7 @@ use kube::api::{ListParams, VersionMatch, WatchParams};
 use kube::core::{Request, Status};
 use prost::Message;
 use serde::Deserialize;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, info, warn};
 
@@ -27,6 +27,7 @@ use super::health::{Health, Kind, Trouble};
 use super::keeper::Keeper;
 use super::list::{List, Part};
 use super::protobuf::ListMetadata;
+use super::servers::ApiServers;
 use super::{KubeSourceConfig, api_event};
 use crate::model::input::{Change, Event};
 use crate::source::convert::triggered;
@@ -56,6 +57,7 @@ const WATCH_SECONDS: u32 = 140;
 /// What all watches of a source share.
 pub(super) struct Shared {
     pub(super) config: KubeSourceConfig,
+    pub(super) servers: ApiServers,
     pub(super) health: Health,
     pub(super) events: mpsc::Sender<Vec<Event>>,
     /// Resources that have not been listed yet.
@@ -66,6 +68,8 @@ pub(super) struct Shared {
 pub(super) struct Watch<K> {
     shared: Arc<Shared>,
     client: Client,
+    /// A better address of the server answers than the one in use.
+    moves: watch::Receiver<()>,
     keeper: K,
     /// Where to go on; `None` where a list is due.
     version: Option<String>,
@@ -120,9 +124,11 @@ struct JsonList<'a, T> {
 
 impl<K: Keeper> Watch<K> {
     pub(super) fn new(shared: Arc<Shared>, client: Client, keeper: K) -> Self {
+        let moves = shared.servers.moves();
         Self {
             shared,
             client,
+            moves,
             keeper,
             version: None,
             listed: false,
@@ -188,12 +194,16 @@ impl<K: Keeper> Watch<K> {
             _ => {}
         }
         self.shared.health.failed(K::RESOURCE, &trouble);
-        // Credentials, certificates and even the server's address may be others now.
-        match connect(&self.shared.config).await {
+        self.renew().await;
+        Ok(self.pause())
+    }
+
+    /// A new client without connections: credentials, certificates and even the server's address may be others now.
+    async fn renew(&mut self) {
+        match connect(&self.shared.config, &self.shared.servers).await {
             Ok((client, _)) => self.client = client,
             Err(error) => debug!(%error, "the credentials cannot be renewed"),
         }
-        Ok(self.pause())
     }
 
     /// The next pause: exponential, half of it random.
@@ -351,6 +361,10 @@ impl<K: Keeper> Watch<K> {
             let patience = if self.settled { SILENCE } else { SETTLE };
             tokio::select! {
                 () = self.shared.events.closed() => return Err(End::Unheard),
+                Ok(()) = self.moves.changed() => {
+                    self.renew().await;
+                    return Ok(false);
+                }
                 read = timeout(patience, response.read_until(b'\n', line)) => match read {
                     Ok(read) => break read,
                     // A new connection tells whether the server is still there.
@@ -408,6 +422,7 @@ impl<K: Keeper> Watch<K> {
     }
 
     async fn send(&self, changes: &mut Vec<Change>) -> Result<(), End> {
+        self.shared.servers.observe(changes, self.listed && K::LISTS_ENDPOINTS);
         if changes.is_empty() {
             return Ok(());
         }
