@@ -39,6 +39,12 @@ pub(crate) fn tracked_files() -> Result<Vec<PathBuf>> {
 pub(crate) fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
     command.current_dir(root());
+    // `cargo run` tells xtask about its own package. ring's build script would take that for a change, and half of the
+    // dependencies would be built again at each switch between `cargo` and `cargo xtask`.
+    let of_xtask = |name: &str| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_");
+    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_str().is_some_and(of_xtask)) {
+        command.env_remove(name);
+    }
     command
 }
 
