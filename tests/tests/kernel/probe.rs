@@ -61,7 +61,7 @@ fn probes_ask_the_agent_of_their_own_container_and_nobody_else() {
 fn ports_that_another_program_has_decide_nothing_and_are_taken_over_when_they_come_free() {
     let mut world = World::new(&[]);
     world.agents.clear();
-    let node = world.lab.node(0).clone();
+    let node = world.lab.node(0);
     let take = |port| node.run(move || TcpListener::bind((Ipv4Addr::UNSPECIFIED, port))).unwrap().unwrap();
     let taken = [10256, 10249].map(take);
     let agent = world.start_agent(0, &[]);
@@ -72,7 +72,7 @@ fn ports_that_another_program_has_decide_nothing_and_are_taken_over_when_they_co
             std::thread::sleep(std::time::Duration::from_millis(10));
         }
     };
-    wait("it is ready", &|| probe(&node, "ready", false).0);
+    wait("it is ready", &|| probe(node, "ready", false).0);
     let awaited = || {
         let status: Value = serde_json::from_str(&agent.status(&["-o=json"]).unwrap().1).unwrap();
         status["agent"]["awaitedPorts"].as_array().unwrap().len()
