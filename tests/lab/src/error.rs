@@ -16,6 +16,9 @@ pub enum Error {
     /// No cgroup v2 hierarchy is mounted.
     #[error("no cgroup v2 hierarchy is mounted (/proc/self/mounts names none)")]
     NoCgroup2,
+    /// The kernel was started without IPv6.
+    #[error("this kernel has no IPv6 (/proc/sys/net/ipv6 is missing): boot without ipv6.disable=1")]
+    NoIpv6,
     /// More hosts than the lab's address plan has room for.
     #[error("no address left for {0}")]
     Full(String),

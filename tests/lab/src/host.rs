@@ -112,6 +112,15 @@ impl Host {
         }
     }
 
+    /// The sysctls of its namespace that are not as the lab sets them, each with both values, and how many the lab
+    /// sets there. The lab makes none deviate; an agent does, which sets conntrack's.
+    ///
+    /// # Errors
+    /// When a sysctl cannot be read.
+    pub fn deviating_sysctls(&self) -> Result<(Vec<String>, usize)> {
+        self.namespace().deviating_sysctls()
+    }
+
     pub(crate) fn namespace(&self) -> &Namespace {
         &self.0.namespace
     }

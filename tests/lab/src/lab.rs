@@ -25,6 +25,7 @@ use crate::leftovers;
 use crate::netlink::{End, Via};
 use crate::netns::Namespace;
 use crate::sniff::{Filter, Sniff};
+use crate::sysctls;
 use crate::topology::{self, BRIDGE, BRIDGE_INDEX, UPLINK, UPLINK_INDEX, anywhere};
 
 /// How a lab should look.
@@ -189,6 +190,7 @@ impl Fabric {
         let link = near.index;
         self.namespace.netlink(move |netlink| netlink.veth(near, Some(UPLINK_INDEX), far, fd))?;
         to.netlink(move |netlink| {
+            sysctls::set_up_interface(UPLINK)?;
             netlink.up(UPLINK_INDEX)?;
             for (address, net) in addresses.into_iter().zip(topology::fabric_cidrs()) {
                 netlink.address(UPLINK_INDEX, address, net.prefix())?;
@@ -196,6 +198,14 @@ impl Fabric {
             netlink.settle(UPLINK_INDEX)
         })?;
         self.namespace.netlink(move |netlink| netlink.settle(link))
+    }
+
+    /// As [`Host::deviating_sysctls`], in the fabric's namespace.
+    ///
+    /// # Errors
+    /// When a sysctl cannot be read.
+    pub fn deviating_sysctls(&self) -> Result<(Vec<String>, usize)> {
+        self.namespace.deviating_sysctls()
     }
 
     /// Counts packets that cross the fabric, each once: where it comes in.
@@ -299,6 +309,7 @@ impl Node {
             [topology::POD_GATEWAY_V4.into(), topology::POD_GATEWAY_V6.into()]
         };
         namespace.netlink(move |netlink| {
+            sysctls::set_up_interface(UPLINK)?;
             netlink.up(UPLINK_INDEX)?;
             for (address, gateway) in addresses.into_iter().zip(gateways) {
                 // Alone on its link: what goes to another pod goes through the node's routing, never beside it.

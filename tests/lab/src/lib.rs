@@ -33,6 +33,7 @@ mod netns;
 mod process;
 mod sctp;
 mod sniff;
+mod sysctls;
 pub mod topology;
 
 pub use client::{Dial, Flow, Met, Outcome, Proto, Tally};
@@ -45,3 +46,4 @@ pub use lab::{Builder, Fabric, Lab, Node, Outside, Pod};
 pub use load::{Load, Report};
 pub use process::Process;
 pub use sniff::{Filter, Packet, Sniff};
+pub use sysctls::CONTRARY;

@@ -18,6 +18,7 @@ use rtnetlink::{
 use tokio::runtime::{self, Runtime};
 
 use crate::error::{Doing, Error, Result};
+use crate::sysctls;
 
 /// The index of `lo` in every namespace.
 pub(crate) const LOOPBACK: u32 = 1;
@@ -98,13 +99,14 @@ impl Netlink {
     /// Makes a bridge that is up.
     pub(crate) fn bridge(&self, name: &str, index: u32) -> Result<()> {
         let message = LinkBridge::new(name).index(index).up().build();
-        self.wait(self.handle.link().add(message).execute(), || format!("add bridge {name}"))
+        self.wait(self.handle.link().add(message).execute(), || format!("add bridge {name}"))?;
+        sysctls::set_up_interface(name)
     }
 
     /// Makes a veth pair: `near` here and up, in `bridge` if one is given; `far` in another namespace and still down,
     /// as the kernel refuses to open an end that has no other yet.
     pub(crate) fn veth(&self, near: End, bridge: Option<u32>, far: End, far_netns: RawFd) -> Result<()> {
-        let far_name = far.name.clone();
+        let (near_name, far_name) = (near.name.clone(), far.name.clone());
         let what = format!("add veth {} with {far_name} in another namespace", near.name);
         let far = end(LinkMessageBuilder::<LinkUnspec>::new(), far).setns_by_fd(far_netns).build();
         let mut message =
@@ -112,7 +114,8 @@ impl Netlink {
         if let Some(bridge) = bridge {
             message = message.controller(bridge);
         }
-        self.wait(self.handle.link().add(message.build()).execute(), || what)
+        self.wait(self.handle.link().add(message.build()).execute(), || what)?;
+        sysctls::set_up_interface(&near_name)
     }
 
     /// Gives a link an address.

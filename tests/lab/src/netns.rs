@@ -1,6 +1,6 @@
 //! Network namespaces: one thread lives in each, and everything that happens there starts from that thread.
 //!
-//! Owns the namespace's thread, its name under `/run/netns` and its sysctls. A thread or process started from the
+//! Owns the namespace's thread and its name under `/run/netns`. A thread or process started from the
 //! namespace's thread inherits namespace and cgroup, so entering either costs nothing later.
 
 use std::fs::{self, File};
@@ -15,45 +15,15 @@ use nix::sched::{CloneFlags, unshare};
 use crate::error::{Doing, Error, Result};
 use crate::leftovers::{self, NETNS_DIR};
 use crate::netlink::Netlink;
-use crate::{cgroup, leftovers::unmount};
+use crate::{cgroup, leftovers::unmount, sysctls};
 
 type Job = Box<dyn FnOnce() + Send>;
-
-/// Settings of every namespace: both stacks forward nothing, answer at once and never limit ICMP errors.
-const SYSCTLS: &[(&str, &str)] = &[
-    ("ipv4/conf/all/rp_filter", "0"),
-    ("ipv4/conf/default/rp_filter", "0"),
-    ("ipv4/conf/all/accept_redirects", "0"),
-    ("ipv4/conf/default/accept_redirects", "0"),
-    ("ipv4/conf/all/send_redirects", "0"),
-    ("ipv4/conf/default/send_redirects", "0"),
-    ("ipv6/conf/all/accept_redirects", "0"),
-    ("ipv6/conf/default/accept_redirects", "0"),
-    ("ipv6/conf/all/disable_ipv6", "0"),
-    ("ipv6/conf/default/disable_ipv6", "0"),
-    ("ipv6/conf/all/accept_dad", "0"),
-    ("ipv6/conf/default/accept_dad", "0"),
-    ("ipv4/icmp_ratelimit", "0"),
-    ("ipv4/icmp_ratemask", "0"),
-    ("ipv6/icmp/ratelimit", "0"),
-];
-
-/// Settings that not every kernel has for each namespace: the limits of all ICMP errors together, and whether bridged
-/// packets meet IP rules (`br_netfilter`). The lab routes between pods in any case, so that they do without it.
-const OPTIONAL_SYSCTLS: &[(&str, &str)] = &[
-    ("ipv4/icmp_msgs_per_sec", "1000000"),
-    ("ipv4/icmp_msgs_burst", "1000000"),
-    ("bridge/bridge-nf-call-iptables", "0"),
-    ("bridge/bridge-nf-call-ip6tables", "0"),
-];
-
-/// What a router needs beyond [`SYSCTLS`].
-const ROUTER_SYSCTLS: &[(&str, &str)] = &[("ipv4/ip_forward", "1"), ("ipv6/conf/all/forwarding", "1")];
 
 /// A network namespace.
 #[derive(Debug)]
 pub(crate) struct Namespace {
     name: String,
+    router: bool,
     jobs: Option<Sender<Job>>,
     thread: Option<JoinHandle<()>>,
     fd: OwnedFd,
@@ -80,7 +50,7 @@ impl Namespace {
         let builder = thread::Builder::new().name("lab-netns".into());
         let thread = builder.spawn(body).doing(|| format!("start a thread for {name}"))?;
         match outcome.recv().map_err(|_| Error::Gone(name.clone())).flatten() {
-            Ok(fd) => Ok(Self { name, jobs: Some(jobs), thread: Some(thread), fd }),
+            Ok(fd) => Ok(Self { name, router, jobs: Some(jobs), thread: Some(thread), fd }),
             Err(error) => {
                 unmount(&file);
                 Err(error)
@@ -119,6 +89,12 @@ impl Namespace {
             .doing(|| format!("start a thread in {}", self.name))
     }
 
+    /// The sysctls that are not as the lab set them, and how many were read.
+    pub(crate) fn deviating_sysctls(&self) -> Result<(Vec<String>, usize)> {
+        let router = self.router;
+        self.enter(move || sysctls::deviations(router))?
+    }
+
     /// Changes links, addresses or routes.
     pub(crate) fn netlink<T: Send + 'static>(
         &self,
@@ -147,12 +123,7 @@ fn live(queue: &Receiver<Job>) {
 fn set_up(cgroup: &Path, file: &Path, router: bool) -> Result<OwnedFd> {
     cgroup::enter_thread(cgroup)?;
     unshare(CloneFlags::CLONE_NEWNET).doing(|| "make a network namespace".into())?;
-    for setting in SYSCTLS.iter().chain(if router { ROUTER_SYSCTLS } else { &[] }) {
-        set(setting)?;
-    }
-    for setting in OPTIONAL_SYSCTLS.iter().filter(|(name, _)| sysctl(name).exists()) {
-        set(setting)?;
-    }
+    sysctls::set_up(router)?;
     Netlink::open()?.up(crate::netlink::LOOPBACK)?;
     let own = "/proc/thread-self/ns/net";
     fs::create_dir_all(NETNS_DIR)
@@ -162,12 +133,4 @@ fn set_up(cgroup: &Path, file: &Path, router: bool) -> Result<OwnedFd> {
         })
         .doing(|| format!("name the namespace {}", file.display()))?;
     File::open(own).map(Into::into).doing(|| format!("open {own}"))
-}
-
-fn sysctl(name: &str) -> PathBuf {
-    Path::new("/proc/sys/net").join(name)
-}
-
-fn set((name, value): &(&str, &str)) -> Result<()> {
-    fs::write(sysctl(name), value).doing(|| format!("set net/{name} to {value}"))
 }
