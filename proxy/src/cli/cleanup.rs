@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use clap::Args;
+use nix::sys::signal::{SigSet, Signal};
 use tracing::info;
 
 use super::instance;
@@ -21,10 +22,27 @@ pub(super) struct CleanupFlags {
     log: LogFlags,
     #[command(flatten)]
     agent: AgentFlags,
+    /// Afterwards, wait for SIGTERM: for a pod that must not end
+    #[arg(long)]
+    wait: bool,
 }
 
 pub(super) fn run(flags: &CleanupFlags) -> anyhow::Result<ExitCode> {
-    remove(&flags.log, &RunFlags::from(&flags.agent))
+    let ends = flags.wait.then(block_signals).transpose()?;
+    let code = remove(&flags.log, &RunFlags::from(&flags.agent))?;
+    if let Some(ends) = ends {
+        info!("waiting for SIGTERM; agents can start meanwhile");
+        ends.wait().context("cannot wait for SIGTERM")?;
+    }
+    Ok(code)
+}
+
+/// Blocks the signals that end `--wait`. Done first, so that one that arrives during the cleanup ends the wait at once.
+/// The first process of a container would ignore it otherwise.
+fn block_signals() -> anyhow::Result<SigSet> {
+    let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT].into_iter().collect();
+    signals.thread_block().context("cannot block SIGTERM")?;
+    Ok(signals)
 }
 
 /// `--cleanup`.
