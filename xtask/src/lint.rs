@@ -7,7 +7,7 @@ use std::process::Command;
 use anyhow::{Result, bail, ensure};
 
 use crate::setup::{self, DENY, MACHETE, Need, go, go_tools};
-use crate::{ebpf, links, process, tidy};
+use crate::{ebpf, links, manifests, process, tidy};
 
 type Check = (&'static str, fn() -> Result<()>);
 
@@ -21,6 +21,7 @@ const CHECKS: &[Check] = &[
     ("machete", || process::run(Command::new(MACHETE.path()).current_dir(process::root()))),
     ("deny", deny),
     ("go", go_modules),
+    ("manifests", manifests::check),
     ("clippy", || {
         let clippy = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
         process::run(process::cargo().args(clippy))
@@ -37,7 +38,7 @@ const CHECKS: &[Check] = &[
 /// # Errors
 /// Names the checks that failed; each has printed what it found.
 pub(crate) fn run() -> Result<()> {
-    setup::ensure(&[Need::Build, Need::Ebpf, Need::Lint])?;
+    setup::ensure(&[Need::Build, Need::Ebpf, Need::Lint, Need::ControlPlane])?;
     let mut failed = Vec::new();
     for (name, check) in CHECKS {
         println!("lint: {name}");

@@ -15,6 +15,7 @@ mod demo;
 mod ebpf;
 mod links;
 mod lint;
+mod manifests;
 mod preflight;
 mod process;
 mod setup;
@@ -43,6 +44,8 @@ enum Task {
     Demo(demo::Args),
     /// Check formatting, lints, documentation, dependencies, scripts and the project's own rules.
     Lint,
+    /// Write deploy/kube-lane.yaml, the single file of `kubectl apply -f deploy/`.
+    Manifests,
     /// Run the test lanes; the last line printed is "N passed, N failed".
     Test(test::Args),
 }
@@ -55,6 +58,7 @@ fn main() -> ExitCode {
         Task::Build(args) => build::run(&args),
         Task::Demo(args) => demo::run(&args),
         Task::Lint => lint::run(),
+        Task::Manifests => manifests::write(),
         Task::Test(args) => return test::run(&args),
     };
     match result {

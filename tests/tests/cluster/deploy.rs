@@ -1,7 +1,7 @@
-//! `deploy/`: applied as users apply it, and run as the DaemonSet would run it: its arguments, its ConfigMap, its
-//! account's token, its capabilities.
+//! `deploy/`: applied as users apply it, and run as the DaemonSet would run it: its arguments, its volumes, its account's
+//! token, its capabilities, its probes.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -9,47 +9,26 @@ use std::process::Command;
 use anyhow::{Context as _, Result};
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::authorization::v1::{SelfSubjectRulesReview, SelfSubjectRulesReviewSpec};
-use k8s_openapi::api::core::v1::{ConfigMap, Container, Pod, Secret, Service};
+use k8s_openapi::api::core::v1::{ConfigMap, Pod, PodSpec, Secret, Service};
 use kube::Api;
 use kube::api::{ListParams, PostParams};
 use kube_lane_lab::{Host, Lab, Proto};
-use kube_lane_tests::agent::{self, Agent};
+use kube_lane_tests::agent::Agent;
 use kube_lane_tests::cluster::Cluster;
 use kube_lane_tests::controlplane::client;
 use kube_lane_tests::objects::{Endpoint, Port, node, service, slices};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
-use tempfile::TempDir;
 
+use crate::container::{Kubelet, first_process, probes_succeed};
 use crate::wait::{LIMIT, answered, logged, until};
 
 const NAMESPACE: &str = "kube-system";
 const NAME: &str = "kube-lane";
 
-/// A container as a runtime makes it: `$1` is seen at `$2`, `$3` says whether it is read-only (`ro`) there, and so on for
-/// each volume; the root is read-only, the capabilities are those of the next argument alone; the rest is the command,
-/// environment first.
-const CONTAINER: &str = r#"
-set -eu
-mount --rbind /run /mnt
-mount -t tmpfs none /run
-mount -t tmpfs none /var/lib
-while [ "${1#/}" != "$1" ]; do
-    mkdir -p "$2"
-    case "$1" in
-    /run/*) mount --bind "/mnt/${1#/run/}" "$2" ;;
-    *) mount --bind "$1" "$2" ;;
-    esac
-    mount -o "remount,bind,$3" "$2"
-    shift 3
-done
-mount -o remount,ro /var/lib
-mount -o remount,ro /run
-mount -o remount,bind,ro /
-capabilities=$1
-shift
-exec setpriv --no-new-privs --reuid 0 --clear-groups --bounding-set "$capabilities" --inh-caps "$capabilities" \
-    env -i "$@"
-"#;
+/// The ConfigMap with an address of the API server.
+const ENDPOINT: &str = "kubernetes-services-endpoint";
 
 fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy")
@@ -60,140 +39,111 @@ fn folder() -> PathBuf {
 enum Overlay {
     Nftables,
     Ebpf,
-    Cleanup,
+    Uninstall,
 }
 
 /// Applies `deploy/` or one of its overlays, strictly: a field that the API does not know is an error.
 fn apply(cluster: &Cluster, overlay: Overlay) -> String {
-    // The server makes it a moment after its start.
-    let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}});
-    until(|| cluster.get(&namespace).map(drop).map_err(|error| error.to_string()));
     let folder = match overlay {
         Overlay::Nftables => folder(),
         Overlay::Ebpf => folder().join("ebpf"),
-        Overlay::Cleanup => folder().join("cleanup"),
+        Overlay::Uninstall => folder().join("uninstall"),
     };
-    let folder = folder.to_str().unwrap();
-    cluster.kubectl(&["apply", "--server-side", "--validate=strict", "-k", folder]).unwrap()
+    apply_with(cluster, "-k", &folder)
+}
+
+fn apply_with(cluster: &Cluster, flag: &str, path: &Path) -> String {
+    // The server makes it a moment after its start.
+    let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}});
+    until(|| cluster.get(&namespace).map(drop).map_err(|error| error.to_string()));
+    let path = path.to_str().unwrap();
+    cluster.kubectl(&["apply", "--server-side", "--validate=strict", flag, path]).unwrap()
 }
 
 fn daemon_set(cluster: &Cluster, name: &'static str) -> DaemonSet {
-    cluster
-        .call(
-            move |client| async move { Ok(Api::<DaemonSet>::namespaced(client, NAMESPACE).get(name).await?) },
-        )
-        .unwrap()
+    let get =
+        move |client| async move { Ok(Api::<DaemonSet>::namespaced(client, NAMESPACE).get(name).await?) };
+    cluster.call(get).unwrap()
 }
 
-fn config_map(cluster: &Cluster, name: &'static str) -> ConfigMap {
-    cluster
-        .call(
-            move |client| async move { Ok(Api::<ConfigMap>::namespaced(client, NAMESPACE).get(name).await?) },
-        )
-        .unwrap()
+/// The pods of a DaemonSet.
+fn pod_spec(cluster: &Cluster, name: &'static str) -> PodSpec {
+    daemon_set(cluster, name).spec.unwrap().template.spec.unwrap()
 }
 
-/// The container of kube-lane in a DaemonSet's pods: the first that runs.
-fn container(cluster: &Cluster, name: &'static str) -> Container {
-    let pod = daemon_set(cluster, name).spec.unwrap().template.spec.unwrap();
-    pod.init_containers.into_iter().flatten().chain(pod.containers).next().unwrap()
+fn config_map(cluster: &Cluster, name: &'static str) -> Option<BTreeMap<String, String>> {
+    let get =
+        move |client| async move { Ok(Api::<ConfigMap>::namespaced(client, NAMESPACE).get_opt(name).await?) };
+    cluster.call(get).unwrap().map(|config_map| config_map.data.unwrap())
 }
 
-/// A DaemonSet's container on a node of the lab, with what the kubelet would put into it. `arguments`: in place of its own.
-fn run_container(
-    cluster: &Cluster,
-    container: Container,
-    arguments: Option<&[&str]>,
-    node: &Host,
-    volumes: &TempDir,
-) -> Agent {
-    let path = |name: &str| volumes.path().join(name);
-    let write = |dir: &str, name: &str, content: &[u8]| {
-        fs::create_dir_all(path(dir)).unwrap();
-        fs::write(path(dir).join(name), content).unwrap();
-    };
-    for (name, content) in config_map(cluster, NAME).data.unwrap() {
-        write("config", &name, content.as_bytes());
+/// A kubelet with what the API server has for the pods of `deploy/` on this node.
+fn kubelet(cluster: &Cluster, node: &Host) -> Kubelet {
+    let mut kubelet = Kubelet::new(node);
+    for name in [NAME, "kube-proxy", ENDPOINT] {
+        if let Some(data) = config_map(cluster, name) {
+            kubelet.config_map(name, data);
+        }
     }
+    let kubernetes = json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "kubernetes", "namespace": "default"}});
+    kubelet.service_environment(cluster.get(&kubernetes).unwrap()["spec"]["clusterIP"].as_str().unwrap());
     let kubeconfig = cluster.kubeconfig_for_service_account(NAMESPACE, NAME).unwrap();
     let kubeconfig: Value = serde_json::from_slice(&fs::read(kubeconfig).unwrap()).unwrap();
     let authority = kubeconfig["clusters"][0]["cluster"]["certificate-authority"].as_str().unwrap();
-    write("account", "token", kubeconfig["users"][0]["user"]["token"].as_str().unwrap().as_bytes());
-    write("account", "ca.crt", &fs::read(authority).unwrap());
-    write("account", "namespace", NAMESPACE.as_bytes());
-
-    let text = |path: &Path| path.to_str().unwrap().to_owned();
-    let mut words = Vec::new();
-    for mount in container.volume_mounts.unwrap() {
-        let volume = match (mount.name.as_str(), mount.mount_path.as_str()) {
-            ("config", _) => path("config"),
-            // What a node's root would be.
-            ("cgroup", _) => node.cgroup().to_owned(),
-            ("bpf", "/sys/fs/bpf") => {
-                fs::create_dir_all(node.bpf_root()).unwrap();
-                node.bpf_root().to_owned()
-            }
-            // The node's sysctls need no second place here: nothing makes those at their own place read-only.
-            ("sysctls", "/host/proc/sys/net") => continue,
-            other => panic!("a mount that this test does not know: {other:?}"),
-        };
-        let mode = if mount.read_only == Some(true) { "ro" } else { "rw" };
-        words.extend([text(&volume), mount.mount_path, mode.to_owned()]);
-    }
-    words.extend([
-        text(&path("account")),
-        "/var/run/secrets/kubernetes.io/serviceaccount".into(),
-        "ro".into(),
-    ]);
-
-    let capabilities = container.security_context.unwrap().capabilities.unwrap();
-    assert_eq!(capabilities.drop.unwrap(), ["ALL"]);
-    let added =
-        capabilities.add.unwrap().into_iter().map(|capability| format!("+{}", capability.to_lowercase()));
-    words.push(std::iter::once("-all".to_owned()).chain(added).collect::<Vec<_>>().join(","));
-
-    let environment = container.env_from.into_iter().flatten().filter_map(|from| from.config_map_ref);
-    for from in environment {
-        assert_eq!(from.name, "kubernetes-services-endpoint");
-        for (name, value) in config_map(cluster, "kubernetes-services-endpoint").data.unwrap() {
-            words.push(format!("{name}={value}"));
-        }
-    }
-    words.push(text(&agent::binary().unwrap()));
-    match arguments {
-        Some(arguments) => words.extend(arguments.iter().map(|argument| (*argument).to_owned())),
-        None => words.extend(
-            container.args.unwrap().iter().map(|argument| argument.replace("$(NODE_NAME)", node.name())),
-        ),
-    }
-
-    let mut arguments = vec!["--mount", "--propagation", "private", "sh", "-c", CONTAINER, "sh"];
-    arguments.extend(words.iter().map(String::as_str));
-    Agent::start_binary(Path::new("unshare"), node, &arguments, &cluster.log(node)).unwrap()
+    let token = kubeconfig["users"][0]["user"]["token"].as_str().unwrap();
+    kubelet.write("account", "token", token.as_bytes());
+    kubelet.write("account", "ca.crt", &fs::read(authority).unwrap());
+    kubelet.write("account", "namespace", NAMESPACE.as_bytes());
+    kubelet
 }
 
-/// A field of `/proc/<id>/status`.
+/// The objects of kubeadm's add-on kube-proxy that matter here: its ConfigMap, with this API server's address.
+fn install_kubeadms_config_map(cluster: &Cluster) {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/kubeadm/kube-proxy.yaml");
+    let text = fs::read_to_string(file).unwrap();
+    let here = text.replace("192.0.2.1:6443", &cluster.control_plane().address().to_string());
+    assert_ne!(here, text);
+    let objects: Vec<Value> = serde_saphyr::from_multiple(&here).unwrap();
+    let config_map = objects.iter().find(|object| object["kind"] == "ConfigMap").unwrap();
+    cluster.apply(config_map).unwrap();
+}
+
+/// A field of `/proc/<id>/status` of a container's first process.
 fn status(agent: &mut Agent, field: &str) -> String {
-    let status = fs::read_to_string(format!("/proc/{}/status", agent.process().id())).unwrap();
+    let status = fs::read_to_string(format!("/proc/{}/status", first_process(agent))).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix(field));
     line.unwrap().trim_start_matches(':').trim().to_owned()
 }
 
+/// On kubeadm: its ConfigMap tells the API server's address and the pods' range.
 #[test]
 fn the_daemon_set_serves_as_it_is_written() {
+    let cluster = Cluster::start(Lab::builder().build().unwrap()).unwrap();
+    install_kubeadms_config_map(&cluster);
     // NET_ADMIN is capability 12.
-    serves_as_it_is_written(Overlay::Nftables, 1 << 12);
+    let complaints = serves_as_it_is_written(&cluster, Overlay::Nftables, 1 << 12);
+    assert!(complaints.is_empty(), "{complaints:#?}");
 }
 
+/// On a cluster that never had kube-proxy: the user names the API server.
 #[test]
 fn the_daemon_set_of_mode_ebpf_serves_as_it_is_written() {
-    // And PERFMON and BPF are 38 and 39.
-    serves_as_it_is_written(Overlay::Ebpf, 1 << 12 | 1 << 38 | 1 << 39);
+    let cluster = Cluster::start(Lab::builder().build().unwrap()).unwrap();
+    apply(&cluster, Overlay::Ebpf);
+    let address = cluster.control_plane().address();
+    let host = format!("--from-literal=KUBERNETES_SERVICE_HOST={}", address.ip());
+    let port = format!("--from-literal=KUBERNETES_SERVICE_PORT={}", address.port());
+    cluster.kubectl(&["--namespace", NAMESPACE, "create", "configmap", ENDPOINT, &host, &port]).unwrap();
+    // PERFMON and BPF are 38 and 39.
+    let complaints = serves_as_it_is_written(&cluster, Overlay::Ebpf, 1 << 12 | 1 << 38 | 1 << 39);
+    // No ConfigMap knows the pods' range.
+    assert!(complaints.iter().all(|line| line.contains("clusterCIDR")), "{complaints:#?}");
+    assert_eq!(complaints.len(), 1, "{complaints:#?}");
 }
 
-fn serves_as_it_is_written(overlay: Overlay, capabilities: u64) {
-    let cluster = Cluster::start(Lab::builder().build().unwrap()).unwrap();
-    let applied = apply(&cluster, overlay);
+/// The agent's warnings and errors.
+fn serves_as_it_is_written(cluster: &Cluster, overlay: Overlay, capabilities: u64) -> Vec<String> {
+    let applied = apply(cluster, overlay);
     for object in [
         "serviceaccount/kube-lane",
         "clusterrole.rbac.authorization.k8s.io/kube-lane",
@@ -203,22 +153,7 @@ fn serves_as_it_is_written(overlay: Overlay, capabilities: u64) {
     ] {
         assert!(applied.contains(object), "no {object} in\n{applied}");
     }
-    assert_eq!(apply(&cluster, overlay).lines().count(), applied.lines().count());
-
-    makes_pods(&cluster, NAME);
-
-    let address = cluster.control_plane().address();
-    cluster
-        .kubectl(&[
-            "--namespace",
-            NAMESPACE,
-            "create",
-            "configmap",
-            "kubernetes-services-endpoint",
-            &format!("--from-literal=KUBERNETES_SERVICE_HOST={}", address.ip()),
-            &format!("--from-literal=KUBERNETES_SERVICE_PORT={}", address.port()),
-        ])
-        .unwrap();
+    makes_pods(cluster, NAME);
 
     let node0 = cluster.lab().node(0);
     let (server, dialler) = (node0.add_pod("server").unwrap(), node0.add_pod("client").unwrap());
@@ -230,14 +165,18 @@ fn serves_as_it_is_written(overlay: Overlay, capabilities: u64) {
         cluster.apply(&slice).unwrap();
     }
 
-    let volumes = tempfile::tempdir().unwrap();
-    let check = ["check", "--config=/var/lib/kube-lane/config.conf"];
-    let mut check = run_container(&cluster, container(&cluster, NAME), Some(&check), node0, &volumes);
+    let kubelet = kubelet(cluster, node0);
+    let pod = pod_spec(cluster, NAME);
+    let container = &pod.containers[0];
+    // The command that docs/operations.md gives.
+    let check = ["check", "--config=/etc/kube-lane/config.conf"];
+    let mut check = kubelet.start(&pod, container, Some(&check), &cluster.log(node0));
     assert!(check.process().wait_timeout(LIMIT).unwrap().unwrap().success(), "{}", check.log());
-    let mut agent = run_container(&cluster, container(&cluster, NAME), None, node0, &volumes);
+    let mut agent = kubelet.start(&pod, container, None, &cluster.log(node0));
     agent.wait_synced(LIMIT).unwrap();
     answered(&dialler, Proto::Tcp, "10.96.1.1:80".parse().unwrap(), Some("server"));
     answered(cluster.lab().outside(), Proto::Tcp, (node0.v4(), 30080).into(), Some("server"));
+    probes_succeed(&kubelet, container, &mut agent);
 
     // It was as confined as the test says.
     let confined = format!("{capabilities:016x}");
@@ -252,11 +191,10 @@ fn serves_as_it_is_written(overlay: Overlay, capabilities: u64) {
     let by = format!("ClusterIP 10.96.1.1:80{}", if overlay == Overlay::Ebpf { " [socket" } else { "" });
     assert!(told.contains(&by), "{told}");
     let log = agent.log();
-    let complaints: Vec<_> =
-        log.lines().filter(|line| line.contains(" WARN ") || line.contains(" ERROR ")).collect();
-    // The ConfigMap cannot know a cluster's range.
-    assert!(complaints.iter().all(|line| line.contains("clusterCIDR")), "{complaints:#?}");
-    cleans_up(&cluster, node0, agent);
+    let complaints = log.lines().filter(|line| line.contains(" WARN ") || line.contains(" ERROR "));
+    let complaints = complaints.map(str::to_owned).collect();
+    uninstalls(cluster, &kubelet, node0, agent);
+    complaints
 }
 
 /// A DaemonSet's template is checked in full only when a pod is made of it.
@@ -271,14 +209,15 @@ fn makes_pods(cluster: &Cluster, name: &'static str) {
     assert_eq!(pod.unwrap().spec.unwrap().priority, Some(2_000_001_000));
 }
 
-/// `deploy/cleanup` refuses beside the agent, and leaves nothing behind it.
-fn cleans_up(cluster: &Cluster, node: &Host, agent: Agent) {
-    const CLEANUP: &str = "kube-lane-cleanup";
-    apply(cluster, Overlay::Cleanup);
-    makes_pods(cluster, CLEANUP);
-    let volumes = tempfile::tempdir().unwrap();
+/// `deploy/uninstall` refuses beside the agent, leaves nothing behind it, and then waits.
+fn uninstalls(cluster: &Cluster, kubelet: &Kubelet, node: &Host, agent: Agent) {
+    const UNINSTALL: &str = "kube-lane-uninstall";
+    apply(cluster, Overlay::Uninstall);
+    makes_pods(cluster, UNINSTALL);
+    let pod = pod_spec(cluster, UNINSTALL);
+    let cleanup = &pod.init_containers.as_ref().unwrap()[0];
     let clean_up = || {
-        let mut cleanup = run_container(cluster, container(cluster, CLEANUP), None, node, &volumes);
+        let mut cleanup = kubelet.start(&pod, cleanup, None, &cluster.log(node));
         (cleanup.process().wait_timeout(LIMIT).unwrap().unwrap().success(), cleanup.log())
     };
     let (success, log) = clean_up();
@@ -289,6 +228,12 @@ fn cleans_up(cluster: &Cluster, node: &Host, agent: Agent) {
     let ruleset = node.run(|| Command::new("nft").args(["list", "ruleset"]).output()).unwrap().unwrap();
     assert_eq!(String::from_utf8(ruleset.stdout).unwrap(), "");
     assert!(fs::read_dir(node.bpf_root()).is_ok_and(|mut pins| pins.next().is_none()), "{log}");
+
+    let mut done = kubelet.start(&pod, &pod.containers[0], None, &cluster.log(node));
+    logged(&done, &["waiting for SIGTERM"]);
+    assert!(done.process().try_wait().unwrap().is_none(), "{}", done.log());
+    kill(Pid::from_raw(first_process(&mut done)), Signal::SIGTERM).unwrap();
+    assert!(done.process().wait_timeout(LIMIT).unwrap().unwrap().success(), "{}", done.log());
 }
 
 /// What an account may do, one line a permission.
@@ -318,7 +263,13 @@ async fn permissions(kubeconfig: PathBuf) -> Result<BTreeSet<String>> {
 #[test]
 fn the_account_may_watch_what_it_needs_and_nothing_else() {
     let cluster = Cluster::start(Lab::builder().build().unwrap()).unwrap();
-    apply(&cluster, Overlay::Nftables);
+    // The single file and the folder are the same; `-f` passes over what is for `-k` alone.
+    let by_file = apply_with(&cluster, "-f", &folder());
+    let mut by_folder: Vec<_> = apply(&cluster, Overlay::Nftables).lines().map(str::to_owned).collect();
+    let mut by_file: Vec<_> = by_file.lines().map(str::to_owned).collect();
+    by_folder.sort();
+    by_file.sort();
+    assert_eq!(by_folder, by_file);
     let nobody = json!({
         "apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "nobody", "namespace": NAMESPACE},
     });

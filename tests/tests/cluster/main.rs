@@ -6,6 +6,8 @@ mod agent;
 #[cfg(test)]
 mod api_server;
 #[cfg(test)]
+mod container;
+#[cfg(test)]
 mod controlplane;
 #[cfg(test)]
 mod deploy;
@@ -15,5 +17,7 @@ mod health;
 mod kube_proxy;
 #[cfg(test)]
 mod source;
+#[cfg(test)]
+mod static_pod;
 #[cfg(test)]
 mod wait;

@@ -1,6 +1,7 @@
 //! `deploy/systemd`: the units as they are written, run by a systemd in namespaces of its own, which has no other units.
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
@@ -22,6 +23,7 @@ exec unshare --fork --pid --mount --ipc --cgroup --mount-proc --kill-child sh -e
     mount -t cgroup2 none /sys/fs/cgroup
     mount -t bpf none /sys/fs/bpf
     mount -t tmpfs none /run
+    mount -t tmpfs none /var/lib
     mkdir -p /run/kube-lane/etc /run/kube-lane/manifests
     touch /run/kube-lane/bin
     mount --bind "$1" /run/kube-lane/etc
@@ -150,4 +152,8 @@ fn serves_as_it_is_written(ebpf: bool, capabilities: u64) {
     {
         assert!(status.contains(&format!("\n{field}:\t{value}\n")), "{field} {value}\n{status}");
     }
+    // It may write where the unit's --state-dir says, and not beside it.
+    let write = |path: &str| fs::write(format!("/proc/{}/root/var/lib/{path}", pid.trim()), "");
+    write("kube-lane/file").unwrap();
+    assert!(write("file").is_err_and(|error| error.kind() == io::ErrorKind::ReadOnlyFilesystem));
 }
