@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::Output;
+use std::process::{Command, Output};
 
 use anyhow::{Context, Result, ensure};
 use futures::future::try_join_all;
@@ -125,12 +125,19 @@ impl Cluster {
     /// # Errors
     /// When it cannot be run, or with what it says when it fails.
     pub fn kubectl(&self, arguments: &[&str]) -> Result<String> {
-        let mut kubectl = self.control_plane.kubectl()?;
+        self.run(self.control_plane.kubectl()?.args(arguments))
+    }
+
+    /// Runs another client of the API server, which finds its kubeconfig in `KUBECONFIG`.
+    ///
+    /// # Errors
+    /// As [`Self::kubectl`].
+    pub fn run(&self, client: &mut Command) -> Result<String> {
+        client.env("KUBECONFIG", self.control_plane.admin_kubeconfig());
         let netns = netns(self.lab.outside());
-        let Output { status, stdout, stderr } =
-            in_netns(Some(&netns), || Ok(kubectl.args(arguments).output()?))?;
+        let Output { status, stdout, stderr } = in_netns(Some(&netns), || Ok(client.output()?))?;
         let stderr = String::from_utf8_lossy(&stderr);
-        ensure!(status.success(), "kubectl {arguments:?}: {status}\n{stderr}");
+        ensure!(status.success(), "{client:?}: {status}\n{stderr}");
         Ok(String::from_utf8_lossy(&stdout).into_owned())
     }
 

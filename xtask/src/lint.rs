@@ -22,6 +22,7 @@ const CHECKS: &[Check] = &[
     ("deny", deny),
     ("go", go_modules),
     ("manifests", manifests::check),
+    ("helm", helm),
     ("clippy", || {
         let clippy = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
         process::run(process::cargo().args(clippy))
@@ -38,7 +39,7 @@ const CHECKS: &[Check] = &[
 /// # Errors
 /// Names the checks that failed; each has printed what it found.
 pub(crate) fn run() -> Result<()> {
-    setup::ensure(&[Need::Build, Need::Ebpf, Need::Lint, Need::ControlPlane])?;
+    setup::ensure(&[Need::Build, Need::Ebpf, Need::Lint, Need::ControlPlane, Need::Helm])?;
     let mut failed = Vec::new();
     for (name, check) in CHECKS {
         println!("lint: {name}");
@@ -87,6 +88,12 @@ fn actionlint() -> Result<()> {
     let workflows: Vec<_> = process::tracked_files()?.into_iter().filter(is_workflow).collect();
     ensure!(!workflows.is_empty(), "no workflow found below .github/workflows");
     process::run(Command::new(go_tools::ACTIONLINT.path()).current_dir(process::root()).args(workflows))
+}
+
+/// The chart's own rules, and a template that renders.
+fn helm() -> Result<()> {
+    let lint = ["lint", "--strict", "--quiet", "deploy/chart"];
+    process::run(Command::new(go_tools::HELM.path()).current_dir(process::root()).args(lint))
 }
 
 /// The modules hold no Go code, only go.mod and go.sum: they must say exactly what the tools need.

@@ -48,7 +48,10 @@ impl Lane {
             Lane::Unit => vec![Need::Build],
             Lane::Kernel => vec![Need::Build, Need::Kernel],
             Lane::Cluster | Lane::Oracle => {
-                vec![Need::Build, Need::Kernel, kubernetes.map_or(Need::ControlPlane, Need::Kubernetes)]
+                let control_plane = kubernetes.map_or(Need::ControlPlane, Need::Kubernetes);
+                let mut needs = vec![Need::Build, Need::Kernel, control_plane];
+                needs.extend((self == Lane::Cluster).then_some(Need::Helm));
+                needs
             }
             Lane::Vm => vec![Need::Build, Need::Vm],
         }

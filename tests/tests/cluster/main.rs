@@ -6,6 +6,8 @@ mod agent;
 #[cfg(test)]
 mod api_server;
 #[cfg(test)]
+mod chart;
+#[cfg(test)]
 mod container;
 #[cfg(test)]
 mod controlplane;

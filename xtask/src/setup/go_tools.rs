@@ -13,6 +13,9 @@ use crate::process;
 pub(crate) const ACTIONLINT: GoTool =
     GoTool { name: "actionlint", package: "github.com/rhysd/actionlint/cmd/actionlint" };
 
+/// Renders and installs the chart in `deploy/chart`.
+pub(crate) const HELM: GoTool = GoTool { name: "helm", package: "helm.sh/helm/v4/cmd/helm" };
+
 /// The folder of the Go module that lists these programs.
 pub(crate) const MODULE: &str = "tests/tools";
 

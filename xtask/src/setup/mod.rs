@@ -52,6 +52,8 @@ pub(crate) enum Need {
     ControlPlane,
     /// The same programs of another release of Kubernetes, in `target/controlplane-<release>/bin`.
     Kubernetes(KubernetesRelease),
+    /// helm in `target/tools/bin`.
+    Helm,
     /// To boot kernels in virtual machines.
     Vm,
     /// What `cargo xtask lint` calls.
@@ -59,7 +61,8 @@ pub(crate) enum Need {
 }
 
 impl Need {
-    const ALL: [Need; 6] = [Need::Build, Need::Ebpf, Need::Kernel, Need::ControlPlane, Need::Vm, Need::Lint];
+    const ALL: [Need; 7] =
+        [Need::Build, Need::Ebpf, Need::Kernel, Need::ControlPlane, Need::Helm, Need::Vm, Need::Lint];
 
     fn packages(self) -> &'static [Package] {
         const fn program(package: &'static str, name: &'static str) -> Package {
@@ -78,7 +81,7 @@ impl Need {
                     ]
                 }
             }
-            Need::Ebpf => &[],
+            Need::Ebpf | Need::Helm => &[],
             Need::Kernel => {
                 &const {
                     [
@@ -121,6 +124,7 @@ impl Need {
             Need::Kubernetes(release) => {
                 vec![Box::new(go::Toolchain), Box::new(controlplane::Programs(Some(release)))]
             }
+            Need::Helm => vec![Box::new(go::Toolchain), Box::new(go_tools::HELM)],
             Need::Vm => vm::KERNELS.map(|kernel| Box::new(kernel) as Box<dyn Step>).into(),
             Need::Lint => vec![
                 Box::new(go::Toolchain),
