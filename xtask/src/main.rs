@@ -18,6 +18,7 @@ mod lint;
 mod manifests;
 mod preflight;
 mod process;
+mod release;
 mod setup;
 mod test;
 mod tidy;
@@ -46,6 +47,8 @@ enum Task {
     Lint,
     /// Write deploy/kube-lane.yaml, the single file of `kubectl apply -f deploy/`.
     Manifests,
+    /// Push the images and write the files of a release; the release workflow runs it.
+    Release(release::Args),
     /// Run the test lanes; the last line printed is "N passed, N failed".
     Test(test::Args),
 }
@@ -58,6 +61,7 @@ fn main() -> ExitCode {
         Task::Build(args) => build::run(&args),
         Task::Demo(args) => demo::run(&args),
         Task::Lint => lint::run(),
+        Task::Release(args) => release::run(&args),
         Task::Manifests => manifests::write(),
         Task::Test(args) => return test::run(&args),
     };

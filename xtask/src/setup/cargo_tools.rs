@@ -10,6 +10,8 @@ use crate::process;
 
 /// Checks licenses, duplicate versions and sources of dependencies.
 pub(crate) const DENY: Tool = Tool { name: "cargo-deny", version: "0.20.2", arguments: &[] };
+/// Lists the crates that a program is built from.
+pub(crate) const CYCLONEDX: Tool = Tool { name: "cargo-cyclonedx", version: "0.5.9", arguments: &[] };
 /// Finds dependencies that nothing uses.
 pub(crate) const MACHETE: Tool = Tool { name: "cargo-machete", version: "0.9.2", arguments: &[] };
 

@@ -13,6 +13,10 @@ use crate::process;
 pub(crate) const ACTIONLINT: GoTool =
     GoTool { name: "actionlint", package: "github.com/rhysd/actionlint/cmd/actionlint" };
 
+/// Pushes images to registries.
+pub(crate) const CRANE: GoTool =
+    GoTool { name: "crane", package: "github.com/google/go-containerregistry/cmd/crane" };
+
 /// Renders and installs the chart in `deploy/chart`.
 pub(crate) const HELM: GoTool = GoTool { name: "helm", package: "helm.sh/helm/v4/cmd/helm" };
 

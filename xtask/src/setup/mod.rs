@@ -12,7 +12,7 @@ pub(crate) mod go_tools;
 mod vm;
 
 use anyhow::{Context, Result, ensure};
-pub(crate) use cargo_tools::{DENY, MACHETE};
+pub(crate) use cargo_tools::{CYCLONEDX, DENY, MACHETE};
 pub(crate) use controlplane::{Choice as KubernetesChoice, Release as KubernetesRelease};
 pub(crate) use debian::{Package, Probe};
 
