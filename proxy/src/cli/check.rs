@@ -135,11 +135,16 @@ fn ebpf(config: &Config) -> Vec<Row> {
     };
     let SocketLb { cgroup_root, bpf_root, pod_cgroups, .. } = &config.socket_lb;
     let features = socket::probe(cgroup_root.as_deref(), bpf_root, pod_cgroups);
+    let confinement = rights::confinement(rights::EBPF);
+    let told = |socket::Failure { words, is_not_permitted }| match &confinement {
+        Some(confinement) if is_not_permitted => format!("{words} ({confinement})"),
+        _ => words,
+    };
     let row = |socket::Feature { name, required, needed_for, found, means }| Row {
         name,
         required,
         needed_for,
-        found,
+        found: found.map_err(told),
         means,
     };
     std::iter::once(rights).chain(features.into_iter().map(row)).collect()

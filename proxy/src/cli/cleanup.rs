@@ -12,7 +12,7 @@ use tracing::info;
 use super::instance;
 use crate::config::SocketLb;
 use crate::config::flags::{AgentFlags, LogFlags, RunFlags};
-use crate::dataplane::nftables::{self, Marks};
+use crate::dataplane::nftables::{self, Mark, Marks};
 use crate::dataplane::socket::{self, Presence, Removal, SocketError};
 use crate::observability::telemetry;
 
@@ -58,7 +58,7 @@ fn remove(log: &LogFlags, agent: &RunFlags) -> anyhow::Result<ExitCode> {
     let _only = instance::claim().context("nothing is removed")?;
     let mut marks = Marks::open().context("cleanup (it needs CAP_NET_ADMIN)")?;
     let mark = marks.read()?;
-    let marked = mark.as_ref().and_then(|mark| mark.bpf_root.clone());
+    let marked = mark.as_ref().and_then(Mark::bpf_root);
     let bpf_root = bpf_root.or_else(|| marked.clone()).unwrap_or_else(|| SocketLb::default().bpf_root);
     // What answers first goes first. One that cannot go does not keep the other, unless it is another agent's.
     let socket = socket::cleanup(&bpf_root);
@@ -83,7 +83,7 @@ fn remove(log: &LogFlags, agent: &RunFlags) -> anyhow::Result<ExitCode> {
     let Some(mark) = mark else { return Ok(ExitCode::SUCCESS) };
     let left = match &marked {
         Some(marked) => socket::presence(marked).context("what the mark of the socket layer names")?,
-        None if removal == Removal::Done => Presence::Absent,
+        None if mark == Mark::Untold && removal == Removal::Done => Presence::Absent,
         None => Presence::Unseen,
     };
     match left {
@@ -92,11 +92,13 @@ fn remove(log: &LogFlags, agent: &RunFlags) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Presence::Pinned => {
-            bail!("a socket layer is pinned at {mark} all the same: run this with --bpf-root={mark}, too")
+            let marked = marked.unwrap_or(bpf_root);
+            let at = marked.display();
+            bail!("a socket layer is pinned at {at} all the same: run this with --bpf-root={at}, too")
         }
         Presence::Unseen => bail!(
-            "a socket layer may be there all the same, pinned at {mark}: run this where that is on the node's BPF file \
-             system, with --bpf-root if it is named otherwise there"
+            "a socket layer may be there all the same, pinned at {mark}: run this where that BPF file system is mounted, \
+             as on the node itself"
         ),
     }
 }

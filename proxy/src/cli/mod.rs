@@ -11,6 +11,7 @@ use crate::config::flags::{Action, RunFlags};
 
 mod check;
 mod cleanup;
+mod confinement;
 mod instance;
 mod probe;
 mod render;

@@ -3,12 +3,12 @@
 //! Owns no decision: whether something works is found by trying it, and this says why it did not.
 
 use std::error::Error;
-use std::io;
 
 use nix::errno::Errno;
 use procfs::process::Process;
 
-use crate::causes::with_causes;
+use super::confinement::Confinement;
+use crate::causes::{is_not_permitted, number, with_causes};
 
 /// A capability: its number and its name, without `CAP_`, in `linux/capability.h`.
 type Capability = (u32, &'static str);
@@ -70,12 +70,22 @@ impl Rights {
         ))
     }
 
-    fn explain(self, needed: &[Capability], error: &(dyn Error + 'static)) -> String {
+    fn explain(
+        self,
+        confinement: Option<&Confinement>,
+        needed: &[Capability],
+        error: &(dyn Error + 'static),
+    ) -> String {
         let words = with_causes(error);
         match self.compare(needed) {
             Err(missing) => format!("capabilities {missing}: {words}"),
-            Ok(_) if self.filtered && is_not_permitted(error) => {
-                format!("{words} (under a seccomp profile: does it allow bpf(2)?)")
+            Ok(_) if is_not_permitted(error) => {
+                // Seccomp profiles of container runtimes answer EPERM, security modules mostly EACCES.
+                let is_filtered = self.filtered && number(error) == Some(Errno::EPERM as i32);
+                let filter = is_filtered.then(|| "under a seccomp profile: does it allow bpf(2)?".to_owned());
+                let reasons: Vec<_> =
+                    filter.into_iter().chain(confinement.map(Confinement::explain)).collect();
+                if reasons.is_empty() { words } else { format!("{words} ({})", reasons.join("; ")) }
             }
             Ok(_) => words,
         }
@@ -89,19 +99,20 @@ pub(super) fn rights(needed: &[Capability]) -> Result<String, String> {
 
 /// Why something failed that takes these, for people.
 pub(super) fn explain(needed: &[Capability], error: &(dyn Error + 'static)) -> String {
-    Rights::read().explain(needed, error)
+    Rights::read().explain(Confinement::read().as_ref(), needed, error)
 }
 
-fn is_not_permitted(error: &(dyn Error + 'static)) -> bool {
-    let mut causes = std::iter::successors(Some(error), |error| (*error).source());
-    causes.any(|cause| {
-        let cause = cause.downcast_ref::<io::Error>();
-        cause.and_then(io::Error::raw_os_error) == Some(Errno::EPERM as i32)
-    })
+/// Words for something that was not permitted although the capabilities are there; `None` where nothing is known to
+/// confine this process.
+pub(super) fn confinement(needed: &[Capability]) -> Option<String> {
+    Rights::read().compare(needed).ok()?;
+    Some(Confinement::read()?.explain())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+
     use super::*;
 
     fn rights(effective: u64, filtered: bool) -> Rights {
@@ -129,11 +140,18 @@ mod tests {
     #[test]
     fn what_is_not_permitted_is_explained() {
         let refused = |errno: Errno| io::Error::from(errno);
-        let explain = |rights: Rights, errno| rights.explain(EBPF, &refused(errno));
-        assert!(explain(rights(0, true), Errno::EPERM).starts_with("capabilities missing: CAP_NET_ADMIN, "));
-        assert!(explain(rights(u64::MAX, true), Errno::EPERM).ends_with("does it allow bpf(2)?)"));
+        let confined = Confinement::AppArmor("a (enforce)".into());
+        let explain = |rights: Rights, errno, confinement| rights.explain(confinement, EBPF, &refused(errno));
+        assert!(
+            explain(rights(0, true), Errno::EPERM, None).starts_with("capabilities missing: CAP_NET_ADMIN, ")
+        );
+        assert!(explain(rights(u64::MAX, true), Errno::EPERM, None).ends_with("does it allow bpf(2)?)"));
         for (filtered, errno) in [(false, Errno::EPERM), (true, Errno::EACCES)] {
-            assert_eq!(explain(rights(u64::MAX, filtered), errno), refused(errno).to_string());
+            assert_eq!(explain(rights(u64::MAX, filtered), errno, None), refused(errno).to_string());
+            let words = explain(rights(u64::MAX, filtered), errno, Some(&confined));
+            assert!(words.contains("AppArmor confines this process with the profile a (enforce)"), "{words}");
         }
+        let busy = explain(rights(u64::MAX, true), Errno::EBUSY, Some(&confined));
+        assert_eq!(busy, refused(Errno::EBUSY).to_string());
     }
 }

@@ -18,7 +18,7 @@ use crate::config::flags::RunFlags;
 use crate::config::{Api, BaseState, Config, Environment, Mode, Resolved};
 use crate::controller::Controller;
 use crate::dataplane::conntrack::Conntrack;
-use crate::dataplane::nftables::{self, Marks, Nftables};
+use crate::dataplane::nftables::{self, Mark, Marks, Nftables};
 use crate::dataplane::socket::{self, Owner, Removal, Socket, SocketError};
 use crate::dataplane::{AtConnect, Awaited, Follower, Layers, Refusal, Withdrawal};
 use crate::health::{AwaitedPorts, HealthState, Servers, ServiceHealth};
@@ -112,14 +112,13 @@ fn open_front(mut config: Config) -> anyhow::Result<(Config, Front)> {
         withdraw_elsewhere(&mut marks, &bpf_root);
         match open_socket(&config, &mut marks) {
             Ok(socket) => return Ok((config, (AtConnect::Socket(Box::new(socket), marks, bpf_root), None))),
-            Err(error) if is_owned(&error) => {
+            Err(error) if is_passing(&error) => {
                 let again = config.clone();
-                let refusal = |error: anyhow::Error| Refusal {
-                    words: rights::explain(rights::EBPF, error.as_ref()),
-                    is_owned: is_owned(&error),
-                };
-                let open = Box::new(move |marks: &mut Marks| open_socket(&again, marks).map_err(refusal));
-                let awaited = Awaited::new(marks, bpf_root, open, refusal(error));
+                let open = Box::new(move |marks: &mut Marks| {
+                    open_socket(&again, marks).map_err(|error| refusal(&error, marks))
+                });
+                let why = refusal(&error, &mut marks);
+                let awaited = Awaited::new(marks, bpf_root, open, why);
                 return Ok((config, (AtConnect::Awaited(awaited), None)));
             }
             Err(error) => {
@@ -135,20 +134,42 @@ fn open_front(mut config: Config) -> anyhow::Result<(Config, Front)> {
     Ok((config, (AtConnect::Nothing(Withdrawal::begin(marks, &bpf_root)), why)))
 }
 
-/// Another agent has the place of the socket layer.
-fn is_owned(error: &anyhow::Error) -> bool {
-    matches!(error.downcast_ref(), Some(SocketError::Owned { .. }))
+/// Whether others may end what is in the way: another agent that has the place of the socket layer, a BPF file system
+/// that is not mounted yet.
+fn is_passing(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(SocketError::Owned { .. } | SocketError::NoBpfFileSystem(_)))
+}
+
+/// Why the socket layer cannot be had.
+fn refusal(error: &anyhow::Error, marks: &mut Marks) -> Refusal {
+    let mut words = rights::explain(rights::EBPF, error.as_ref());
+    let is_unseen = matches!(error.downcast_ref(), Some(SocketError::NoBpfFileSystem(_)));
+    let left = if is_unseen { marks.read().ok().flatten() } else { None };
+    if let Some(mark) = &left {
+        let more =
+            format!("; an earlier run's, pinned at {mark}, may lead clients to endpoints that are gone");
+        words.push_str(&more);
+    }
+    Refusal { words, is_passing: is_passing(error), is_left_over: left.is_some() }
 }
 
 /// What an earlier run on this node left in another place would stand before or behind what comes now.
 fn withdraw_elsewhere(marks: &mut Marks, bpf_root: &Path) {
     // Where the mark cannot be read, it cannot be put either, and there will be no layer.
-    let marked = marks.read().ok().flatten().and_then(|mark| mark.bpf_root);
-    let Some(elsewhere) = marked.filter(|marked| marked != bpf_root) else { return };
+    let Some(mark) = marks.read().ok().flatten().filter(|mark| !mark.is_of(bpf_root)) else { return };
+    let Some(elsewhere) = mark.bpf_root() else {
+        if mark != Mark::Untold {
+            warn!(
+                bpf_root = %mark,
+                "the socket layer of an earlier run may be left: that is on no BPF file system that is mounted here"
+            );
+        }
+        return;
+    };
     let at = elsewhere.display();
     match socket::withdraw(&elsewhere, true) {
         Ok(Removal::Unseen) => {
-            warn!(bpf_root = %at, "the socket layer of an earlier run may be left: that is on no BPF file system here");
+            warn!(bpf_root = %at, "the socket layer of an earlier run may be left: that is on no BPF file system");
             return;
         }
         Ok(Removal::Done) => info!(bpf_root = %at, "removed the socket layer that an earlier run had there"),

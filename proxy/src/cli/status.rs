@@ -74,10 +74,20 @@ pub(super) fn run(flags: &StatusFlags) -> anyhow::Result<ExitCode> {
 fn nobody() -> String {
     let mark = Marks::open().and_then(|mut marks| marks.read()).ok().flatten();
     let is_marked = mark.is_some();
-    let bpf_root = mark.and_then(|mark| mark.bpf_root).unwrap_or_else(|| SocketLb::default().bpf_root);
-    let root = bpf_root.display();
+    let (bpf_root, root) = match &mark {
+        None => {
+            let usual = SocketLb::default().bpf_root;
+            (Some(usual.clone()), usual.display().to_string())
+        }
+        Some(mark) => {
+            let here = mark.bpf_root();
+            let words = here.as_ref().map_or_else(|| mark.to_string(), |root| root.display().to_string());
+            (here, words)
+        }
+    };
     let tables = nftables::is_installed().map_err(|error| with_causes(&error));
-    let programs = socket::presence(&bpf_root).map_err(|error| with_causes(&error));
+    let programs = bpf_root.map_or(Ok(Presence::Unseen), |root| socket::presence(&root));
+    let programs = programs.map_err(|error| with_causes(&error));
     let (tables, programs) = match (tables, programs) {
         (Ok(tables), Ok(programs)) => (tables, programs),
         (Err(error), _) | (_, Err(error)) => {
@@ -90,7 +100,7 @@ fn nobody() -> String {
             Some(format!("the mark of eBPF programs that were pinned in {root} and have gone"))
         }
         Presence::Unseen if is_marked => Some(format!(
-            "perhaps its eBPF programs, which it pinned in {root}: that is on no BPF file system here"
+            "perhaps its eBPF programs, which it pinned in {root}: that is on no BPF file system that is mounted here"
         )),
         Presence::Absent | Presence::Unseen => None,
     };

@@ -1,4 +1,5 @@
-//! The socket layer that cannot be had yet: another agent has its place, or had it and there is other trouble since.
+//! The socket layer that cannot be had yet: another agent has its place, or no BPF file system is mounted. Or there was one
+//! of these, and there is other trouble since.
 //!
 //! Owns trying again, and saying why it is not there, as long as that is so.
 
@@ -11,8 +12,8 @@ use super::nftables::Marks;
 use super::socket::Socket;
 use crate::backoff::backoff;
 
-/// How long after a failure it is tried again, and the most that grows to where more than another agent is in the
-/// way.
+/// How long after a failure it is tried again, and the most that grows to where the trouble does not pass by
+/// itself.
 const PAUSE: Duration = Duration::from_secs(1);
 const PAUSE_MAX: Duration = Duration::from_secs(30);
 
@@ -24,8 +25,10 @@ pub type Open = Box<dyn FnMut(&mut Marks) -> Result<Socket, Refusal>>;
 pub struct Refusal {
     /// For people.
     pub words: String,
-    /// Another agent has its place: to find that out costs little, and it may go any moment.
-    pub is_owned: bool,
+    /// Others may end it at any moment, and finding out costs little.
+    pub is_passing: bool,
+    /// That of an earlier run may be attached all the same.
+    pub is_left_over: bool,
 }
 
 /// A layer to come.
@@ -34,7 +37,7 @@ pub struct Awaited {
     pub(super) bpf_root: PathBuf,
     open: Open,
     why: Refusal,
-    /// How often in a row it was something else than another agent.
+    /// How often in a row it was something that does not pass by itself.
     failures: u32,
     due: Instant,
 }
@@ -56,7 +59,7 @@ impl Awaited {
         match (self.open)(&mut self.marks) {
             Ok(socket) => Some(socket),
             Err(why) => {
-                self.failures = if why.is_owned { 0 } else { self.failures.saturating_add(1) };
+                self.failures = if why.is_passing { 0 } else { self.failures.saturating_add(1) };
                 self.due = Instant::now() + pause(self.failures);
                 if self.why != why {
                     self.why = why;
@@ -65,6 +68,11 @@ impl Awaited {
                 None
             }
         }
+    }
+
+    /// Whether that of an earlier run may be attached meanwhile.
+    pub(super) fn is_left_over(&self) -> bool {
+        self.why.is_left_over
     }
 
     /// When to try again.

@@ -108,7 +108,8 @@ impl Layers {
     fn tell(&self) {
         (self.told)(InFront {
             in_place: self.front.as_ref().is_some_and(|front| front.socket.is_in_place()),
-            left_over: self.withdrawal.as_ref().is_some_and(|withdrawal| withdrawal.trouble().is_some()),
+            left_over: self.withdrawal.as_ref().is_some_and(|withdrawal| withdrawal.trouble().is_some())
+                || self.awaited.as_ref().is_some_and(Awaited::is_left_over),
             shared: self.front.as_ref().is_some_and(|front| front.others.is_some()),
         });
     }
@@ -230,10 +231,7 @@ impl Front {
         let now = Instant::now();
         if now >= self.look {
             self.look = now + LOOK;
-            if let Err(error) = self.marks.put(&self.bpf_root) {
-                // Whoever does without the layer may not hear of it. The next look tries again.
-                debug!(error = &error as &dyn std::error::Error, "the socket layer cannot be marked");
-            }
+            self.mark();
             if let Some(missing) = self.socket.look() {
                 warn!("{missing}: the socket layer is put in place again");
             }
@@ -241,6 +239,10 @@ impl Front {
         let was_in_place = self.socket.is_in_place();
         match self.socket.apply(&batch.in_force(outcome)) {
             Ok(applied) => {
+                if !was_in_place {
+                    // It may be on another file system now.
+                    self.mark();
+                }
                 if self.trouble.take().is_some() || !was_in_place {
                     info!("the socket layer follows again");
                 } else if self.due.is_none() {
@@ -263,6 +265,14 @@ impl Front {
                 self.trouble = Some((words, failures.saturating_add(1)));
                 None
             }
+        }
+    }
+
+    /// Says in nftables where the layer is.
+    fn mark(&mut self) {
+        if let Err(error) = self.marks.put(&self.bpf_root) {
+            // An agent that does without the layer may not hear of it. The next look tries again.
+            debug!(error = &error as &dyn std::error::Error, "the socket layer cannot be marked");
         }
     }
 

@@ -4,6 +4,7 @@
 //! Service it could not program.
 
 mod awaited;
+mod bpf_path;
 pub mod conntrack;
 #[cfg(test)]
 #[path = "../../tests/planner/history.rs"]

@@ -8,15 +8,15 @@ use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
 
-use super::nftables::Marks;
+use super::nftables::{Mark, Marks};
 use super::socket::{self, Removal, SocketError};
 use crate::causes::with_causes;
 
 /// How often it is tried again.
 const PAUSE: Duration = Duration::from_secs(1);
 /// What helps.
-const REMEDY: &str = "mount the node's BPF file system there, as deploy/ebpf does, also with mode nftables, and it is \
-                      taken away; or stop this agent and run `kube-lane cleanup` on the node";
+const REMEDY: &str = "mount the node's BPF file system, as deploy/ebpf does, also with mode nftables, and it is taken away; \
+                      or stop this agent and run `kube-lane cleanup` on the node";
 
 /// What an earlier run left.
 pub struct Withdrawal {
@@ -74,15 +74,17 @@ impl Withdrawal {
                 Err(error) => Some(with_causes(&error)),
             };
         };
-        let result = match &mark.bpf_root {
-            Some(marked) => socket::withdraw(marked, true),
-            None => socket::withdraw(&self.bpf_root, false),
+        let marked = mark.bpf_root();
+        let result = match (&mark, &marked) {
+            (Mark::Untold, _) => socket::withdraw(&self.bpf_root, false),
+            (_, Some(marked)) => socket::withdraw(marked, true),
+            (_, None) => Ok(Removal::Unseen),
         };
         match result {
             Ok(Removal::Unseen) => {
-                Some(format!("it is pinned at {mark}, which is on no BPF file system here"))
+                Some(format!("it is pinned at {mark}, which is on no BPF file system that is mounted here"))
             }
-            Ok(Removal::Nothing) if mark.bpf_root.is_none() => Some(format!("it is pinned at {mark}")),
+            Ok(Removal::Nothing) if mark == Mark::Untold => Some(format!("it is pinned at {mark}")),
             Ok(removal) => {
                 say(removal);
                 self.marks.remove().err().map(|error| with_causes(&error))

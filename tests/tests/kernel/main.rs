@@ -41,6 +41,8 @@ mod socket_life;
 #[cfg(test)]
 mod socket_maps;
 #[cfg(test)]
+mod socket_places;
+#[cfg(test)]
 mod socket_pods;
 #[cfg(test)]
 mod socket_programs;

@@ -18,7 +18,7 @@ const LEFT: &str = "a socket layer of an earlier run may lead clients to endpoin
 const GONE: &str = "no socket layer of an earlier run is left";
 
 /// Runs `nft` on a host: whether it succeeds, and what it prints.
-fn nft(host: &Host, arguments: &str) -> (bool, String) {
+pub(super) fn nft(host: &Host, arguments: &str) -> (bool, String) {
     let mut command = Command::new("nft");
     command.args(arguments.split(' '));
     let output = host.run(move || command.output()).unwrap().unwrap();
@@ -26,13 +26,22 @@ fn nft(host: &Host, arguments: &str) -> (bool, String) {
 }
 
 /// The mark on a host, as `nft` prints it.
-fn mark(host: &Host) -> Option<String> {
+pub(super) fn mark(host: &Host) -> Option<String> {
     let (success, listing) = nft(host, "list table ip kube-lane-socket");
     success.then_some(listing)
 }
 
+/// What the mark on a host names: the number of a BPF file system, and a folder in that.
+pub(super) fn marked(host: &Host) -> (String, String) {
+    let listing = mark(host).unwrap();
+    let text = listing.split('"').nth(1).unwrap_or_else(|| panic!("{listing}"));
+    let [bpf, device, folder] = text.splitn(3, ' ').collect::<Vec<_>>().try_into().unwrap();
+    assert_eq!(bpf, "bpf");
+    (device.to_owned(), folder.to_owned())
+}
+
 #[track_caller]
-fn wait(what: &str, is_so: impl Fn() -> bool, log: impl Fn() -> String) {
+pub(super) fn wait(what: &str, is_so: impl Fn() -> bool, log: impl Fn() -> String) {
     let deadline = Instant::now() + SYNC;
     while !is_so() {
         assert!(Instant::now() < deadline, "{what}\n{}", log());
@@ -41,7 +50,7 @@ fn wait(what: &str, is_so: impl Fn() -> bool, log: impl Fn() -> String) {
 }
 
 /// A Service that is answered at the socket on the first node, and a client there.
-fn served(world: &World) -> (Pod, [Echo; 2], Pod) {
+pub(super) fn served(world: &World) -> (Pod, [Echo; 2], Pod) {
     let (pod, echoes) = serving(&world.lab, 1, "server");
     let client = world.lab.node(0).add_pod("client").unwrap();
     world.put("web", &web_ports(), 10, &endpoints(&[&pod]));
@@ -51,7 +60,7 @@ fn served(world: &World) -> (Pod, [Echo; 2], Pod) {
 }
 
 /// The same agents, in mode ebpf by flags alone.
-fn by_flags() -> World {
+pub(super) fn by_flags() -> World {
     let mut world = World::new(&[]);
     world.agents.clear();
     let places = agent::places(world.lab.node(0));
@@ -60,7 +69,7 @@ fn by_flags() -> World {
 }
 
 /// Starts an agent on the first node, in place of the one there.
-fn start(world: &mut World, arguments: &[&str]) {
+pub(super) fn start(world: &mut World, arguments: &[&str]) {
     world.agents.clear();
     let agent = world.start_agent(0, arguments);
     world.agents.push(agent);
@@ -72,14 +81,14 @@ fn an_agent_that_cannot_see_what_was_left_says_so_until_it_has_gone() {
     let mut world = by_flags();
     let _served = served(&world);
     let (node, root) = (world.lab.node(0).cgroup().to_owned(), world.lab.node(0).bpf_root().to_owned());
-    let listing = mark(world.lab.node(0)).unwrap();
-    assert!(listing.contains(&format!("comment \"{}\"", root.display())), "{listing}");
+    let (device, folder) = marked(world.lab.node(0));
+    assert!(root.ends_with(folder.trim_start_matches('/')), "{folder}");
 
     mount(Some("tmpfs"), &root, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
     // As a pod that has no BPF file system, and with the usual place in mind.
     start(&mut world, &[]);
     let (log, told) = (|| world.agents[0].log(), || world.agents[0].status(&[]).unwrap().1);
-    let warning = format!("{LEFT}: it is pinned at {}", root.display());
+    let warning = format!("{LEFT}: it is pinned at {folder} of the BPF file system {device}");
     wait("it warns", || log().contains(&warning) && told().contains(&warning), log);
     let left_over = || world.agents[0].metric("kubelane_socket_layer_left_over").unwrap();
     assert_eq!(left_over(), 1.0);
@@ -160,17 +169,19 @@ fn a_mark_is_believed_only_where_nobody_can_look() {
         let output = node.run(move || command.output()).unwrap().unwrap();
         (output.status.success(), String::from_utf8(output.stderr).unwrap())
     };
-    let told = |part: &str| {
-        let words = format!("{part} {}", node.bpf_root().display());
+    let told = |part: &str, place: &str| {
         let (_, said) = run(&["status"]);
-        assert!(said.contains(&words), "{said}");
+        assert!(said.contains(&format!("{part} {place}")), "{said}");
     };
-    told("its eBPF programs, pinned in");
+    let (device, folder) = marked(node);
+    let root = node.bpf_root().to_str().unwrap();
+    told("its eBPF programs, pinned in", root);
     mount(Some("tmpfs"), node.bpf_root(), Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
-    told("perhaps its eBPF programs, which it pinned in");
+    let elsewhere = format!("{folder} of the BPF file system {device}");
+    told("perhaps its eBPF programs, which it pinned in", &elsewhere);
     umount2(node.bpf_root(), MntFlags::MNT_DETACH).unwrap();
     std::fs::remove_dir_all(node.bpf_root().join("v1")).unwrap();
-    told("the mark of eBPF programs that were pinned in");
+    told("the mark of eBPF programs that were pinned in", root);
     let (success, said) = run(&["cleanup", "--bpf-root=/sys/fs/bpf/elsewhere"]);
     assert!(success, "{said}");
     assert_eq!((attached(node.cgroup()), mark(node)), (vec![], None));
@@ -276,5 +287,5 @@ fn a_layer_that_moves_leaves_nothing_where_it_was() {
     let node = world.lab.node(0);
     assert_eq!(attached(node.cgroup()).len(), programs, "{}", world.agents[0].log());
     assert!(!was.join("v1").exists() && elsewhere.join("v1").exists());
-    assert!(mark(node).unwrap().contains(elsewhere.to_str().unwrap()));
+    assert!(elsewhere.ends_with(marked(node).1.trim_start_matches('/')));
 }

@@ -11,6 +11,6 @@ pub mod lower;
 pub mod write;
 
 pub use self::kernel::{
-    Applied, Feature, OBJECT, Options, Owner, Presence, Removal, Room, Socket, SocketError, available,
-    cleanup, presence, probe, withdraw,
+    Applied, Failure, Feature, OBJECT, Options, Owner, Presence, Removal, Room, Socket, SocketError,
+    available, cleanup, presence, probe, withdraw,
 };

@@ -3,7 +3,7 @@
 //! Owns the order: maps, then programs loaded, then programs attached. A program that is attached is replaced where it
 //! is, so that no connect() meets none, or two. Never decides what is answered.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use aya::programs::{CgroupSockAddr, ProgramError, ProgramType};
 use aya::sys::{BpfHelper, is_helper_supported};
@@ -161,15 +161,17 @@ pub(super) fn load_alone(object: &[u8], names: &[&'static str]) -> Result<Ebpf, 
     Ok(ebpf)
 }
 
-/// Attaches a loaded program, and detaches it.
+/// Attaches a loaded program, does something with the link, and detaches it.
 pub(super) fn attach_for_a_moment(
     ebpf: &mut Ebpf,
     name: &'static str,
     cgroup: &Cgroup,
+    meanwhile: impl FnOnce(BorrowedFd<'_>) -> Result<(), SocketError>,
 ) -> Result<(), SocketError> {
     let program = program(ebpf, name)?.fd().map_err(|source| load_error(name, source))?.as_fd();
     let link = Link::attach(program, cgroup.as_fd(), attach_type(name));
-    link.map(drop).map_err(|source| SocketError::Attach { name, path: cgroup.path().to_owned(), source })
+    let link = link.map_err(|source| SocketError::Attach { name, path: cgroup.path().to_owned(), source })?;
+    meanwhile(link.as_fd())
 }
 
 /// `bpf_set_retval` (Linux 5.18): without it, what is refused could only be told EPERM.

@@ -23,11 +23,12 @@ mod removal;
 mod room;
 mod settings;
 mod sys;
+mod trial;
 
 pub use self::error::SocketError;
 pub use self::layer::{Applied, Options, Socket};
 pub use self::object::{OBJECT, available};
 pub use self::owner::Owner;
-pub use self::probe::{Feature, probe};
+pub use self::probe::{Failure, Feature, probe};
 pub use self::removal::{Presence, Removal, cleanup, presence, withdraw};
 pub use self::room::Room;

@@ -232,7 +232,7 @@ pub(super) fn pin_error(path: &Path, source: io::Error) -> SocketError {
 }
 
 /// Removes a folder and the pins in it, where it exists.
-fn remove_folder(folder: &Path) -> io::Result<()> {
+pub(super) fn remove_folder(folder: &Path) -> io::Result<()> {
     let entries = match fs::read_dir(folder) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         entries => entries?,

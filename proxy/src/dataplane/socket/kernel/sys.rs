@@ -203,6 +203,12 @@ impl LinkInfo {
     }
 }
 
+impl AsFd for Link {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 impl Link {
     /// Attaches a program to a cgroup, beside those of others.
     pub(super) fn attach(
@@ -312,6 +318,12 @@ fn create_array(
     bpf_open(command::MAP_CREATE, &mut attribute)
 }
 
+/// A new map, as small as there is.
+pub(super) fn smallest_map() -> io::Result<OwnedFd> {
+    let word = size_of::<u32>() as u32;
+    create_array(ARRAY, (word, word), 1, 0, None)
+}
+
 /// An array of one map, which no program reads.
 #[derive(Debug)]
 pub(super) struct GracePeriod {
@@ -322,7 +334,7 @@ pub(super) struct GracePeriod {
 impl GracePeriod {
     pub(super) fn new() -> io::Result<Self> {
         let word = size_of::<u32>() as u32;
-        let inner = create_array(ARRAY, (word, word), 1, 0, None)?;
+        let inner = smallest_map()?;
         let outer = create_array(ARRAY_OF_MAPS, (word, word), 1, 0, Some(inner.as_fd()))?;
         Ok(Self { outer, inner })
     }
