@@ -24,3 +24,4 @@ pub mod observability;
 pub mod ready;
 pub mod source;
 pub mod status;
+pub mod version;

@@ -21,6 +21,7 @@ use crate::model::render::Annotated;
 use crate::source::Problem;
 use crate::source::kube::ServerStatus;
 use crate::source::manifest::Condition;
+use crate::version::{COMMIT, VERSION};
 
 mod server;
 
@@ -173,7 +174,8 @@ impl Agent<'_> {
         let refused = |(service, words)| json!({ "service": service, "words": words });
         let left_alone = |(cgroup, exists): &(PathBuf, bool)| json!({ "cgroup": cgroup, "exists": exists });
         json!({
-            "version": env!("CARGO_PKG_VERSION"),
+            "version": VERSION,
+            "commit": COMMIT,
             "nodeName": facts.node,
             "mode": facts.mode.as_str(),
             "whyNotEbpf": facts.why,
@@ -195,8 +197,7 @@ impl Agent<'_> {
 impl Display for Agent<'_> {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         let Self { facts, health, manifests, server, ports, report } = self;
-        let version = env!("CARGO_PKG_VERSION");
-        writeln!(f, "kube-lane v{version}, node {}, mode {}", facts.node, facts.mode.as_str())?;
+        writeln!(f, "kube-lane v{VERSION}, node {}, mode {}", facts.node, facts.mode.as_str())?;
         if let Some(why) = &facts.why {
             writeln!(f, "  not ebpf: {why}")?;
         }

@@ -44,8 +44,27 @@ fn version_is_a_subcommand_and_a_flag() {
     for args in [&["version"][..], &["--version"], &["--version=raw"], &["run", "--version"]] {
         let output = run(args);
         assert!(output.status.success(), "{args:?}");
-        assert_eq!(text(&output.stdout), concat!("kube-lane v", env!("CARGO_PKG_VERSION"), "\n"), "{args:?}");
+        let start = concat!("kube-lane v", env!("CARGO_PKG_VERSION"), " (commit ");
+        let text = text(&output.stdout);
+        assert!(
+            text.starts_with(start) && text.ends_with(")\n") && text.lines().count() == 1,
+            "{args:?}: {text}"
+        );
     }
+}
+
+#[test]
+fn version_names_the_commit() {
+    let output = run(&["version", "-o", "json"]);
+    let version: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(version["version"], env!("CARGO_PKG_VERSION"));
+    let commit = version["commit"].as_str().unwrap();
+    assert!(text(&run(&["version"]).stdout).contains(&format!("(commit {commit}, linux/")), "{commit}");
+
+    let head =
+        Command::new("git").args(["rev-parse", "HEAD"]).current_dir(env!("CARGO_MANIFEST_DIR")).output();
+    let head = head.ok().filter(|git| git.status.success()).map_or("unknown".into(), |git| text(&git.stdout));
+    assert_eq!(commit.trim_end_matches("-dirty"), head.trim_end());
 }
 
 #[test]

@@ -58,8 +58,8 @@ enum Command {
     Status(status::StatusFlags),
     /// Answer a probe of the kubelet: ask the agent of this container, and fail with the reason
     Probe(probe::ProbeFlags),
-    /// Print the version
-    Version,
+    /// Print the version and the commit
+    Version(version::VersionFlags),
 }
 
 /// Forms of what is printed.
@@ -80,7 +80,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Some(Command::Render(flags)) => render::run(&flags),
         Some(Command::Status(flags)) => status::run(&flags),
         Some(Command::Probe(flags)) => probe::run(&flags),
-        Some(Command::Version) => version::run(),
+        Some(Command::Version(flags)) => version::run(&flags),
     };
     match result {
         Ok(code) => code,
@@ -102,7 +102,7 @@ fn is_reader_gone(error: &anyhow::Error) -> bool {
 
 fn run_or_act(flags: &RunFlags) -> anyhow::Result<ExitCode> {
     match flags.action() {
-        Action::Version => version::run(),
+        Action::Version => version::print(),
         Action::Cleanup => cleanup::run_as_kube_proxy(flags),
         Action::WriteConfig(path) => run::write_config(flags, &path),
         Action::InitOnly => run::init_only(flags),

@@ -36,6 +36,7 @@ use crate::source::kube::{self, ApiServers, KubeSourceConfig};
 use crate::source::manifest::Condition;
 use crate::source::{host, manifest};
 use crate::status::{self, Conditions, Facts, Query};
+use crate::version::{COMMIT, VERSION};
 use crate::{memory, ready};
 
 /// Messages of the sources that may wait for the controller; each holds a batch of events.
@@ -198,7 +199,8 @@ async fn serve(config: Config, front: Front, listener: Option<UnixListener>) -> 
     let mut terminated = signal(SignalKind::terminate()).context("SIGTERM")?;
     let mut interrupted = signal(SignalKind::interrupt()).context("SIGINT")?;
     info!(
-        version = env!("CARGO_PKG_VERSION"),
+        version = VERSION,
+        commit = COMMIT,
         mode = config.mode.as_str(),
         node = config.node_name,
         "kube-lane starts"

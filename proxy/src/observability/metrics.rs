@@ -13,6 +13,7 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::model::input::Family;
+use crate::version::{COMMIT, VERSION};
 
 /// The prefix of the families that kube-proxy has too.
 pub const KUBE_PROXY: &str = "kubeproxy";
@@ -46,8 +47,8 @@ pub fn registry(mode: &'static str) -> Registry {
     let mut registry = Registry::default();
     registry.sub_registry_with_prefix(KUBE_LANE).register(
         "agent",
-        "The version, and which dataplanes run",
-        Info::new([("version", env!("CARGO_PKG_VERSION")), ("mode", mode)]),
+        "The version and the commit of this agent, and the mode that runs",
+        Info::new([("version", VERSION), ("commit", COMMIT), ("mode", mode)]),
     );
     registry.register_collector(Box::new(Process));
     registry
