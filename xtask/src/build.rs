@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
 
 use crate::ebpf;
 use crate::process;
@@ -10,6 +11,43 @@ use crate::setup::{self, Need};
 
 /// Names the object that `proxy/build.rs` puts into the agent.
 pub(crate) const OBJECT_VARIABLE: &str = "KUBE_LANE_BPF_OBJECT";
+
+/// An architecture that kube-lane is shipped for, by the name that container images give it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Arch {
+    Amd64,
+    Arm64,
+}
+
+impl Arch {
+    /// That of this machine.
+    ///
+    /// # Errors
+    /// Where kube-lane is not shipped for it.
+    pub(crate) fn native() -> Result<Self> {
+        match std::env::consts::ARCH {
+            "x86_64" => Ok(Self::Amd64),
+            "aarch64" => Ok(Self::Arm64),
+            other => bail!("optimised builds are made on x86-64 and arm64, and this machine is {other}"),
+        }
+    }
+
+    /// The name that Go, Debian and container images give it.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Amd64 => "amd64",
+            Self::Arm64 => "arm64",
+        }
+    }
+
+    /// The name of the target in Rust.
+    pub(crate) fn triple(self) -> &'static str {
+        match self {
+            Self::Amd64 => "x86_64-unknown-linux-gnu",
+            Self::Arm64 => "aarch64-unknown-linux-gnu",
+        }
+    }
+}
 
 /// What `cargo xtask build` is told.
 #[derive(clap::Args)]
@@ -34,7 +72,17 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 /// As [`run`].
 pub(crate) fn agent(release: bool) -> Result<PathBuf> {
     setup::ensure(&[Need::Build])?;
-    build_agent(release, Some(ebpf::build_object()?))
+    let object = ebpf::build_object()?;
+    if release { release_agent(Arch::native()?, Some(object)) } else { dev_agent(object) }
+}
+
+/// Builds the optimised agent with its eBPF programs in it, for this architecture.
+///
+/// # Errors
+/// As [`run`].
+pub(crate) fn agent_for(arch: Arch) -> Result<PathBuf> {
+    setup::ensure(&[Need::Build])?;
+    release_agent(arch, Some(ebpf::build_object()?))
 }
 
 /// Builds the optimised agent, with eBPF programs only where this machine has the toolchain for them already: what
@@ -45,21 +93,36 @@ pub(crate) fn agent(release: bool) -> Result<PathBuf> {
 pub(crate) fn agent_for_nftables() -> Result<PathBuf> {
     setup::ensure(&[Need::Build])?;
     let object = if setup::has(Need::Ebpf)? { Some(ebpf::build_object()?) } else { None };
-    build_agent(true, object)
+    release_agent(Arch::native()?, object)
 }
 
-fn build_agent(release: bool, object: Option<PathBuf>) -> Result<PathBuf> {
+fn dev_agent(object: PathBuf) -> Result<PathBuf> {
+    process::run(process::cargo().args(["build", "--package", "kube-lane"]).env(OBJECT_VARIABLE, object))?;
+    Ok(target_dir().join("debug/kube-lane"))
+}
+
+/// Builds the optimised agent. It holds no path of this machine, so that the same sources and the same compiler make
+/// the same binary in any folder.
+fn release_agent(arch: Arch, object: Option<PathBuf>) -> Result<PathBuf> {
     let mut build = process::cargo();
-    build.args(["build", "--package", "kube-lane"]);
+    // With a target of its own, the flags below reach only what ends up in the agent. They also cause no rebuild in
+    // `cargo build --release`, which has other flags.
+    build.args(["build", "--package", "kube-lane", "--release", "--target", arch.triple()]);
     if let Some(object) = object {
         build.env(OBJECT_VARIABLE, object);
     }
-    let profile = if release { "release" } else { "debug" };
-    if release {
-        build.arg("--release");
-    }
+    let from_to = [(process::root().to_owned(), "/kube-lane"), (cargo_home()?, "/cargo")];
+    let remaps = from_to.map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display()));
+    build.env_remove("RUSTFLAGS").env("CARGO_ENCODED_RUSTFLAGS", remaps.join("\u{1f}"));
     process::run(&mut build)?;
-    Ok(target_dir().join(profile).join("kube-lane"))
+    Ok(target_dir().join(arch.triple()).join("release/kube-lane"))
+}
+
+/// Where cargo keeps the sources of dependencies.
+fn cargo_home() -> Result<PathBuf> {
+    let user = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".cargo"));
+    let home = std::env::var_os("CARGO_HOME").map(PathBuf::from).or_else(user);
+    home.context("neither CARGO_HOME nor HOME is set; set one of them")
 }
 
 /// Where cargo puts what it builds.

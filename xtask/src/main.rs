@@ -11,8 +11,13 @@ use clap::{Parser, Subcommand};
 
 mod bench;
 mod build;
+#[path = "../../proxy/build/commit.rs"]
+mod commit;
+#[cfg(test)]
+mod commit_tests;
 mod demo;
 mod ebpf;
+mod image;
 mod links;
 mod lint;
 mod manifests;
@@ -43,6 +48,8 @@ enum Task {
     Build(build::Args),
     /// Show kube-lane at work, in network namespaces of this machine.
     Demo(demo::Args),
+    /// Write the image of the agent as an OCI archive.
+    Image(image::Args),
     /// Check formatting, lints, documentation, dependencies, scripts and the project's own rules.
     Lint,
     /// Write deploy/kube-lane.yaml, the single file of `kubectl apply -f deploy/`.
@@ -60,6 +67,7 @@ fn main() -> ExitCode {
         Task::Bench(args) => bench::run(&args),
         Task::Build(args) => build::run(&args),
         Task::Demo(args) => demo::run(&args),
+        Task::Image(args) => image::run(&args),
         Task::Lint => lint::run(),
         Task::Release(args) => release::run(&args),
         Task::Manifests => manifests::write(),

@@ -11,7 +11,7 @@ use std::sync::OnceLock;
 use anyhow::{Context, Result, bail};
 
 use super::cargo_tools::Tool;
-use super::{Cost, Step, debian};
+use super::{Cost, Step, apt, debian};
 use crate::process;
 
 /// Links LLVM bitcode to one object. It needs only LLVM's shared library, the one that the compiler has.
@@ -149,17 +149,10 @@ impl Step for Compiler {
         }
         let root = debian_root();
         let archives = process::target("ebpf-toolchain/archives");
-        for dir in [&root, &archives] {
-            if dir.exists() {
-                fs::remove_dir_all(dir).with_context(|| format!("cannot empty {}", dir.display()))?;
-            }
-            fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
-        }
+        [&root, &archives].into_iter().try_for_each(|dir| apt::empty(dir))?;
         debian::download(PACKAGES, &archives)?;
         println!("  unpacking {} packages", PACKAGES.len());
-        for archive in fs::read_dir(&archives)? {
-            process::run(Command::new("dpkg").arg("-x").arg(archive?.path()).arg(&root))?;
-        }
+        apt::unpack(&archives, &root)?;
         fs::remove_dir_all(&archives)?;
 
         // Where bpf-linker's build looks for it.

@@ -3,18 +3,22 @@
 //! A [`Need`] is what a task asks for, a [`Step`] is one thing that can be missing. Owns no task, and knows
 //! of the project only where its tools are described.
 
+mod apt;
 mod cargo_tools;
 mod controlplane;
 mod debian;
 pub(crate) mod ebpf;
 pub(crate) mod go;
 pub(crate) mod go_tools;
+pub(crate) mod sysroot;
 mod vm;
 
 use anyhow::{Context, Result, ensure};
 pub(crate) use cargo_tools::{CYCLONEDX, DENY, MACHETE};
 pub(crate) use controlplane::{Choice as KubernetesChoice, Release as KubernetesRelease};
 pub(crate) use debian::{Package, Probe};
+
+use crate::build::Arch;
 
 /// One thing that may be missing.
 pub(crate) trait Step {
@@ -54,6 +58,8 @@ pub(crate) enum Need {
     Kubernetes(KubernetesRelease),
     /// helm in `target/tools/bin`.
     Helm,
+    /// To make an image of the agent for this architecture.
+    Image(Arch),
     /// To boot kernels in virtual machines.
     Vm,
     /// What `cargo xtask lint` calls.
@@ -75,13 +81,14 @@ impl Need {
             Need::Build => {
                 &const {
                     [
+                        program("git", "git"),
                         program("pkg-config", "pkg-config"),
                         library("libmnl-dev", "libmnl"),
                         library("libnftnl-dev", "libnftnl"),
                     ]
                 }
             }
-            Need::Ebpf | Need::Helm => &[],
+            Need::Ebpf | Need::Helm | Need::Image(_) => &[],
             Need::Kernel => {
                 &const {
                     [
@@ -108,7 +115,7 @@ impl Need {
                         program("qemu-system-x86", "qemu-system-x86_64"),
                         program("kmod", "modprobe"),
                         program("nftables", "nft"),
-                        Package { name: "debian-archive-keyring", probe: Probe::File(vm::KEYRING) },
+                        Package { name: "debian-archive-keyring", probe: Probe::File(apt::KEYRING) },
                     ]
                 }
             }
@@ -125,6 +132,7 @@ impl Need {
                 vec![Box::new(go::Toolchain), Box::new(controlplane::Programs(Some(release)))]
             }
             Need::Helm => vec![Box::new(go::Toolchain), Box::new(go_tools::HELM)],
+            Need::Image(arch) => vec![Box::new(sysroot::Sysroot(arch))],
             Need::Vm => vm::KERNELS.map(|kernel| Box::new(kernel) as Box<dyn Step>).into(),
             Need::Lint => vec![
                 Box::new(go::Toolchain),
@@ -140,6 +148,9 @@ impl Need {
 /// Installs all that any task needs.
 pub(crate) fn all() -> Result<()> {
     ensure(&Need::ALL)?;
+    if let Ok(arch) = Arch::native() {
+        ensure(&[Need::Image(arch)])?;
+    }
     println!("setup: everything is in place");
     Ok(())
 }

@@ -1,5 +1,4 @@
-//! Debian's kernels for the lane `vm`: fetched and unpacked below `target/vm`, never installed. Owns an apt
-//! configuration of its own there, so that any machine with apt can have them, whatever release it runs.
+//! Debian's kernels for the lane `vm`: fetched and unpacked below `target/vm`, never installed.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,16 +6,9 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use super::apt::{self, Apt};
 use super::{Cost, Step};
 use crate::process;
-
-/// Where Debian has the packages below.
-const ARCHIVES: [&str; 2] = [
-    "http://deb.debian.org/debian bookworm main",
-    "http://deb.debian.org/debian-security bookworm-security main",
-];
-/// Delivered by the package `debian-archive-keyring`, of Debian and of its derivatives.
-pub(super) const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// A kernel, unpacked in `target/vm/<series>` with its modules indexed.
 pub(super) struct Kernel {
@@ -52,28 +44,13 @@ impl Step for Kernel {
                 "the virtual machines are x86-64 and run the programs built here: please use such a machine"
             );
         }
-        if process::find_program("apt-get").is_none() || process::find_program("dpkg").is_none() {
-            bail!("this is no Debian: it takes apt-get and dpkg to fetch and unpack a kernel");
-        }
         let archives = process::target("vm").join(format!("{}.archives", self.series));
         let unpacked = process::target("vm").join(format!("{}.new", self.series));
-        for dir in [&archives, &unpacked] {
-            if dir.exists() {
-                fs::remove_dir_all(dir).with_context(|| format!("cannot empty {}", dir.display()))?;
-            }
-            fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
-        }
-
-        let apt = Apt::configure()?;
-        process::run_long("apt-get update", apt.command("apt-get").arg("update"))?;
+        [&archives, &unpacked].into_iter().try_for_each(|dir| apt::empty(dir))?;
+        let apt = Apt::update(&process::target("vm/apt"), "amd64")?;
         let image = apt.dependency(self.package)?;
-        let mut download = apt.command("apt-get");
-        process::run_long(&format!("apt-get download {image}"), {
-            download.current_dir(&archives).args(["download", &image])
-        })?;
-        for archive in fs::read_dir(&archives)? {
-            process::run(Command::new("dpkg").arg("-x").arg(archive?.path()).arg(&unpacked))?;
-        }
+        apt.download(&[&image], &archives)?;
+        apt::unpack(&archives, &unpacked)?;
         fs::remove_dir_all(&archives)?;
 
         // A package leaves the index of its modules to the machine that installs it.
@@ -93,45 +70,4 @@ fn release(unpacked: &Path) -> Result<String> {
     let first = fs::read_dir(&modules).with_context(|| format!("no {}", modules.display()))?.next();
     let release = first.with_context(|| format!("{} is empty", modules.display()))??.file_name();
     Ok(release.to_string_lossy().into_owned())
-}
-
-/// apt with lists of its own.
-struct Apt {
-    configuration: PathBuf,
-}
-
-impl Apt {
-    fn configure() -> Result<Self> {
-        let dir = process::target("vm/apt");
-        fs::create_dir_all(dir.join("lists/partial"))?;
-        fs::create_dir_all(dir.join("cache"))?;
-        let sources = ARCHIVES.map(|archive| format!("deb [arch=amd64 signed-by={KEYRING}] {archive}\n"));
-        fs::write(dir.join("sources.list"), sources.concat())?;
-        let at = dir.display();
-        let configuration = format!(
-            "Dir::Etc::SourceList \"{at}/sources.list\";\n\
-             Dir::Etc::SourceParts \"/dev/null\";\n\
-             Dir::State::Lists \"{at}/lists\";\n\
-             Dir::Cache \"{at}/cache\";\n\
-             Acquire::Languages \"none\";\n\
-             // Another user could not write here.\n\
-             APT::Sandbox::User \"root\";\n"
-        );
-        let file = dir.join("apt.conf");
-        fs::write(&file, configuration).with_context(|| format!("cannot write {}", file.display()))?;
-        Ok(Self { configuration: file })
-    }
-
-    fn command(&self, program: &str) -> Command {
-        let mut command = Command::new(program);
-        command.env("APT_CONFIG", &self.configuration);
-        command
-    }
-
-    /// The package that a package without content of its own stands for.
-    fn dependency(&self, package: &str) -> Result<String> {
-        let depends = process::output(self.command("apt-cache").args(["depends", package]))?;
-        let first = depends.lines().find_map(|line| line.trim().strip_prefix("Depends: "));
-        Ok(first.with_context(|| format!("{package} depends on nothing"))?.to_owned())
-    }
 }
