@@ -25,3 +25,4 @@ pub mod ready;
 pub mod source;
 pub mod status;
 pub mod version;
+mod watch;

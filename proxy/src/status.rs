@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
 
-use crate::config::Mode;
+use crate::config::{ConfigStatus, Mode, Setting};
 use crate::dataplane::Inspection;
 use crate::health::{AwaitedPort, HealthState, Unhealthy};
 use crate::model::input::ServiceKey;
@@ -150,6 +150,7 @@ pub struct Head {
 #[derive(Clone, Copy, Debug)]
 struct Agent<'a> {
     facts: &'a Facts,
+    config: &'a ConfigStatus,
     health: &'a HealthState,
     manifests: &'a Condition,
     /// `None`: there is no API server.
@@ -160,7 +161,7 @@ struct Agent<'a> {
 
 impl Agent<'_> {
     fn to_json(self) -> Value {
-        let Self { facts, health, manifests, server, ports, report } = self;
+        let Self { facts, config, health, manifests, server, ports, report } = self;
         let problem = |is_read: bool| {
             move |problem: &Problem| {
                 let place = problem.place.as_ref();
@@ -189,6 +190,11 @@ impl Agent<'_> {
             "awaitedPorts": ports,
             "manifests": { "complete": manifests.complete, "problems": problems },
             "leftAlone": report.left_alone.iter().map(left_alone).collect::<Vec<_>>(),
+            "settings": config.settings.iter().map(Setting::to_json).collect::<Vec<_>>(),
+            "configuration": {
+                "baseNotUsed": config.base_problem,
+                "filesNotInForce": config.pending_problem,
+            },
             "node": report.node,
         })
     }
@@ -196,10 +202,16 @@ impl Agent<'_> {
 
 impl Display for Agent<'_> {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        let Self { facts, health, manifests, server, ports, report } = self;
+        let Self { facts, config, health, manifests, server, ports, report } = self;
         writeln!(f, "kube-lane v{VERSION}, node {}, mode {}", facts.node, facts.mode.as_str())?;
         if let Some(why) = &facts.why {
             writeln!(f, "  not ebpf: {why}")?;
+        }
+        if let Some(why) = &config.pending_problem {
+            writeln!(f, "  the configuration on disk is not in force: {why}")?;
+        }
+        if let Some(why) = &config.base_problem {
+            writeln!(f, "  --config-base is not used: {why}")?;
         }
         let synced = if health.synced { "all programmed" } else { "not all listed or programmed yet" };
         writeln!(f, "  {} Services, {synced}", report.count)?;
@@ -231,6 +243,10 @@ impl Display for Agent<'_> {
         }
         if let Some(server) = server {
             write_server(f, server)?;
+        }
+        if !config.settings.is_empty() {
+            writeln!(f, "settings")?;
+            config.settings.iter().try_for_each(|setting| writeln!(f, "  {setting}"))?;
         }
         report.node.as_ref().map_or(Ok(()), |node| node.fmt(f))
     }
@@ -275,6 +291,7 @@ impl Known {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Source;
     use crate::source::Place;
 
     #[test]
@@ -296,6 +313,16 @@ mod tests {
         let problem = Problem { place: Some(place), object, field, value, remedy: "no YAML".into() };
         let manifests =
             Condition { complete: false, unread: vec![problem.clone()], odd: vec![problem; NAMED] };
+        let setting = Setting {
+            field: "clusterCIDR".into(),
+            value: "10.0.0.0/8".into(),
+            source: Source::Base("/b".into()),
+        };
+        let config = ConfigStatus {
+            settings: vec![setting],
+            base_problem: Some("no YAML".into()),
+            pending_problem: Some("gone".into()),
+        };
         let server = ServerStatus {
             address: "https://10.96.0.1/".into(),
             source: "Service default/kubernetes".into(),
@@ -312,6 +339,7 @@ mod tests {
         }];
         let agent = Agent {
             facts: &facts,
+            config: &config,
             health: &health,
             manifests: &manifests,
             server: Some(&server),
@@ -322,7 +350,7 @@ mod tests {
         assert_eq!(
             agent.to_string(),
             concat!("kube-lane v", env!("CARGO_PKG_VERSION"), ", node node-a, mode nftables\n").to_owned()
-                + "  not ebpf: no eBPF\n  2 Services, not all listed or programmed yet\n  not all manifests were read yet: what \
+                + "  not ebpf: no eBPF\n  the configuration on disk is not in force: gone\n  --config-base is not used: no YAML\n  2 Services, not all listed or programmed yet\n  not all manifests were read yet: what \
                    an earlier run left stays, and /healthz says 503\n"
                 + &problems
                 + "  and 1 more that is wrong with manifests: the log names it\n  a map is full\n  health cannot be \
@@ -330,9 +358,14 @@ mod tests {
                    socket: /cg/a\n  left alone at the socket: /cg/b (not there)\n  \
                    the kernel refuses a/b: No space\napi server\n  https://10.96.0.1/ from Service default/kubernetes\n  \
                    in use: 10.96.0.1:443, an address of a Service, since the preferred address does not answer\n  \
-                   known endpoints: 192.0.2.1:6443\nnode\n"
+                   known endpoints: 192.0.2.1:6443\nsettings\n  clusterCIDR: 10.0.0.0/8 (/b)\nnode\n"
         );
         let json = agent.to_json();
+        let setting = json!({"field": "clusterCIDR", "value": "10.0.0.0/8", "source": "/b"});
+        assert_eq!(
+            (&json["settings"], &json["configuration"]["filesNotInForce"]),
+            (&json!([setting]), &json!("gone"))
+        );
         assert_eq!(json["refused"], json!([{"service": "a/b", "words": "No space"}]));
         let problem =
             json!({"file": "/m/web.yaml", "line": 7, "isRead": false, "words": "/m/web.yaml:7: no YAML"});

@@ -49,7 +49,14 @@ const BOUNDARIES: &[(&str, &[&str])] = &[
     ("proxy/src/model/", &["crate::model"]),
     (
         "proxy/src/source/",
-        &["crate::source", "crate::model::input", "crate::address", "crate::causes", "crate::ready"],
+        &[
+            "crate::source",
+            "crate::model::input",
+            "crate::address",
+            "crate::causes",
+            "crate::ready",
+            "crate::watch",
+        ],
     ),
     (
         "proxy/src/dataplane/",

@@ -12,6 +12,7 @@ use crate::config::flags::{Action, RunFlags};
 mod check;
 mod cleanup;
 mod confinement;
+mod follow;
 mod instance;
 mod probe;
 mod render;

@@ -12,6 +12,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tracing::{debug, info, warn};
 
+use super::follow::ConfigFollower;
 use super::{instance, rights, settings, sysctls};
 use crate::causes::with_causes;
 use crate::config::flags::RunFlags;
@@ -26,6 +27,7 @@ use crate::model::input::{Event, Family, Origin};
 use crate::model::planner::Planner;
 use crate::observability::changes::Changes;
 use crate::observability::commits::Commits;
+use crate::observability::configuration::Configuration;
 use crate::observability::events::{Events, Reason};
 use crate::observability::flows::Flows;
 use crate::observability::local::NoLocalEndpoints;
@@ -45,16 +47,19 @@ const EVENTS: usize = 256;
 /// Serves until SIGTERM or SIGINT, which leave everything in the kernel as it is.
 pub(super) fn run(flags: &RunFlags) -> anyhow::Result<ExitCode> {
     memory::share_arena();
-    let config = configure(flags)?;
+    let environment = Environment::read();
+    let resolved = flags.resolve(&environment)?;
+    say(&resolved)?;
     let listener = instance::claim()?;
-    let (config, front) = open_front(config)?;
+    let (config, front) = open_front(resolved.config.clone())?;
     // One thread for the controller and one for the rest is all there is to do.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .context("runtime")?;
-    let result = runtime.block_on(serve(config, front, listener));
+    let files = Files { flags: flags.clone(), environment, resolved };
+    let result = runtime.block_on(serve(config, front, listener, files));
     // A commit that is under way must not be waited for: the next start repairs what it left.
     runtime.shutdown_background();
     result.map(|()| ExitCode::SUCCESS)
@@ -63,7 +68,9 @@ pub(super) fn run(flags: &RunFlags) -> anyhow::Result<ExitCode> {
 /// Sets the node's sysctls, and has the kernel check the ruleset, for which it loads what modules that takes. `run` then
 /// needs fewer rights.
 pub(super) fn init_only(flags: &RunFlags) -> anyhow::Result<ExitCode> {
-    let config = say(flags.resolve_to_prepare(&Environment::read())?)?;
+    let resolved = flags.resolve_to_prepare(&Environment::read())?;
+    say(&resolved)?;
+    let config = resolved.config;
     sysctls::apply(&config.conntrack);
     let nftables = settings::nftables(&config);
     nftables::try_ruleset(&nftables, Family::V4).context("the node cannot be prepared")?;
@@ -85,19 +92,22 @@ pub(super) fn write_config(flags: &RunFlags, path: &Path) -> anyhow::Result<Exit
     Ok(ExitCode::SUCCESS)
 }
 
-/// Resolves the configuration, starts the logs and says what there is to say about it.
-fn configure(flags: &RunFlags) -> anyhow::Result<Config> {
-    say(flags.resolve(&Environment::read())?)
+/// Where the configuration comes from.
+struct Files {
+    flags: RunFlags,
+    environment: Environment,
+    resolved: Resolved,
 }
 
-fn say(resolved: Resolved) -> anyhow::Result<Config> {
+/// Starts the logs and says what there is to say about the configuration.
+fn say(resolved: &Resolved) -> anyhow::Result<()> {
     telemetry::init(&resolved.config.logging)?;
     resolved.warnings.iter().for_each(|warning| warn!("{warning}"));
     resolved.notes.iter().for_each(|note| info!("{note}"));
     if resolved.base == BaseState::Missing {
         debug!("--config-base: the file does not exist");
     }
-    Ok(resolved.config)
+    Ok(())
 }
 
 /// What is in front of nftables, and why it is less than what was asked for.
@@ -195,7 +205,12 @@ fn open_socket(config: &Config, marks: &mut Marks) -> anyhow::Result<Socket> {
     Ok(Socket::open(options, owner)?)
 }
 
-async fn serve(config: Config, front: Front, listener: Option<UnixListener>) -> anyhow::Result<()> {
+async fn serve(
+    config: Config,
+    front: Front,
+    listener: Option<UnixListener>,
+    Files { flags, environment, resolved }: Files,
+) -> anyhow::Result<()> {
     let mut terminated = signal(SignalKind::terminate()).context("SIGTERM")?;
     let mut interrupted = signal(SignalKind::interrupt()).context("SIGINT")?;
     info!(
@@ -222,12 +237,16 @@ async fn serve(config: Config, front: Front, listener: Option<UnixListener>) -> 
     let (queries, asked) = mpsc::channel(1);
     let facts = Facts { node: config.node_name.clone(), mode: config.mode, why: front.1.clone() };
     let (manifests, condition) = watch::channel(Condition::default());
+    let (status, config_status) = watch::channel(resolved.status());
+    let metric = Configuration::register(&mut registry);
+    let follower = ConfigFollower { flags, environment, running: resolved, status, metric };
     let told = Told { health, manifests };
     let conditions = Conditions {
         health: health_state.clone(),
         manifests: condition,
         server: server_status,
         ports: ports.clone(),
+        config: config_status,
     };
     let cluster = Cluster { api, events: events.clone(), ports };
     let agent = agent(config, front, told, asked, cluster, &mut registry);
@@ -240,6 +259,7 @@ async fn serve(config: Config, front: Front, listener: Option<UnixListener>) -> 
             }
         });
     }
+    tokio::spawn(follower.run());
     let servers = tokio::spawn(servers.run(health_state, Arc::new(registry), events));
     let signal = tokio::select! {
         result = agent => return result,

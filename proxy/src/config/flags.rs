@@ -3,7 +3,7 @@
 //! A flag only says which field of `KubeProxyConfiguration` it sets; what the field means is `resolve`'s.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::json;
@@ -213,6 +213,11 @@ impl RunFlags {
             _ if self.init_only == Some(true) => Action::InitOnly,
             _ => Action::Run,
         }
+    }
+
+    /// The configuration files that are named.
+    pub fn files(&self) -> Vec<PathBuf> {
+        self.files.paths().map(Path::to_owned).collect()
     }
 
     /// How `--cleanup` and other actions without a configuration log.

@@ -42,6 +42,11 @@ impl FileFlags {
         path(&self.config_base)
     }
 
+    /// The files that are named.
+    pub(super) fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.config().into_iter().chain(self.config_base())
+    }
+
     /// Reads the files; the flags are added later. A base that cannot be read or decoded is left out.
     ///
     /// # Errors
@@ -230,6 +235,15 @@ impl Sources {
             return Some(Source::Flag(flag(path)));
         }
         has(&self.file).map(Source::File).or_else(|| has(&self.base).map(Source::Base))
+    }
+
+    /// Whether several layers set this, not all to the same.
+    pub(super) fn is_overridden(&self, path: &str) -> bool {
+        let pointer = format!("/{}", path.replace('.', "/"));
+        let files = [&self.file, &self.base].into_iter().flatten().map(|(_, value)| value);
+        let mut values =
+            std::iter::once(&self.flags).chain(files).filter_map(|layer| layer.pointer(&pointer));
+        values.next().is_some_and(|first| values.any(|value| value != first))
     }
 }
 

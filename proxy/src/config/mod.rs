@@ -25,6 +25,7 @@ mod network;
 mod parse;
 mod plan_flags;
 mod resolve;
+mod settings;
 mod socket_lb;
 #[cfg(test)]
 mod tests;
@@ -37,6 +38,7 @@ use network::NetworkFlags;
 pub use network::{Detector, Network};
 pub use plan_flags::PlanFlags;
 pub use resolve::{Environment, Resolved};
+pub use settings::{ConfigStatus, Reread, Setting};
 use socket_lb::AnswerFlags;
 pub use socket_lb::SocketLb;
 

@@ -11,6 +11,7 @@ use super::duration::GoDuration;
 use super::error::ConfigError;
 use super::file::{KubeProxyConfiguration, leaves};
 use super::layers::{BaseState, Layers, Source};
+use super::settings::{Setting, is_zero, settings};
 use super::{Api, Config, Conntrack, LogFormat, Logging, Mode, Network, SocketLb};
 
 const HEALTHZ_PORT: u16 = 10256;
@@ -92,6 +93,8 @@ pub struct Resolved {
     pub notes: Vec<String>,
     /// What became of `--config-base`.
     pub base: BaseState,
+    /// The settings that were written, and where.
+    pub settings: Vec<Setting>,
     pub(super) file: KubeProxyConfiguration,
 }
 
@@ -335,7 +338,14 @@ fn resolve_layers(
             level: file.kube_lane.log_level.clone().filter(|level| !level.is_empty()),
         },
     };
-    Ok(Resolved { config, warnings, notes: missing.collect(), base: layers.base_state.clone(), file })
+    Ok(Resolved {
+        config,
+        warnings,
+        notes: missing.collect(),
+        base: layers.base_state.clone(),
+        settings: settings(layers, text(&overrides.master)),
+        file,
+    })
 }
 
 /// The fields that are set to something else than kube-proxy's default, and that nothing here reads. A zero value
@@ -366,14 +376,6 @@ fn without_effect(file: &Value, mode: Option<&str>) -> Vec<String> {
     };
     let is_default =
         |path: &str, value: &Value| defaults.pointer(&format!("/{}", path.replace('.', "/"))) == Some(value);
-    let is_zero = |value: &Value| match value {
-        Value::Bool(value) => !value,
-        Value::Number(value) => value.as_f64() == Some(0.0),
-        Value::String(value) => matches!(value.as_str(), "" | "0" | "0s"),
-        Value::Array(value) => value.is_empty(),
-        Value::Object(value) => value.is_empty(),
-        Value::Null => true,
-    };
     leaves(file)
         .into_iter()
         .filter(|(path, value)| !is_read(path) && !is_default(path, value) && !is_zero(value))

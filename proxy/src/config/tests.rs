@@ -8,6 +8,7 @@ use super::flags::{Action, RunFlags};
 use super::*;
 
 mod base;
+mod settings;
 mod socket_lb;
 
 #[derive(Debug, Parser)]

@@ -5,6 +5,7 @@
 pub mod api_server;
 pub mod changes;
 pub mod commits;
+pub mod configuration;
 pub mod events;
 pub mod flows;
 pub mod local;

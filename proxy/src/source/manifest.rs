@@ -8,7 +8,6 @@ mod document;
 mod folder;
 #[cfg(test)]
 mod tests;
-mod watch;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future;
@@ -21,10 +20,10 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{info, warn};
 
-use self::folder::{Folder, Found, Scope};
-use self::watch::Watch;
+use self::folder::{Folder, Found, Scope, format_of};
 use super::problem::Problem;
 use crate::model::input::{Change, Event, Origin, ServiceKey};
+use crate::watch::Watch;
 
 /// How long a file may be gone before its objects are: editors that replace a file remove the old one first.
 const GRACE: Duration = Duration::from_millis(250);
@@ -123,7 +122,7 @@ async fn follow(dir: PathBuf, followed: &mut Followed, alone: bool, events: &mps
     let mut is_watched = true;
     loop {
         // Watched before it is read: nothing that happens in between is missed.
-        let mut watch = Watch::new(&dir);
+        let mut watch = Watch::new(&dir, |name| format_of(name).is_some());
         match &watch {
             Ok(_) => is_watched = true,
             Err(error) if is_watched => {

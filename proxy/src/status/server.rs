@@ -16,6 +16,7 @@ use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
 use super::{About, Agent, Facts, Head, Query, Report, Request};
+use crate::config::ConfigStatus;
 use crate::health::{AwaitedPorts, HealthState};
 use crate::model::input::ServiceKey;
 use crate::source::kube::ServerStatus;
@@ -37,6 +38,8 @@ pub struct Conditions {
     pub server: Option<watch::Receiver<ServerStatus>>,
     /// The ports that another program has.
     pub ports: AwaitedPorts,
+    /// Of the configuration.
+    pub config: watch::Receiver<ConfigStatus>,
 }
 
 struct Server {
@@ -105,11 +108,13 @@ impl Server {
         let known = |name: &String| page.services.iter().any(|known| known.plan.service.as_str() == name);
         let unknown = request.services.iter().filter(|name| !known(name)).cloned().collect();
         let mut text = serde_json::to_string(&Head { unknown })? + "\n";
-        let Conditions { health, manifests, server, ports } = &self.conditions;
+        let Conditions { health, manifests, server, ports, config } = &self.conditions;
+        let config = config.borrow().clone();
         let (health, manifests) = (*health.borrow(), manifests.borrow().clone());
         let server = server.as_ref().map(|server| server.borrow().clone());
         let agent = Agent {
             facts: &self.facts,
+            config: &config,
             health: &health,
             manifests: &manifests,
             server: server.as_ref(),
@@ -189,7 +194,8 @@ mod tests {
         };
         let (_server, server) = watch::channel(server);
         let ports = AwaitedPorts::default();
-        let conditions = Conditions { health: state, manifests: condition, server: Some(server), ports };
+        let (_config, config) = watch::channel(ConfigStatus::default());
+        let conditions = Conditions { health: state, manifests: condition, server: Some(server), ports, config };
         tokio::spawn(serve(listener, facts, conditions, queries));
         let probes = [Probe::Startup, Probe::Live, Probe::Ready];
         let told = || futures::future::join_all(probes.map(|probe| ask(&at, probe)));

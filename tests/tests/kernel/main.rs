@@ -14,6 +14,8 @@ mod counters;
 #[cfg(test)]
 mod families;
 #[cfg(test)]
+mod following;
+#[cfg(test)]
 mod foreign;
 #[cfg(test)]
 mod health;

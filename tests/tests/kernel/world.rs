@@ -89,6 +89,11 @@ impl World {
         world
     }
 
+    /// A lab of two nodes with everything but the agents, which the test starts by itself.
+    pub(super) fn prepared() -> Self {
+        Self::prepare(Lab::builder().nodes(2).build().unwrap(), Mode::Nftables, &[])
+    }
+
     /// A lab with everything but the agents.
     fn prepare(lab: Lab, mode: Mode, detector: &[&str]) -> Self {
         lab.outside().route_via(lab.node(0)).unwrap();
@@ -112,7 +117,8 @@ impl World {
         self.agents.iter_mut().for_each(|agent| agent.wait_synced(SYNC).unwrap());
     }
 
-    fn log(&self, index: usize) -> PathBuf {
+    /// The log of a node's agent.
+    pub(super) fn log(&self, index: usize) -> PathBuf {
         self.logs.path().join(format!("agent-{index}.log"))
     }
 

@@ -5,12 +5,13 @@
 use std::ffi::CStr;
 use std::fmt;
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{BorrowedFd, RawFd};
 use std::time::Duration;
 
 use nftnl::Chain;
 use nftnl::nftnl_sys::libc;
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::socket::{MsgFlags, recv};
 
 use super::element::Place;
@@ -90,6 +91,10 @@ impl Netlink {
         let socket = mnl::Socket::new(mnl::Bus::Netfilter)?;
         let (read, scratch) = (vec![0; READ_WORDS].into(), Scratch::default());
         let netlink = Self { socket, seq: 1, read, scratch, counting };
+        // libmnl leaves it open across an exec, and the agent executes itself anew when its configuration changes.
+        // SAFETY: the socket is open, and `netlink` outlives the borrow.
+        let descriptor = unsafe { BorrowedFd::borrow_raw(netlink.fd()) };
+        fcntl(descriptor, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
         // The forced sizes need CAP_NET_ADMIN, as everything here does.
         netlink.option(libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, SEND_BUFFER)?;
         netlink.option(libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, RECEIVE_BUFFER)?;

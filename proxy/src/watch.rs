@@ -1,7 +1,7 @@
-//! Notices that something in a manifest folder changed.
+//! Notices that files of a folder changed: manifests, and the agent's own configuration.
 //!
 //! Owns the inotify watches: on the folder, and on the directory above it, so that a folder that is created later or
-//! replaced is noticed. Never reads a manifest.
+//! replaced is noticed. Never reads a file.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -11,14 +11,14 @@ use std::path::{Path, PathBuf};
 use futures::{FutureExt, StreamExt};
 use inotify::{EventMask, EventOwned, EventStream, Inotify, WatchDescriptor, WatchMask};
 
-use super::folder::format_of;
-
 /// Inotify events are at most 16 + 256 bytes: this reads some hundred at once.
 const BUFFER: usize = 64 << 10;
 
 /// Watches on one folder.
-pub(super) struct Watch {
+pub(crate) struct Watch {
     dir: PathBuf,
+    /// Whether a file of this name counts.
+    is_wanted: Box<dyn Fn(&str) -> bool + Send + Sync>,
     events: EventStream<Vec<u8>>,
     /// The watch above the folder, and the name there that leads to it.
     above: Option<(WatchDescriptor, OsString)>,
@@ -26,20 +26,23 @@ pub(super) struct Watch {
 
 /// What changed.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Changed {
+pub(crate) struct Changed {
     /// The folder itself is another one, or events were lost: watch anew and look at everything.
-    pub(super) anew: bool,
+    pub(crate) anew: bool,
     /// Look at all files whose stamp is another one.
-    pub(super) all: bool,
+    pub(crate) all: bool,
     /// Files that are whole now.
-    pub(super) written: BTreeSet<String>,
+    pub(crate) written: BTreeSet<String>,
     /// Files that vanished, or are being written: what they are shows in a moment.
-    pub(super) unsettled: BTreeSet<String>,
+    pub(crate) unsettled: BTreeSet<String>,
 }
 
 impl Watch {
-    /// Watches `dir`, or waits for it in the nearest directory above that exists.
-    pub(super) fn new(dir: &Path) -> io::Result<Self> {
+    /// Watches the files of `dir` whose names are wanted, or waits for `dir` in the nearest directory above that exists.
+    pub(crate) fn new(
+        dir: &Path,
+        is_wanted: impl Fn(&str) -> bool + Send + Sync + 'static,
+    ) -> io::Result<Self> {
         let inotify = Inotify::init()?;
         let mut watches = inotify.watches();
         let entries = WatchMask::CREATE | WatchMask::MOVE | WatchMask::DELETE | WatchMask::ONLYDIR;
@@ -63,11 +66,11 @@ impl Watch {
             _ => {}
         }
         let events = inotify.into_event_stream(vec![0; BUFFER])?;
-        Ok(Self { dir: dir.to_owned(), events, above })
+        Ok(Self { dir: dir.to_owned(), is_wanted: Box::new(is_wanted), events, above })
     }
 
     /// Waits until something changed, and takes all that the kernel has told by then.
-    pub(super) async fn changed(&mut self) -> io::Result<Changed> {
+    pub(crate) async fn changed(&mut self) -> io::Result<Changed> {
         let mut changed = Changed::default();
         loop {
             let Some(event) = self.events.next().await else {
@@ -101,7 +104,7 @@ impl Watch {
             changed.all = true;
             return;
         }
-        let Some(name) = name.to_str().filter(|name| format_of(name).is_some()) else { return };
+        let Some(name) = name.to_str().filter(|name| (self.is_wanted)(name)) else { return };
         let whole = if event.mask.contains(EventMask::CREATE) {
             // A link is whole at once; a file is written after it was created.
             self.dir.join(name).symlink_metadata().is_ok_and(|metadata| metadata.is_symlink())
