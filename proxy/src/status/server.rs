@@ -195,7 +195,8 @@ mod tests {
         let (_server, server) = watch::channel(server);
         let ports = AwaitedPorts::default();
         let (_config, config) = watch::channel(ConfigStatus::default());
-        let conditions = Conditions { health: state, manifests: condition, server: Some(server), ports, config };
+        let conditions =
+            Conditions { health: state, manifests: condition, server: Some(server), ports, config };
         tokio::spawn(serve(listener, facts, conditions, queries));
         let probes = [Probe::Startup, Probe::Live, Probe::Ready];
         let told = || futures::future::join_all(probes.map(|probe| ask(&at, probe)));
