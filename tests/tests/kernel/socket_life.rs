@@ -300,7 +300,7 @@ fn clients_that_cannot_be_remembered_are_said_and_left_to_nftables() {
     (0..10).for_each(|_| assert_eq!(meet(&second, vip(10)).outcome.by(), met.outcome.by()));
     assert!(meet(&first, vip(10)).at_socket);
     let deadline = Instant::now() + SYNC;
-    while !world.agents[0].status(&[]).unwrap().1.contains("maxAffinityClients") {
+    while !world.agents[0].status(&[]).unwrap().1.contains("maxAffinityClients are remembered") {
         assert!(Instant::now() < deadline, "{}", world.agents[0].status(&[]).unwrap().1);
     }
     let log = world.agents[0].log();

@@ -100,13 +100,13 @@ fn where_there_is_no_cgroup_of_pods_it_is_said_until_there_is() {
     for turn in 0..2 {
         fs::create_dir(&later).unwrap();
         fs::write(later.join("cgroup.type"), "threaded").unwrap();
-        wait("it is there", &|| !told().contains("podCgroups"));
+        wait("it is there", &|| !told().contains("nftables alone answers pods"));
         assert!(answered().contains("[socket for pods and host processes]"), "{}", answered());
         wait("answered", &|| meet_in(&later, &client, vip(10)).at_socket);
         assert!(!meet_in(client.cgroup(), &client, vip(10)).at_socket);
         let again = log().matches("pods are answered at the socket").count();
         assert_eq!(again, turn + 1, "{}", log());
         fs::remove_dir(&later).unwrap();
-        wait("it has gone", &|| told().contains("podCgroups"));
+        wait("it has gone", &|| told().contains("nftables alone answers pods"));
     }
 }
