@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use socket2::{Domain, Socket, Type};
 
+use crate::agnhost;
 use crate::connect::{connect, is_refused_at_once, peer_in_kernel, report_icmp};
 use crate::error::{Error, Result};
 use crate::host::Host;
@@ -168,6 +169,15 @@ impl FromIterator<Outcome> for Tally {
     }
 }
 
+/// What the servers are that a client dials.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Server {
+    /// An [`Echo`](crate::Echo) server of the lab.
+    Echo,
+    /// `agnhost netexec`, the server of Kubernetes' own tests: HTTP over TCP, or its commands in datagrams.
+    Agnhost,
+}
+
 /// One new connection (or connected UDP socket) to be made.
 #[derive(Clone, Copy, Debug)]
 pub struct Dial {
@@ -175,12 +185,19 @@ pub struct Dial {
     to: SocketAddr,
     from: Option<SocketAddr>,
     timeout: Duration,
+    server: Server,
 }
 
 impl Dial {
     /// From any address and port, waiting for one second in each step.
     pub fn new(proto: Proto, to: SocketAddr) -> Self {
-        Self { proto, to, from: None, timeout: Duration::from_secs(1) }
+        Self { proto, to, from: None, timeout: Duration::from_secs(1), server: Server::Echo }
+    }
+
+    /// To servers of this kind; else they are [`Server::Echo`].
+    pub fn server(mut self, server: Server) -> Self {
+        self.server = server;
+        self
     }
 
     /// From this address, and from this port unless it is 0.
@@ -280,6 +297,7 @@ fn ephemeral_port() -> u16 {
 pub struct Flow {
     transport: Transport,
     timeout: Duration,
+    server: Server,
     tag: u32,
 }
 
@@ -291,8 +309,8 @@ enum Transport {
 }
 
 impl Flow {
-    fn open(dial: &Dial) -> std::result::Result<Self, Outcome> {
-        Ok(Self { transport: dial.connect()?, timeout: dial.timeout, tag: 0 })
+    pub(crate) fn open(dial: &Dial) -> std::result::Result<Self, Outcome> {
+        Ok(Self { transport: dial.connect()?, timeout: dial.timeout, server: dial.server, tag: 0 })
     }
 
     /// Asks the server who it is and whom it sees.
@@ -318,6 +336,29 @@ impl Flow {
     }
 
     fn exchange(&mut self, bytes: usize) -> io::Result<(String, SocketAddr)> {
+        match self.server {
+            Server::Echo => self.exchange_with_echo(bytes),
+            Server::Agnhost => self.exchange_with_agnhost(),
+        }
+    }
+
+    fn exchange_with_agnhost(&mut self) -> io::Result<(String, SocketAddr)> {
+        let deadline = Instant::now() + self.timeout;
+        let mut ask = |what: &str| match &mut self.transport {
+            Transport::Tcp(stream) => agnhost::get(stream, what),
+            Transport::Udp(socket) => {
+                send(socket, what.as_bytes())?;
+                read_datagram(socket, deadline)
+            }
+            Transport::Sctp(_) => Err(io::ErrorKind::Unsupported.into()),
+        };
+        let by = ask("hostname")?;
+        let seen = ask("clientip")?;
+        let seen = seen.parse().map_err(|_| io::Error::other(format!("no client address: {seen:?}")))?;
+        Ok((by, seen))
+    }
+
+    fn exchange_with_echo(&mut self, bytes: usize) -> io::Result<(String, SocketAddr)> {
         self.tag += 1;
         let request = format!("{} {bytes}\n", self.tag);
         let deadline = Instant::now() + self.timeout;

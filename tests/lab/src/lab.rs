@@ -11,7 +11,7 @@
 //! ```
 
 use std::ops::Deref;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use ipnetwork::IpNetwork;
@@ -284,6 +284,17 @@ impl Node {
     /// As [`add_pod`](Self::add_pod).
     pub fn add_container(&self, name: &str) -> Result<Pod> {
         self.add(Guest::Container, name)
+    }
+
+    /// Makes a host of a network namespace that a container runtime made for a pod of this node. The lab changes
+    /// nothing there; the namespace lives at least as long as the host.
+    ///
+    /// # Errors
+    /// When `netns` is no network namespace.
+    pub fn adopt(&self, name: &str, netns: &Path, addresses: [std::net::IpAddr; 2]) -> Result<Host> {
+        let namespace = Namespace::adopt(name.to_owned(), netns.to_owned(), self.pods.clone())?;
+        let places = (self.pods.clone(), self.bpf_root().to_owned());
+        Ok(Host::new(name, addresses, namespace, places, self.servers().clone()))
     }
 
     fn add(&self, guest: Guest, name: &str) -> Result<Pod> {

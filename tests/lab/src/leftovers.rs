@@ -90,6 +90,11 @@ fn lab_of(name: &str) -> Option<String> {
     ours.then(|| format!("lane-{pid}-{start}-{number}"))
 }
 
+/// Whether a name begins with that of a lab whose maker is dead: what it names may be removed.
+pub fn is_left_over(name: &str) -> bool {
+    lab_of(name).is_some_and(|lab| maker_is_dead(&lab))
+}
+
 fn maker_is_dead(lab: &str) -> bool {
     let mut parts = lab.split('-').skip(1).map(|part| part.parse::<u64>().ok());
     match (parts.next().flatten(), parts.next().flatten()) {

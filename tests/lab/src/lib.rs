@@ -17,6 +17,7 @@
 //! A lab lives as long as its [`Lab`]; what a killed process leaves behind, the next lab sweeps. Conntrack follows
 //! connections in a namespace as soon as some rule there asks for it, as on any host.
 
+mod agnhost;
 mod bpf;
 mod cgroup;
 mod client;
@@ -36,13 +37,14 @@ mod sniff;
 mod sysctls;
 pub mod topology;
 
-pub use client::{Dial, Flow, Met, Outcome, Proto, Tally};
+pub use client::{Dial, Flow, Met, Outcome, Proto, Server, Tally};
 pub use connect::peer_in_kernel;
 pub use echo::Echo;
 pub use error::{Error, Result};
 pub use host::Host;
 pub use interrupt::{OnInterrupt, on_interrupt};
 pub use lab::{Builder, Fabric, Lab, Node, Outside, Pod};
+pub use leftovers::is_left_over;
 pub use load::{Load, Report};
 pub use process::Process;
 pub use sniff::{Filter, Packet, Sniff};

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::client::{Dial, Outcome, Tally};
+use crate::client::{Dial, Flow, Outcome, Tally};
 use crate::error::Result;
 use crate::host::Host;
 
@@ -25,6 +25,8 @@ pub struct Load {
 pub struct Report {
     /// Every outcome.
     pub tally: Tally,
+    /// How many connections were dialled.
+    pub dialled: usize,
     /// The longest time in which no connection at all was answered.
     pub max_gap: Duration,
     /// The longest that one answered connection took.
@@ -36,6 +38,7 @@ pub struct Report {
 #[derive(Debug)]
 struct Progress {
     tally: Tally,
+    dialled: usize,
     started: Instant,
     answered: Instant,
     max_gap: Duration,
@@ -60,9 +63,46 @@ impl Load {
     /// # Errors
     /// When no thread can be started.
     pub fn start(host: &Host, dial: Dial, concurrency: usize, pause: Duration) -> Result<Self> {
+        Self::start_clients(host, concurrency, pause, move || move || (dial.ask(), 1))
+    }
+
+    /// Starts `concurrency` clients on a host, each of which keeps one connection, asks on it again and again, and dials
+    /// anew only once a request has failed.
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    pub fn start_kept(host: &Host, dial: Dial, concurrency: usize, pause: Duration) -> Result<Self> {
+        Self::start_clients(host, concurrency, pause, move || {
+            let mut kept: Option<Flow> = None;
+            move || {
+                let (flow, dialled) = match kept.take() {
+                    Some(flow) => (Ok(flow), 0),
+                    None => (Flow::open(&dial), 1),
+                };
+                let outcome = flow.map_or_else(
+                    |outcome| outcome,
+                    |mut flow| {
+                        let outcome = flow.ask();
+                        kept = outcome.by().is_some().then_some(flow);
+                        outcome
+                    },
+                );
+                (outcome, dialled)
+            }
+        })
+    }
+
+    /// Starts clients; what one of them asks is a request's outcome, and how many connections it dialled for that.
+    fn start_clients<C: FnMut() -> (Outcome, usize) + Send + 'static>(
+        host: &Host,
+        concurrency: usize,
+        pause: Duration,
+        client: impl Fn() -> C,
+    ) -> Result<Self> {
         let now = Instant::now();
         let progress = Progress {
             tally: Tally::default(),
+            dialled: 0,
             started: now,
             answered: now,
             max_gap: Duration::ZERO,
@@ -75,12 +115,16 @@ impl Load {
         };
         for _ in 0..concurrency {
             let (stop, progress) = (Arc::clone(&load.stop), Arc::clone(&load.progress));
+            let mut ask = client();
             let worker = move || {
                 while !stop.load(Ordering::Relaxed) {
                     let begun = Instant::now();
-                    let outcome = dial.ask();
+                    let (outcome, dialled) = ask();
                     let took = begun.elapsed();
-                    progress.lock().unwrap_or_else(PoisonError::into_inner).add(outcome, took);
+                    let mut progress = progress.lock().unwrap_or_else(PoisonError::into_inner);
+                    progress.dialled += dialled;
+                    progress.add(outcome, took);
+                    drop(progress);
                     if !pause.is_zero() {
                         std::thread::sleep(pause);
                     }
@@ -96,6 +140,7 @@ impl Load {
         let progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
         Report {
             tally: progress.tally.clone(),
+            dialled: progress.dialled,
             max_gap: progress.max_gap.max(progress.answered.elapsed()),
             slowest: progress.slowest,
             elapsed: progress.started.elapsed(),
@@ -125,7 +170,7 @@ impl Drop for Load {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { tally, max_gap, slowest, elapsed } = self;
+        let Self { tally, dialled: _, max_gap, slowest, elapsed } = self;
         write!(f, "{} answered {:?}", tally.answers(), tally.answered)?;
         write!(f, ", {} refused, {} unreachable", tally.refused, tally.unreachable)?;
         write!(f, ", {} timed out, {} reset", tally.timed_out, tally.reset)?;

@@ -10,7 +10,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{self, JoinHandle};
 
 use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 
 use crate::error::{Doing, Error, Result};
 use crate::leftovers::{self, NETNS_DIR};
@@ -23,39 +23,59 @@ type Job = Box<dyn FnOnce() + Send>;
 #[derive(Debug)]
 pub(crate) struct Namespace {
     name: String,
+    /// Whether its sysctls are those of a router.
     router: bool,
     jobs: Option<Sender<Job>>,
     thread: Option<JoinHandle<()>>,
     fd: OwnedFd,
+    /// The name under `/run/netns` that goes with it; none where another program made the namespace.
+    file: Option<PathBuf>,
 }
 
 impl Namespace {
     /// Makes a namespace with `lo` up, whose threads and processes are in a cgroup, and names it for `ip netns`.
     pub(crate) fn create(name: String, cgroup: PathBuf, router: bool) -> Result<Self> {
+        let file = Path::new(NETNS_DIR).join(&name);
+        let set_up = {
+            let file = file.clone();
+            move || set_up(&cgroup, &file, router)
+        };
+        Self::start(name, router, Some(file.clone()), set_up).inspect_err(|_| unmount(&file))
+    }
+
+    /// Enters a namespace that another program made, changes nothing there, and leaves it as it is.
+    pub(crate) fn adopt(name: String, netns: PathBuf, cgroup: PathBuf) -> Result<Self> {
+        Self::start(name, false, None, move || {
+            cgroup::enter_thread(&cgroup)?;
+            let doing = || format!("enter the network namespace {}", netns.display());
+            let fd = File::open(&netns).doing(doing)?;
+            setns(&fd, CloneFlags::CLONE_NEWNET).doing(doing)?;
+            Ok(fd.into())
+        })
+    }
+
+    /// Starts the namespace's thread, which enters it first.
+    fn start(
+        name: String,
+        router: bool,
+        file: Option<PathBuf>,
+        enter: impl FnOnce() -> Result<OwnedFd> + Send + 'static,
+    ) -> Result<Self> {
         let (jobs, queue) = channel();
         let (ready, outcome) = channel();
-        let file = Path::new(NETNS_DIR).join(&name);
-        let body = {
-            let file = file.clone();
-            move || {
-                let entered = set_up(&cgroup, &file, router);
-                let proceed = entered.is_ok();
-                // The receiver waits for exactly this.
-                let _ = ready.send(entered);
-                if proceed {
-                    live(&queue);
-                }
+        let body = move || {
+            let entered = enter();
+            let proceed = entered.is_ok();
+            // The receiver waits for exactly this.
+            let _ = ready.send(entered);
+            if proceed {
+                live(&queue);
             }
         };
         let builder = thread::Builder::new().name("lab-netns".into());
         let thread = builder.spawn(body).doing(|| format!("start a thread for {name}"))?;
-        match outcome.recv().map_err(|_| Error::Gone(name.clone())).flatten() {
-            Ok(fd) => Ok(Self { name, router, jobs: Some(jobs), thread: Some(thread), fd }),
-            Err(error) => {
-                unmount(&file);
-                Err(error)
-            }
-        }
+        let fd = outcome.recv().map_err(|_| Error::Gone(name.clone())).flatten()?;
+        Ok(Self { name, router, jobs: Some(jobs), thread: Some(thread), fd, file })
     }
 
     /// The name for `ip netns exec`.
@@ -110,7 +130,9 @@ impl Drop for Namespace {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
-        leftovers::unmount(&Path::new(NETNS_DIR).join(&self.name));
+        if let Some(file) = &self.file {
+            leftovers::unmount(file);
+        }
     }
 }
 

@@ -76,7 +76,7 @@ pub fn container_cidrs(index: u8) -> [IpNetwork; 2] {
 }
 
 /// The `number`th address of a network (below 256 for any network of the plan).
-pub(crate) fn nth(net: IpNetwork, number: u16) -> IpAddr {
+pub fn nth(net: IpNetwork, number: u16) -> IpAddr {
     match net.network() {
         IpAddr::V4(base) => Ipv4Addr::from_bits(base.to_bits() + u32::from(number)).into(),
         IpAddr::V6(base) => Ipv6Addr::from_bits(base.to_bits() + u128::from(number)).into(),
