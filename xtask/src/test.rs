@@ -22,6 +22,9 @@ pub(crate) struct Args {
     /// 1.31.4. It is built on first use.
     #[arg(long, value_name = "VERSION")]
     kubernetes: Option<KubernetesChoice>,
+    /// Run scenarios that take more than some minutes, too.
+    #[arg(long)]
+    long: bool,
     /// Run only tests whose names contain this.
     #[arg(last = true)]
     filter: Option<String>,
@@ -38,6 +41,8 @@ enum Lane {
     Cluster,
     /// The scenarios, over kube-lane and kube-proxy.
     Oracle,
+    /// Installing and upgrading on clusters of real kubelets.
+    Node,
     /// Scenarios on other kernels, in virtual machines.
     Vm,
 }
@@ -53,6 +58,7 @@ impl Lane {
                 needs.extend((self == Lane::Cluster).then_some(Need::Helm));
                 needs
             }
+            Lane::Node => vec![Need::Build, Need::Kernel, Need::ControlPlane, Need::Node],
             Lane::Vm => vec![Need::Build, Need::Vm],
         }
     }
@@ -61,7 +67,7 @@ impl Lane {
     fn preflight(self) -> Result<()> {
         match self {
             Lane::Unit | Lane::Vm => Ok(()),
-            Lane::Kernel | Lane::Cluster | Lane::Oracle => preflight::lab(),
+            Lane::Kernel | Lane::Cluster | Lane::Oracle | Lane::Node => preflight::lab(),
         }
     }
 
@@ -70,7 +76,7 @@ impl Lane {
         match self {
             Lane::Unit => 1,
             Lane::Kernel | Lane::Cluster => 5,
-            Lane::Oracle => 10,
+            Lane::Oracle | Lane::Node => 10,
             Lane::Vm => 15,
         }
     }
@@ -92,6 +98,7 @@ impl Lane {
             }
             Lane::Cluster => &[&["--package", "kube-lane-tests", "--test", "cluster"]],
             Lane::Oracle => &[&["--package", "kube-lane-tests", "--test", "oracle"]],
+            Lane::Node => &[&["--package", "kube-lane-tests", "--test", "node"]],
             Lane::Vm => &[&["--package", "kube-lane-tests", "--test", "vm"]],
         }
     }
@@ -104,6 +111,7 @@ impl fmt::Display for Lane {
             Lane::Kernel => "kernel",
             Lane::Cluster => "cluster",
             Lane::Oracle => "oracle",
+            Lane::Node => "node",
             Lane::Vm => "vm",
         })
     }
@@ -171,7 +179,7 @@ pub(crate) fn run(args: &Args) -> ExitCode {
     for lane in &able {
         let start = Instant::now();
         println!("lane {lane}");
-        let mut tally = run_lane(*lane, kubernetes, args.filter.as_deref()).unwrap_or_else(|error| {
+        let mut tally = run_lane(*lane, kubernetes, args).unwrap_or_else(|error| {
             eprintln!("lane {lane} cannot run: {error:#}");
             Tally { passed: 0, failed: 1 }
         });
@@ -226,7 +234,7 @@ fn announce(steps: &[(String, Cost)], lanes: &[Lane]) -> Option<String> {
     Some(text)
 }
 
-fn run_lane(lane: Lane, kubernetes: Option<KubernetesRelease>, filter: Option<&str>) -> Result<Tally> {
+fn run_lane(lane: Lane, kubernetes: Option<KubernetesRelease>, args: &Args) -> Result<Tally> {
     setup::ensure(&lane.needs(kubernetes))?;
     let mut tally = Tally::default();
     // The lanes run the agent as users have it: with its eBPF programs in it.
@@ -240,7 +248,10 @@ fn run_lane(lane: Lane, kubernetes: Option<KubernetesRelease>, filter: Option<&s
         if let Some(release) = kubernetes {
             test.env("KUBE_LANE_CONTROLPLANE", release.bin());
         }
-        test.args(filter);
+        if args.long {
+            test.env("KUBE_LANE_LONG", "1");
+        }
+        test.args(args.filter.as_deref());
         tally += run_cargo_test(&mut test)?;
     }
     Ok(tally)

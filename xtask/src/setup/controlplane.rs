@@ -12,13 +12,28 @@ use anyhow::{Context, Error, Result, bail};
 use super::{Cost, Step, go};
 use crate::process;
 
-/// The programs and the packages that they are.
-const PROGRAMS: [(&str, &str); 4] = [
+/// The name of a program, and the package that it is.
+type Program = (&'static str, &'static str);
+
+/// What the lanes run beside kube-lane.
+const CONTROL_PLANE: &[Program] = &[
     ("etcd", "go.etcd.io/etcd/server/v3"),
     ("kube-apiserver", "k8s.io/kubernetes/cmd/kube-apiserver"),
     ("kube-proxy", "k8s.io/kubernetes/cmd/kube-proxy"),
     ("kubectl", "k8s.io/kubernetes/cmd/kubectl"),
 ];
+
+/// What clusters of real kubelets run besides, in the release of `tests/controlplane` alone.
+const NODE: &[Program] = &[
+    ("kubelet", "k8s.io/kubernetes/cmd/kubelet"),
+    ("kube-controller-manager", "k8s.io/kubernetes/cmd/kube-controller-manager"),
+    ("kube-scheduler", "k8s.io/kubernetes/cmd/kube-scheduler"),
+    ("kubeadm", "k8s.io/kubernetes/cmd/kubeadm"),
+    (AGNHOST, "k8s.io/kubernetes/test/images/agnhost"),
+];
+
+/// The server of Kubernetes' own tests: the one program that runs in images.
+const AGNHOST: &str = "agnhost";
 
 /// Users of `setup-envtest` have the first two programs in the folder that this variable names.
 const ASSETS: &str = "KUBEBUILDER_ASSETS";
@@ -119,47 +134,59 @@ impl FromStr for Choice {
     }
 }
 
-/// The programs of one release: `None` is that of `tests/controlplane`.
-pub(super) struct Programs(pub(super) Option<Release>);
+/// Programs of one release, which are built together.
+pub(super) struct Programs {
+    /// `None` is the release of `tests/controlplane`.
+    release: Option<Release>,
+    programs: &'static [Program],
+    /// The file that says what they were built from.
+    stamp: &'static str,
+}
 
 impl Programs {
-    fn dir(&self) -> PathBuf {
-        self.0.map_or_else(|| process::target("controlplane"), Release::dir)
+    /// etcd, kube-apiserver, kube-proxy and kubectl of a release: `None` is that of `tests/controlplane`.
+    pub(super) fn control_plane(release: Option<Release>) -> Self {
+        // The release of the programs in that folder is unknown, so they stand for the default one alone.
+        let given = if release.is_none() && std::env::var_os(ASSETS).is_some() { 2 } else { 0 };
+        Self { release, programs: &CONTROL_PLANE[given..], stamp: "stamp" }
     }
 
-    /// What is not given by [`ASSETS`], whose release nobody knows.
-    fn programs(&self) -> impl Iterator<Item = (&'static str, &'static str)> {
-        let given = if self.0.is_none() && std::env::var_os(ASSETS).is_some() { 2 } else { 0 };
-        PROGRAMS.into_iter().skip(given)
+    /// What a cluster of real kubelets runs besides.
+    pub(super) fn node() -> Self {
+        Self { release: None, programs: NODE, stamp: "stamp-node" }
+    }
+
+    fn dir(&self) -> PathBuf {
+        self.release.map_or_else(|| process::target("controlplane"), Release::dir)
     }
 
     /// What decides whether a build is still good.
     fn stamp(&self) -> String {
         let read = |file| fs::read_to_string(go::module().join(file)).unwrap_or_default();
-        let programs = self.programs().map(|(_, package)| package).collect::<Vec<_>>().join("\n");
+        let programs = self.programs.iter().map(|(_, package)| *package).collect::<Vec<_>>().join("\n");
         [programs, ldflags(""), read("go.mod"), read("go.sum")].join("\n")
     }
 }
 
 impl Step for Programs {
     fn name(&self) -> String {
-        let names = self.programs().map(|(name, _)| name).collect::<Vec<_>>().join(", ");
-        let release = self.0.map(|release| format!(" of Kubernetes {release}")).unwrap_or_default();
+        let names = self.programs.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
+        let release = self.release.map(|release| format!(" of Kubernetes {release}")).unwrap_or_default();
         format!("{names}{release} in {}", self.dir().join("bin").display())
     }
 
     fn is_done(&self) -> Result<bool> {
-        let built = self.programs().all(|(name, _)| self.dir().join("bin").join(name).is_file());
-        Ok(built && fs::read_to_string(self.dir().join("stamp")).is_ok_and(|is| is == self.stamp()))
+        let built = self.programs.iter().all(|(name, _)| self.dir().join("bin").join(name).is_file());
+        Ok(built && fs::read_to_string(self.dir().join(self.stamp)).is_ok_and(|is| is == self.stamp()))
     }
 
     fn run(&self) -> Result<()> {
         let bin = self.dir().join("bin");
         fs::create_dir_all(&bin)?;
         process::run_long("go mod download", go::command().args(["mod", "download"]))?;
-        let version = self.0.map_or_else(Release::default, Ok)?.to_string();
-        let generated = self.0.map(Release::write_module).transpose()?;
-        for (name, package) in self.programs() {
+        let version = self.release.map_or_else(Release::default, Ok)?.to_string();
+        let generated = self.release.map(Release::write_module).transpose()?;
+        for (name, package) in self.programs {
             // Every release talks to the newest etcd.
             let module = generated.as_deref().filter(|_| package.starts_with("k8s.io/"));
             let mut build = go::command_in(module.unwrap_or(&go::module()));
@@ -167,10 +194,14 @@ impl Step for Programs {
             if module.is_some() {
                 build.arg("-mod=mod").env("GOWORK", "off");
             }
+            if *name == AGNHOST {
+                // An image of it needs nothing else.
+                build.env("CGO_ENABLED", "0");
+            }
             build.args(["-trimpath", "-ldflags", &ldflags(&version), "-o"]).arg(bin.join(name));
             process::run_long(&format!("go build {name}"), build.arg(package))?;
         }
-        fs::write(self.dir().join("stamp"), self.stamp())?;
+        fs::write(self.dir().join(self.stamp), self.stamp())?;
         Ok(())
     }
 

@@ -10,6 +10,7 @@ mod debian;
 pub(crate) mod ebpf;
 pub(crate) mod go;
 pub(crate) mod go_tools;
+mod node;
 pub(crate) mod sysroot;
 mod vm;
 
@@ -60,6 +61,8 @@ pub(crate) enum Need {
     Helm,
     /// To make an image of the agent for this architecture.
     Image(Arch),
+    /// To run clusters of real kubelets; a control plane is another need.
+    Node,
     /// To boot kernels in virtual machines.
     Vm,
     /// What `cargo xtask lint` calls.
@@ -67,8 +70,16 @@ pub(crate) enum Need {
 }
 
 impl Need {
-    const ALL: [Need; 7] =
-        [Need::Build, Need::Ebpf, Need::Kernel, Need::ControlPlane, Need::Helm, Need::Vm, Need::Lint];
+    const ALL: [Need; 8] = [
+        Need::Build,
+        Need::Ebpf,
+        Need::Kernel,
+        Need::ControlPlane,
+        Need::Node,
+        Need::Helm,
+        Need::Vm,
+        Need::Lint,
+    ];
 
     fn packages(self) -> &'static [Package] {
         const fn program(package: &'static str, name: &'static str) -> Package {
@@ -109,6 +120,7 @@ impl Need {
             Need::ControlPlane | Need::Kubernetes(_) => {
                 &const { [program("nftables", "nft"), program("iptables", "iptables")] }
             }
+            Need::Node => &const { [program("util-linux", "nsenter")] },
             Need::Vm => {
                 &const {
                     [
@@ -127,9 +139,18 @@ impl Need {
         match self {
             Need::Build | Need::Kernel => vec![],
             Need::Ebpf => vec![Box::new(ebpf::Compiler), Box::new(ebpf::Linker)],
-            Need::ControlPlane => vec![Box::new(go::Toolchain), Box::new(controlplane::Programs(None))],
+            Need::ControlPlane => {
+                vec![Box::new(go::Toolchain), Box::new(controlplane::Programs::control_plane(None))]
+            }
             Need::Kubernetes(release) => {
-                vec![Box::new(go::Toolchain), Box::new(controlplane::Programs(Some(release)))]
+                vec![Box::new(go::Toolchain), Box::new(controlplane::Programs::control_plane(Some(release)))]
+            }
+            Need::Node => {
+                vec![
+                    Box::new(node::Runtime),
+                    Box::new(go::Toolchain),
+                    Box::new(controlplane::Programs::node()),
+                ]
             }
             Need::Helm => vec![Box::new(go::Toolchain), Box::new(go_tools::HELM)],
             Need::Image(arch) => vec![Box::new(sysroot::Sysroot(arch))],
