@@ -5,6 +5,7 @@ pub mod bench;
 pub mod cluster;
 pub mod controlplane;
 pub mod kube_proxy;
+pub mod nodes;
 pub mod objects;
 pub mod oracle;
 pub mod process;

@@ -14,7 +14,7 @@ pub(super) const SERVER_KEY: &str = "server.key";
 pub(super) const SERVICE_ACCOUNT_KEY: &str = "service-account.key";
 pub(super) const SERVICE_ACCOUNT_PUBLIC_KEY: &str = "service-account.pub";
 pub(super) const TOKENS: &str = "tokens.csv";
-const AUTHORITY: &str = "ca.crt";
+pub(super) const AUTHORITY: &str = "ca.crt";
 
 /// What a client needs to know.
 #[derive(Debug)]

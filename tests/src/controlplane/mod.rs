@@ -35,6 +35,9 @@ pub struct Options {
     pub netns: Option<PathBuf>,
     /// The ranges of ClusterIPs, at most one of each family; the first is that of single-stack Services.
     pub service_cidrs: Vec<String>,
+    /// Whether kubelets and kube-controller-manager belong to the cluster: pods need a ServiceAccount, which a
+    /// controller makes, and `default/kubernetes` gets the server's address as its endpoint.
+    pub for_kubelets: bool,
     /// Further flags of kube-apiserver; the last of several wins.
     pub apiserver_args: Vec<String>,
 }
@@ -47,6 +50,7 @@ impl Default for Options {
             extra_sans: vec![],
             netns: None,
             service_cidrs: vec!["10.96.0.0/12".into(), "fd00:10:96::/108".into()],
+            for_kubelets: false,
             apiserver_args: vec![],
         }
     }
@@ -109,6 +113,21 @@ impl ControlPlane {
     /// A kubeconfig that may do anything.
     pub fn admin_kubeconfig(&self) -> PathBuf {
         self.path.join("admin.kubeconfig")
+    }
+
+    /// The certificate of the authority that signed the API server's.
+    pub fn authority(&self) -> PathBuf {
+        self.path.join(credentials::AUTHORITY)
+    }
+
+    /// The key that signs the tokens of ServiceAccounts.
+    pub fn service_account_key(&self) -> PathBuf {
+        self.path.join(credentials::SERVICE_ACCOUNT_KEY)
+    }
+
+    /// The folder of its files and logs.
+    pub fn folder(&self) -> &Path {
+        &self.path
     }
 
     /// A kubeconfig with a fresh token of a ServiceAccount that exists, good for an hour.
@@ -184,10 +203,6 @@ impl ControlPlane {
             flag("service-account-key-file", &file(credentials::SERVICE_ACCOUNT_PUBLIC_KEY)),
             flag("service-account-signing-key-file", &file(credentials::SERVICE_ACCOUNT_KEY)),
             flag("service-cluster-ip-range", &self.options.service_cidrs.join(",")),
-            // Pods are made by hand, and no controller makes the account that this plugin asks for.
-            flag("disable-admission-plugins", &"ServiceAccount"),
-            // Its own address need not be one that an EndpointSlice may hold.
-            flag("endpoint-reconciler-type", &"none"),
             flag("allow-privileged", &true),
             flag("profiling", &false),
             // Tests create tens of thousands of objects at once.
@@ -195,6 +210,14 @@ impl ControlPlane {
             flag("max-requests-inflight", &4000),
             flag("max-mutating-requests-inflight", &2000),
         ]);
+        if !self.options.for_kubelets {
+            command.args([
+                // Pods are made by hand, and no controller makes the account that this plugin asks for.
+                flag("disable-admission-plugins", &"ServiceAccount"),
+                // Its own address need not be one that an EndpointSlice may hold.
+                flag("endpoint-reconciler-type", &"none"),
+            ]);
+        }
         command.args(&self.options.apiserver_args);
         let log = self.path.join("kube-apiserver.log");
         self.apiserver = Some(Process::spawn(command, &log, self.options.netns.as_deref())?);

@@ -1,0 +1,77 @@
+//! The lane `node`: kube-lane on clusters of real kubelets, installed as users install it. One test a scenario;
+//! `cargo xtask test --lane node -- FILTER`.
+//!
+//! Scenarios of one group share a cluster, in this order; each of them also works alone. A cluster in which a scenario
+//! failed is not used again, and its logs are kept.
+
+// Named test modules for clippy, which else forbids `unwrap` in the helpers.
+#[cfg(test)]
+mod install;
+#[cfg(test)]
+mod restart;
+#[cfg(test)]
+mod rollout;
+#[cfg(test)]
+mod traffic;
+#[cfg(test)]
+mod world;
+
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context, Result};
+use kube_lane_tests::nodes::NodeCluster;
+use libtest_mimic::{Arguments, Failed, Trial};
+
+/// A scenario on a cluster that starts without a proxy.
+type Scenario = fn(&mut NodeCluster) -> Result<()>;
+
+/// Scenarios that share a cluster.
+const GROUPS: &[&[(&str, Scenario)]] = &[&[
+    ("install::a_fresh_install_serves_pods_nodes_and_outside", install::serves),
+    ("rollout::an_update_of_kube_lane_breaks_no_connection", rollout::of_kube_lane),
+    ("rollout::a_deployment_rolls_and_no_connection_fails", rollout::of_a_deployment),
+    ("restart::a_node_comes_back_without_a_service_that_works", restart::of_a_node),
+]];
+
+fn main() -> Result<ExitCode> {
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads = Some(1);
+    // The cluster of a group, started by its first scenario: a list of names needs none.
+    let running: Arc<Mutex<Option<(usize, NodeCluster)>>> = Arc::default();
+    let trials = GROUPS.iter().enumerate().flat_map(|(group, scenarios)| {
+        let running = Arc::clone(&running);
+        scenarios.iter().map(move |(name, scenario)| {
+            let running = Arc::clone(&running);
+            Trial::test(*name, move || {
+                let mut running = running.lock().unwrap_or_else(PoisonError::into_inner);
+                run(&mut running, group, *scenario).map_err(|error| Failed::from(format!("{error:#}")))
+            })
+        })
+    });
+    let _interrupt = kube_lane_lab::on_interrupt()?;
+    let conclusion = libtest_mimic::run(&arguments, trials.collect());
+    drop(running.lock().unwrap_or_else(PoisonError::into_inner).take());
+    Ok(conclusion.exit_code())
+}
+
+fn run(running: &mut Option<(usize, NodeCluster)>, group: usize, scenario: Scenario) -> Result<()> {
+    let mut nodes = match running.take() {
+        Some((of, nodes)) if of == group => nodes,
+        // Two clusters at once would be much for a small machine.
+        other => {
+            drop(other);
+            NodeCluster::start()?
+        }
+    };
+    match scenario(&mut nodes) {
+        Ok(()) => {
+            *running = Some((group, nodes));
+            Ok(())
+        }
+        Err(error) => {
+            let logs = nodes.keep_logs();
+            Err(error).with_context(|| format!("logs in {}", logs.display()))
+        }
+    }
+}
