@@ -83,7 +83,7 @@ impl ConfigFollower {
         match self.running.compare(now) {
             Reread::Same(status) => self.say(status),
             Reread::Unusable(why) => {
-                self.say(ConfigStatus { pending_problem: Some(why), ..self.status.borrow().clone() });
+                self.say_not_in_force(why);
             }
             Reread::Different(differences) => {
                 info!(
@@ -91,9 +91,16 @@ impl ConfigFollower {
                     differences.join("; ")
                 );
                 let why = format!("kube-lane cannot execute itself anew ({}); restart it", execute_anew());
-                self.say(ConfigStatus { pending_problem: Some(why), ..self.status.borrow().clone() });
+                self.say_not_in_force(why);
             }
         }
+    }
+
+    /// Says why what is on disk is not in force; the settings are those of before.
+    fn say_not_in_force(&self, why: String) {
+        // A statement of its own: what is borrowed is locked, and `say` replaces it.
+        let running = self.status.borrow().clone();
+        self.say(ConfigStatus { pending_problem: Some(why), ..running });
     }
 
     /// One line when trouble starts or becomes another, one when it is over.

@@ -412,7 +412,8 @@ async fn a_fallback_ends_when_the_configured_address_answers_again() {
     // The watches go on where they were.
     apply(&control_plane.client().await.unwrap(), &service("web", "10.96.1.1", 80)).await;
     let others = source.until(&["default/web at 80"]).await;
-    assert!(others.is_empty(), "{others:?}");
+    // The server makes its own Service a moment after its start, maybe after the list.
+    assert!(others.iter().all(|said| said.contains("default/kubernetes")), "{others:?}");
     assert_lines(&log, &["does not answer: using another one", "answers again"]);
     way.close().await;
     let away = status.wait_for(|status| status.fallback);
