@@ -188,7 +188,7 @@ pub(crate) fn ensure(needs: &[Need]) -> Result<()> {
     needs.iter().flat_map(|need| need.steps()).try_for_each(|step| ensure_step(&*step))
 }
 
-/// What [`ensure`] would install, by name, in its order.
+/// What [`ensure()`] would install, by name, in its order.
 pub(crate) fn missing(needs: &[Need]) -> Result<Vec<(String, Cost)>> {
     let packages = debian::Packages(needs.iter().flat_map(|need| need.packages()).copied().collect());
     let steps = needs.iter().flat_map(|need| need.steps());
