@@ -394,7 +394,12 @@ fn set(settings: Vec<(PathBuf, &str)>) -> Result<()> {
         settings.iter().try_for_each(|(name, value)| set_otherwise(name, value))?;
     }
     for (name, value) in &settings {
-        write(name, value).doing(|| format!("set net/{} to {value:?}", name.display()))?;
+        // Linux 6.1 refuses some writes (EINVAL) of what it has already.
+        if let Err(error) = write(name, value)
+            && get(name)? != *value
+        {
+            return Err(error).doing(|| format!("set net/{} to {value:?}", name.display()));
+        }
     }
     Ok(())
 }
