@@ -10,11 +10,11 @@ use std::time::Duration;
 use kube::Client;
 use kube::api::{Api, ApiResource, DeleteParams, DynamicObject, GroupVersionKind, Patch, PatchParams};
 use kube_lane::model::input::{Change, Event, Origin};
-use kube_lane::source::kube::{ApiServers, KubeSourceConfig, spawn};
+use kube_lane::source::kube::{ApiServers, KubeSourceConfig, ServerStatus, spawn};
 use kube_lane_tests::controlplane::ControlPlane;
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::{AbortHandle, JoinHandle, JoinSet};
 use tokio::time::{sleep, timeout};
 use tracing_subscriber::filter::LevelFilter;
@@ -346,17 +346,18 @@ async fn credentials_may_expire_and_be_renewed() {
     assert_lines(&log, &["the API server cannot be watched", "the API server is watched again"]);
 }
 
-#[tokio::test]
-async fn what_is_remembered_of_another_cluster_does_no_harm() {
-    let (ours, other) = (ControlPlane::start().await.unwrap(), ControlPlane::start().await.unwrap());
-    apply(&other.client().await.unwrap(), &service("other", "10.96.1.9", 80)).await;
-    let dir = ours.admin_kubeconfig().with_file_name("state");
+/// A source that is told to reach this control plane by `way`, and remembers that an API server answers at `endpoint`.
+async fn remembering(
+    control_plane: &ControlPlane,
+    way: &Way,
+    endpoint: SocketAddr,
+) -> (Source, watch::Receiver<ServerStatus>) {
+    let dir = control_plane.admin_kubeconfig().with_file_name("state");
     std::fs::create_dir(&dir).unwrap();
-    let file = dir.join("api-servers.json");
-    std::fs::write(&file, json!({"version": 1, "endpoints": [other.address()]}).to_string()).unwrap();
-    let mut way = Way::to(ours.address()).await;
+    let content = json!({"version": 1, "endpoints": [endpoint]});
+    std::fs::write(dir.join("api-servers.json"), content.to_string()).unwrap();
     let config = KubeSourceConfig {
-        kubeconfig: Some(ours.admin_kubeconfig()),
+        kubeconfig: Some(control_plane.admin_kubeconfig()),
         master: Some(format!("https://{}", way.address)),
         node: "node-a".into(),
         state_dir: Some(dir),
@@ -364,9 +365,17 @@ async fn what_is_remembered_of_another_cluster_does_no_harm() {
     };
     let (sender, events) = mpsc::channel(64);
     let servers = ApiServers::open(&config);
-    let mut status = servers.status();
+    let status = servers.status();
     let task = spawn(config, servers, sender).await.unwrap();
-    let mut source = Source { events, task };
+    (Source { events, task }, status)
+}
+
+#[tokio::test]
+async fn what_is_remembered_of_another_cluster_does_no_harm() {
+    let (ours, other) = (ControlPlane::start().await.unwrap(), ControlPlane::start().await.unwrap());
+    apply(&other.client().await.unwrap(), &service("other", "10.96.1.9", 80)).await;
+    let mut way = Way::to(ours.address()).await;
+    let (mut source, mut status) = remembering(&ours, &way, other.address()).await;
     // The other cluster's server answers, and its certificate is not ours.
     let refused = status.wait_for(|status| {
         status.failure.as_ref().is_some_and(|failure| {
@@ -385,23 +394,8 @@ async fn what_is_remembered_of_another_cluster_does_no_harm() {
 async fn a_fallback_ends_when_the_configured_address_answers_again() {
     let control_plane = ControlPlane::start().await.unwrap();
     let (log, _guard) = Log::capture();
-    let dir = control_plane.admin_kubeconfig().with_file_name("state");
-    std::fs::create_dir(&dir).unwrap();
-    let content = json!({"version": 1, "endpoints": [control_plane.address()]});
-    std::fs::write(dir.join("api-servers.json"), content.to_string()).unwrap();
     let mut way = Way::to(control_plane.address()).await;
-    let config = KubeSourceConfig {
-        kubeconfig: Some(control_plane.admin_kubeconfig()),
-        master: Some(format!("https://{}", way.address)),
-        node: "node-a".into(),
-        state_dir: Some(dir),
-        ..KubeSourceConfig::default()
-    };
-    let (sender, events) = mpsc::channel(64);
-    let servers = ApiServers::open(&config);
-    let mut status = servers.status();
-    let task = spawn(config, servers, sender).await.unwrap();
-    let mut source = Source { events, task };
+    let (mut source, mut status) = remembering(&control_plane, &way, control_plane.address()).await;
     source.until(&["synced"]).await;
     assert_eq!(status.borrow().in_use, Some(control_plane.address()));
     assert!(status.borrow().fallback);
