@@ -101,8 +101,8 @@ fn dev_agent(object: PathBuf) -> Result<PathBuf> {
     Ok(target_dir().join("debug/kube-lane"))
 }
 
-/// Builds the optimised agent. It holds no path of this machine, so that the same sources and the same compiler make
-/// the same binary in any folder.
+/// Builds the optimised agent, whose own code names no path of this machine. The eBPF object in it still does (the line
+/// information of its BTF): only the same folder makes the same binary.
 fn release_agent(arch: Arch, object: Option<PathBuf>) -> Result<PathBuf> {
     let mut build = process::cargo();
     // With a target of its own, the flags below reach only what ends up in the agent. They also cause no rebuild in
