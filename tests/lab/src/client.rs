@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
@@ -184,6 +184,7 @@ pub struct Dial {
     proto: Proto,
     to: SocketAddr,
     from: Option<SocketAddr>,
+    fresh_port: bool,
     timeout: Duration,
     server: Server,
 }
@@ -191,7 +192,8 @@ pub struct Dial {
 impl Dial {
     /// From any address and port, waiting for one second in each step.
     pub fn new(proto: Proto, to: SocketAddr) -> Self {
-        Self { proto, to, from: None, timeout: Duration::from_secs(1), server: Server::Echo }
+        let timeout = Duration::from_secs(1);
+        Self { proto, to, from: None, fresh_port: false, timeout, server: Server::Echo }
     }
 
     /// To servers of this kind; else they are [`Server::Echo`].
@@ -203,6 +205,13 @@ impl Dial {
     /// From this address, and from this port unless it is 0.
     pub fn from(mut self, from: SocketAddr) -> Self {
         self.from = Some(from);
+        self
+    }
+
+    /// UDP from a port that no dial has had for a while. The kernel picks ports at random, and connection tracking leads
+    /// a port that it knows to the endpoint of before: such a dial is no new connection.
+    pub fn fresh_port(mut self) -> Self {
+        self.fresh_port = true;
         self
     }
 
@@ -263,7 +272,11 @@ impl Dial {
             }
             Proto::Udp => {
                 let socket = Socket::new(domain, Type::DGRAM, None)?;
-                self.bind(&socket, self.from)?;
+                if self.fresh_port {
+                    bind_fresh_port(&socket, self.to)?;
+                } else {
+                    self.bind(&socket, self.from)?;
+                }
                 report_icmp(&socket, self.to)?;
                 socket.connect(&self.to.into())?;
                 Transport::Udp(socket.into())
@@ -283,6 +296,17 @@ impl Dial {
 
     fn bind(&self, socket: &Socket, from: Option<SocketAddr>) -> io::Result<()> {
         from.map_or(Ok(()), |from| socket.bind(&from.into()))
+    }
+}
+
+/// Binds a socket to an ephemeral port that no other socket has.
+fn bind_fresh_port(socket: &Socket, to: SocketAddr) -> io::Result<()> {
+    let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    loop {
+        match socket.bind(&SocketAddr::new(any, ephemeral_port()).into()) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+            bound => return bound,
+        }
     }
 }
 

@@ -23,6 +23,9 @@ use crate::sysctls;
 /// The index of `lo` in every namespace.
 pub(crate) const LOOPBACK: u32 = 1;
 
+/// The hardware address of every bridge: no two share a wire.
+const BRIDGE_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 1];
+
 /// How long a link may take until it carries packets.
 const SETTLE_LIMIT: Duration = Duration::from_secs(10);
 
@@ -96,9 +99,10 @@ impl Netlink {
         self.wait(self.handle.link().del(index).execute(), || format!("remove link {index}"))
     }
 
-    /// Makes a bridge that is up.
+    /// Makes a bridge that is up. Its hardware address is set: a bridge without one takes the lowest of its ports. That
+    /// address changes when pods come and go, and pods that have the former one cached lose their packets.
     pub(crate) fn bridge(&self, name: &str, index: u32) -> Result<()> {
-        let message = LinkBridge::new(name).index(index).up().build();
+        let message = LinkBridge::new(name).index(index).address(BRIDGE_MAC.to_vec()).up().build();
         self.wait(self.handle.link().add(message).execute(), || format!("add bridge {name}"))?;
         sysctls::set_up_interface(name)
     }

@@ -63,6 +63,23 @@ fn everyone_reaches_everyone_over_a_bridge() {
 }
 
 #[test]
+fn a_bridge_keeps_its_hardware_address_as_pods_come_and_go() {
+    let lab = Lab::builder().bridge(true).build().unwrap();
+    let address = || {
+        let list = || Command::new("ip").args(["-brief", "link", "show", topology::BRIDGE]).output();
+        let output = lab.node(0).run(list).unwrap().unwrap();
+        let line = String::from_utf8(output.stdout).unwrap();
+        line.split_whitespace().nth(2).unwrap().to_owned()
+    };
+    let before = address();
+    // A bridge takes the address of its first port at the latest, where it has none of its own.
+    let pod = lab.node(0).add_pod("a").unwrap();
+    assert_eq!(address(), before);
+    drop(pod);
+    assert_eq!(address(), before);
+}
+
+#[test]
 fn clients_tell_refused_from_unreachable_from_silence() {
     let lab = Lab::builder().nodes(2).build().unwrap();
     let pod = lab.node(1).add_pod("a").unwrap();

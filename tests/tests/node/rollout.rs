@@ -7,10 +7,8 @@ use serde_json::json;
 use crate::traffic::{Connections, Traffic};
 use crate::world::{self, Web};
 
-/// How often the Deployment rolls: some minutes' worth, or with `--long` what takes a quarter of an hour.
-fn rolls() -> usize {
-    if std::env::var_os("KUBE_LANE_LONG").is_some() { 20 } else { 4 }
-}
+/// How often the Deployment rolls.
+const ROLLS: usize = 20;
 
 /// The DaemonSet gets another image; no connection fails, new or kept.
 pub(crate) fn of_kube_lane(nodes: &mut NodeCluster) -> Result<()> {
@@ -36,8 +34,7 @@ pub(crate) fn of_a_deployment(nodes: &mut NodeCluster) -> Result<()> {
     world::install(nodes)?;
     let web = Web::new(nodes)?;
     let traffic = Traffic::start(&web, Connections::New)?;
-    let rolls = rolls();
-    for roll in 0..rolls {
+    for roll in 0..ROLLS {
         let template =
             json!({"spec": {"template": {"metadata": {"annotations": {"roll": roll.to_string()}}}}});
         nodes.kubectl(&["patch", "deployment", "web", "--patch", &template.to_string()])?;
@@ -45,6 +42,6 @@ pub(crate) fn of_a_deployment(nodes: &mut NodeCluster) -> Result<()> {
     }
     traffic.goes_on()?;
     let table = traffic.stop()?;
-    world::report(&format!("{rolls} rollouts of a Deployment:\n{table}"));
+    world::report(&format!("{ROLLS} rollouts of a Deployment:\n{table}"));
     Ok(())
 }

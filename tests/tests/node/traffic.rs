@@ -38,7 +38,8 @@ impl Traffic {
         let mut start =
             |from: &str, host: &Host, kind: &str, (proto, to): (Proto, SocketAddr)| -> Result<()> {
                 let name = format!("{from} to {kind}, {proto}");
-                loads.push((format!("{name}, new"), Load::start(host, dial(proto, to), CLIENTS, PAUSE)?));
+                let new = Load::start(host, dial(proto, to).fresh_port(), CLIENTS, PAUSE)?;
+                loads.push((format!("{name}, new"), new));
                 if connections == Connections::NewAndKept {
                     let kept = Load::start_kept(host, dial(proto, to), CLIENTS, PAUSE)?;
                     loads.push((format!("{name}, kept"), kept));
