@@ -210,7 +210,10 @@ impl ControlPlane {
             flag("max-requests-inflight", &4000),
             flag("max-mutating-requests-inflight", &2000),
         ]);
-        if !self.options.for_kubelets {
+        if self.options.for_kubelets {
+            // For `kubectl exec`: no DNS server knows the nodes' names.
+            command.arg("--kubelet-preferred-address-types=InternalIP");
+        } else {
             command.args([
                 // Pods are made by hand, and no controller makes the account that this plugin asks for.
                 flag("disable-admission-plugins", &"ServiceAccount"),

@@ -11,6 +11,7 @@ mod archives;
 mod cgroup;
 mod control;
 mod image;
+pub mod kubeadm;
 mod kubelet;
 mod machine;
 mod runtime;

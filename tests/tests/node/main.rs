@@ -6,7 +6,13 @@
 
 // Named test modules for clippy, which else forbids `unwrap` in the helpers.
 #[cfg(test)]
+mod guide;
+#[cfg(test)]
 mod install;
+#[cfg(test)]
+mod migrate;
+#[cfg(test)]
+mod remove;
 #[cfg(test)]
 mod restart;
 #[cfg(test)]
@@ -27,12 +33,17 @@ use libtest_mimic::{Arguments, Failed, Trial};
 type Scenario = fn(&mut NodeCluster) -> Result<()>;
 
 /// Scenarios that share a cluster.
-const GROUPS: &[&[(&str, Scenario)]] = &[&[
-    ("install::a_fresh_install_serves_pods_nodes_and_outside", install::serves),
-    ("rollout::an_update_of_kube_lane_breaks_no_connection", rollout::of_kube_lane),
-    ("rollout::a_deployment_rolls_and_no_connection_fails", rollout::of_a_deployment),
-    ("restart::a_node_comes_back_without_a_service_that_works", restart::of_a_node),
-]];
+const GROUPS: &[&[(&str, Scenario)]] = &[
+    &[
+        ("install::a_fresh_install_serves_pods_nodes_and_outside", install::serves),
+        ("rollout::an_update_of_kube_lane_breaks_no_connection", rollout::of_kube_lane),
+        ("rollout::a_deployment_rolls_and_no_connection_fails", rollout::of_a_deployment),
+        ("restart::a_node_comes_back_without_a_service_that_works", restart::of_a_node),
+        ("remove::nothing_is_left_after_uninstalling", remove::everything),
+    ],
+    &[("migrate::from_kube_proxy_in_mode_iptables_and_back", migrate::from_iptables)],
+    &[("migrate::from_kube_proxy_in_mode_nftables_and_back", migrate::from_nftables)],
+];
 
 fn main() -> Result<ExitCode> {
     let mut arguments = Arguments::from_args();

@@ -1,0 +1,123 @@
+//! kubeadm as far as kube-proxy goes: it installs kube-proxy as an add-on of a cluster, from an image that is made here.
+//!
+//! Owns kubeadm's configuration and the files of kube-proxy's image. Makes no cluster: the nodes are there before.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use ipnetwork::IpNetwork;
+
+use super::NodeCluster;
+use super::image::Image;
+use crate::controlplane::program;
+use crate::kube_proxy::Mode;
+
+/// What kube-proxy calls besides itself.
+const TOOLS: [&str; 9] = [
+    "nft",
+    "conntrack",
+    "iptables",
+    "iptables-save",
+    "iptables-restore",
+    "ip6tables",
+    "ip6tables-save",
+    "ip6tables-restore",
+    "kmod",
+];
+/// Where Debian's iptables looks for its matches and targets, which it loads by name.
+const PLUGINS: &str = "/usr/lib/x86_64-linux-gnu/xtables";
+
+/// The release of kubeadm, such as `v1.36.3`.
+///
+/// # Errors
+/// When it has not been built.
+pub fn version() -> Result<String> {
+    Ok(output(Command::new(program("kubeadm")?).args(["version", "--output=short"]))?.trim().to_owned())
+}
+
+/// The manifests of kube-proxy, as `kubeadm` prints them with this configuration.
+///
+/// # Errors
+/// When it has not been built, or refuses the configuration.
+pub fn manifests(configuration: &Path) -> Result<String> {
+    let mut kubeadm = Command::new(program("kubeadm")?);
+    kubeadm.args(["init", "phase", "addon", "kube-proxy", "--print-manifest", "--config"]);
+    output(kubeadm.arg(configuration))
+}
+
+/// Writes a configuration for [`install`] into `folder`, and returns its path. The mode `None` is kubeadm's default.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn configuration(
+    folder: &Path,
+    api_server: SocketAddr,
+    pods: &[IpNetwork],
+    mode: Option<Mode>,
+) -> Result<PathBuf> {
+    let pods: Vec<_> = pods.iter().map(IpNetwork::to_string).collect();
+    let mode = mode.map(|mode| mode.to_string()).unwrap_or_default();
+    let text = format!(
+        "apiVersion: kubeadm.k8s.io/v1beta4\nkind: InitConfiguration\n\
+         localAPIEndpoint: {{advertiseAddress: {}, bindPort: {}}}\n\
+         ---\napiVersion: kubeadm.k8s.io/v1beta4\nkind: ClusterConfiguration\n\
+         kubernetesVersion: {}\nnetworking: {{podSubnet: \"{}\"}}\n\
+         ---\napiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nmode: \"{mode}\"\n\
+         # A node here has a network namespace of its own, and the kernel lets none of these set the limit.\n\
+         conntrack: {{maxPerCore: 0, min: 0}}\n",
+        api_server.ip(),
+        api_server.port(),
+        version()?,
+        pods.join(",")
+    );
+    let path = folder.join("kubeadm.yaml");
+    fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(path)
+}
+
+/// Writes the archive of the image that kubeadm's manifests name, and returns its path.
+///
+/// # Errors
+/// When a program is missing.
+pub fn kube_proxy_image(folder: &Path) -> Result<PathBuf> {
+    let image = Image::new()?;
+    image.add_program(&program("kube-proxy")?, Path::new("/usr/local/bin/kube-proxy"))?;
+    for tool in TOOLS {
+        let file = Path::new("/usr/sbin").join(tool);
+        let file = if file.exists() { file } else { Path::new("/usr/bin").join(tool) };
+        image.add_program(&file, &Path::new("/usr/sbin").join(tool))?;
+    }
+    for plugin in fs::read_dir(PLUGINS).with_context(|| format!("cannot read {PLUGINS}"))? {
+        let plugin = plugin?.path();
+        image.add_program(&plugin, &plugin)?;
+    }
+    let archive = folder.join("kube-proxy.tar");
+    image.write(&archive, &format!("registry.k8s.io/kube-proxy:{}", version()?), &[])?;
+    Ok(archive)
+}
+
+/// Installs kube-proxy, or brings it back, as an administrator does.
+///
+/// # Errors
+/// With what kubeadm says, when it fails.
+pub fn install(nodes: &NodeCluster, configuration: &Path) -> Result<()> {
+    let mut kubeadm = Command::new(program("kubeadm")?);
+    kubeadm.args(["init", "phase", "addon", "kube-proxy", "--kubeconfig"]);
+    kubeadm.arg(nodes.cluster().control_plane().admin_kubeconfig()).arg("--config").arg(configuration);
+    nodes.cluster().run(&mut kubeadm)?;
+    Ok(())
+}
+
+fn output(command: &mut Command) -> Result<String> {
+    let output = command.output().with_context(|| format!("cannot start {command:?}"))?;
+    ensure!(
+        output.status.success(),
+        "{command:?}: {}\n{}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}

@@ -1,0 +1,141 @@
+//! Moving a cluster from kubeadm's kube-proxy to kube-lane and back, under load, by the commands of `docs/migrate.md`.
+
+use std::fs;
+
+use anyhow::{Context as _, Result, ensure};
+use kube_lane_lab::topology;
+use kube_lane_tests::kube_proxy::Mode;
+use kube_lane_tests::nodes::{self, NodeCluster, WAIT, kubeadm};
+
+use crate::guide::{self, administrator, administrator_in};
+use crate::remove;
+use crate::traffic::{Connections, Traffic};
+use crate::world::{self, Web, until};
+
+const GUIDE: &str = "migrate.md";
+
+/// From kube-proxy in kubeadm's default mode, and back.
+pub(crate) fn from_iptables(nodes: &mut NodeCluster) -> Result<()> {
+    there_and_back(nodes, None)
+}
+
+/// From kube-proxy in mode nftables, and back.
+pub(crate) fn from_nftables(nodes: &mut NodeCluster) -> Result<()> {
+    there_and_back(nodes, Some(Mode::Nftables))
+}
+
+fn there_and_back(nodes: &NodeCluster, mode: Option<Mode>) -> Result<()> {
+    nodes.import(&kubeadm::kube_proxy_image(nodes.folder())?)?;
+    nodes.import(&nodes::kube_lane(nodes.folder())?)?;
+    let api_server = nodes.cluster().control_plane().address();
+    let configuration = kubeadm::configuration(nodes.folder(), api_server, &topology::cluster_cidrs(), mode)?;
+    kubeadm::install(nodes, &configuration)?;
+    world::rolled_out(nodes, "kube-system", "daemonset/kube-proxy")?;
+    let web = Web::new(nodes)?;
+    web.answers()?;
+    let mode = mode.unwrap_or(Mode::Iptables);
+
+    let traffic = Traffic::start(&web, Connections::NewAndKept)?;
+    one_node_first(nodes)?;
+    traffic.goes_on()?;
+    all_nodes(nodes)?;
+    traffic.goes_on()?;
+    web.answers()?;
+    world::report(&format!("from kube-proxy in mode {mode} to kube-lane:\n{}", traffic.stop()?));
+
+    let traffic = Traffic::start(&web, Connections::NewAndKept)?;
+    kubeadm::install(nodes, &configuration)?;
+    world::rolled_out(nodes, "kube-system", "daemonset/kube-proxy")?;
+    until(|| kube_proxy_has_rules(nodes))?;
+    remove::uninstall(nodes)?;
+    traffic.goes_on()?;
+    web.answers()?;
+    world::report(&format!("from kube-lane back to kube-proxy in mode {mode}:\n{}", traffic.stop()?));
+    remove::nothing_is_left(nodes)
+}
+
+/// Section "One node first".
+fn one_node_first(nodes: &NodeCluster) -> Result<()> {
+    let folder = nodes.folder().join("administrator");
+    let canary = folder.join("canary");
+    fs::create_dir_all(&canary)?;
+    std::os::unix::fs::symlink(guide::repository().canonicalize()?, folder.join("kube-lane"))?;
+    fs::write(canary.join("kustomization.yaml"), guide::block(GUIDE, "# canary/kustomization.yaml", &[])?)?;
+    let name = nodes.machine(0).name();
+    let labelled = guide::block(GUIDE, "kubectl apply -k canary/", &[("NODE", name)])?;
+    administrator_in(nodes, &folder, &labelled)?;
+    world::rolled_out(nodes, "kube-system", "daemonset/kube-lane")?;
+    is_ready_on(nodes, &[name])?;
+    administrator(nodes, &guide::block(GUIDE, "patch ds kube-proxy", &[])?)?;
+    world::rolled_out(nodes, "kube-system", "daemonset/kube-proxy")?;
+    until(|| {
+        let pods = nodes.list(&["--namespace=kube-system", "pods", "--selector=k8s-app=kube-proxy"])?;
+        ensure!(pods.len() == 1, "{} pods of kube-proxy", pods.len());
+        Ok(())
+    })?;
+    remove_rules_of_kube_proxy(nodes, 0)
+}
+
+/// Section "All nodes".
+fn all_nodes(nodes: &NodeCluster) -> Result<()> {
+    world::apply(nodes, "-k", "")?;
+    world::rolled_out(nodes, "kube-system", "daemonset/kube-lane")?;
+    is_ready_on(nodes, &[nodes.machine(0).name(), nodes.machine(1).name()])?;
+    does_not_depend_on_itself(nodes)?;
+    administrator(nodes, &guide::block(GUIDE, "delete ds kube-proxy", &[])?)?;
+    nodes.kubectl(&[
+        "--namespace=kube-system",
+        "wait",
+        "--for=delete",
+        "pod",
+        "--selector=k8s-app=kube-proxy",
+        WAIT,
+    ])?;
+    remove_rules_of_kube_proxy(nodes, 1)
+}
+
+fn is_ready_on(nodes: &NodeCluster, names: &[&str]) -> Result<()> {
+    let mut seen = vec![];
+    for pod in nodes.list(&["--namespace=kube-system", "pods", "--selector=k8s-app=kube-lane"])? {
+        let node = pod["spec"]["nodeName"].as_str().context("a pod without a node")?.to_owned();
+        let name = pod["metadata"]["name"].as_str().context("a pod without a name")?;
+        administrator(nodes, &guide::block(GUIDE, "kube-lane status --all", &[("POD", name)])?)?;
+        seen.push(node);
+    }
+    seen.sort();
+    ensure!(seen == names, "kube-lane runs on {seen:?}");
+    Ok(())
+}
+
+/// kubeadm's ConfigMap gives the API server's own address.
+fn does_not_depend_on_itself(nodes: &NodeCluster) -> Result<()> {
+    let said = administrator(nodes, "kubectl -n kube-system exec ds/kube-lane -- kube-lane status -o json")?;
+    let status: serde_json::Value = serde_json::from_str(&said)?;
+    let address = nodes.cluster().control_plane().address().to_string();
+    ensure!(status.to_string().contains(&address), "status names no {address}: {status:#}");
+    Ok(())
+}
+
+fn remove_rules_of_kube_proxy(nodes: &NodeCluster, node: usize) -> Result<()> {
+    let command = guide::block(GUIDE, "--cleanup", &[("VERSION", &kubeadm::version()?)])?;
+    nodes.machine(node).run(&["sh", "-euc", &command])?;
+    let rules = rules(nodes, node)?;
+    ensure!(!rules.contains("KUBE-SVC") && !rules.contains("table ip kube-proxy"), "left:\n{rules}");
+    Ok(())
+}
+
+fn kube_proxy_has_rules(nodes: &NodeCluster) -> Result<()> {
+    for node in 0..2 {
+        let rules = rules(nodes, node)?;
+        ensure!(
+            rules.contains("KUBE-SVC") || rules.contains("table ip kube-proxy"),
+            "kube-proxy has written no rules on {}",
+            nodes.machine(node).name()
+        );
+    }
+    Ok(())
+}
+
+fn rules(nodes: &NodeCluster, node: usize) -> Result<String> {
+    nodes.machine(node).run(&["nft", "list", "ruleset"])
+}
