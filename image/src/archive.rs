@@ -24,34 +24,18 @@ use serde_json::json;
 use sha2::{Digest as _, Sha256};
 use tar::{EntryType, Header};
 
-use crate::contents::{File, Files};
+use crate::{File, Files, Image};
 
 /// The annotation by which containerd names an image.
 const CONTAINERD_NAME: &str = "io.containerd.image.name";
 
-/// What is in an image.
-pub(crate) struct Image {
-    /// Such as `ghcr.io/kube-lane/kube-lane`.
-    pub(crate) repository: String,
-    /// Such as `0.1.0`.
-    pub(crate) tag: String,
-    /// The architecture, by its name in Go.
-    pub(crate) arch: &'static str,
-    /// When its sources were made; the time of every file.
-    pub(crate) created: Timestamp,
-    pub(crate) entrypoint: String,
-    pub(crate) labels: BTreeMap<String, String>,
-    /// The files by their paths, which begin with no `/`.
-    pub(crate) files: Files,
-}
-
 /// What was written.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Written {
+pub struct Written {
     /// The digest of the image's manifest: `sha256:…`.
-    pub(crate) digest: String,
+    pub digest: String,
     /// Bytes of the archive.
-    pub(crate) size: usize,
+    pub size: usize,
 }
 
 /// Writes the archive `to`.
@@ -59,7 +43,8 @@ pub(crate) struct Written {
 /// # Errors
 /// When it cannot be written.
 pub(crate) fn write(image: &Image, to: &Path) -> Result<Written> {
-    let created = image.created.to_string();
+    let seconds = i64::try_from(image.created).context("the image was created too late")?;
+    let created = Timestamp::from_second(seconds)?.to_string();
     let layer = layer(&image.files, image.created)?;
     let mut compressed = GzEncoder::new(Vec::new(), Compression::best());
     compressed.write_all(&layer)?;
@@ -68,15 +53,15 @@ pub(crate) fn write(image: &Image, to: &Path) -> Result<Written> {
 
     let process = ConfigBuilder::default()
         .user("0")
-        .env(["PATH=/usr/local/bin".to_owned()])
-        .entrypoint([image.entrypoint.clone()])
+        .env(image.env.clone())
+        .entrypoint(image.entrypoint.clone())
         .working_dir("/")
         .labels(HashMap::from_iter(image.labels.clone()))
         .build()?;
-    let history = HistoryBuilder::default().created(&*created).created_by("cargo xtask image").build()?;
+    let history = HistoryBuilder::default().created(&*created).created_by("kube-lane-image").build()?;
     let config = ImageConfigurationBuilder::default()
         .created(&*created)
-        .architecture(Arch::from(image.arch))
+        .architecture(Arch::from(image.arch.as_str()))
         .os(Os::Linux)
         .config(process)
         .rootfs(RootFsBuilder::default().diff_ids([format!("sha256:{}", sha256(&layer))]).build()?)
@@ -85,7 +70,7 @@ pub(crate) fn write(image: &Image, to: &Path) -> Result<Written> {
     let config_blob = blobs.add(MediaType::ImageConfig, to_json(&config)?)?;
     let docker = json!([{
         "Config": path(&config_blob),
-        "RepoTags": [format!("{}:{}", image.repository, image.tag)],
+        "RepoTags": [image.name()],
         "Layers": [path(&layer_blob)],
     }]);
     let manifest = ImageManifestBuilder::default()
@@ -96,15 +81,15 @@ pub(crate) fn write(image: &Image, to: &Path) -> Result<Written> {
         .build()?;
     let manifest = blobs.add(MediaType::ImageManifest, to_json(&manifest)?)?;
     let digest = manifest.digest().to_string();
-    let names = [
-        (CONTAINERD_NAME.to_owned(), format!("{}:{}", image.repository, image.tag)),
-        (ANNOTATION_REF_NAME.to_owned(), image.tag.clone()),
-    ];
+    let names =
+        [(CONTAINERD_NAME.to_owned(), image.name()), (ANNOTATION_REF_NAME.to_owned(), image.tag.clone())];
     let listed = DescriptorBuilder::default()
         .media_type(MediaType::ImageManifest)
         .size(manifest.size())
         .digest(manifest.digest().clone())
-        .platform(PlatformBuilder::default().architecture(Arch::from(image.arch)).os(Os::Linux).build()?)
+        .platform(
+            PlatformBuilder::default().architecture(Arch::from(image.arch.as_str())).os(Os::Linux).build()?,
+        )
         .annotations(HashMap::from(names))
         .build()?;
     let index = ImageIndexBuilder::default()
@@ -154,7 +139,7 @@ fn to_json(value: &impl Serialize) -> Result<Vec<u8>> {
 }
 
 /// A tar archive of these files and of the directories that they are in.
-fn layer(files: &Files, time: Timestamp) -> Result<Vec<u8>> {
+fn layer(files: &Files, time: u64) -> Result<Vec<u8>> {
     let mut entries: BTreeMap<String, Option<&File>> = BTreeMap::new();
     for (path, file) in files {
         let parents =
@@ -165,7 +150,7 @@ fn layer(files: &Files, time: Timestamp) -> Result<Vec<u8>> {
     let mut archive = tar::Builder::new(Vec::new());
     for (path, file) in entries {
         let mut header = Header::new_gnu();
-        header.set_mtime(u64::try_from(time.as_second()).context("the commit is older than 1970")?);
+        header.set_mtime(time);
         header.set_uid(0);
         header.set_gid(0);
         header.set_entry_type(if file.is_some() { EntryType::Regular } else { EntryType::Directory });

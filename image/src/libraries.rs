@@ -13,21 +13,25 @@ use object::read::elf::{FileHeader as _, ProgramHeader as _};
 /// Where a Debian system has libraries, `MULTIARCH` being such as `x86_64-linux-gnu`.
 const DIRECTORIES: [&str; 4] = ["lib/MULTIARCH", "usr/lib/MULTIARCH", "lib", "usr/lib"];
 
-/// The loader and the libraries of `program`: where each lies in an image, and its file below `root`.
+/// The loader and the libraries of `program`, which may be a library itself: where each lies in an image, and its file
+/// below `root`. A static program has none.
 ///
 /// # Errors
 /// When a library is missing, or a file is not an ELF file of 64 bits.
 pub(crate) fn of(program: &Path, root: &Path, multiarch: &str) -> Result<BTreeMap<String, PathBuf>> {
     let Elf { interpreter, needed } = Elf::read(program)?;
-    let interpreter = interpreter.with_context(|| format!("{} names no loader", program.display()))?;
-    let interpreter = interpreter.trim_start_matches('/').to_owned();
-    let loader = resolve(root, &interpreter, multiarch)?;
-    let mut found = BTreeMap::from([(interpreter.clone(), loader)]);
+    let mut found = BTreeMap::new();
+    // A library leaves the choice of the loader to the programs that load it.
+    let loader = interpreter.map(|path| path.trim_start_matches('/').to_owned());
+    if let Some(loader) = &loader {
+        found.insert(loader.clone(), resolve(root, loader, multiarch)?);
+    }
     let mut wanted = needed;
     while let Some(name) = wanted.pop() {
         let path = format!("lib/{multiarch}/{name}");
         // libc needs the loader in turn, which is in memory already.
-        if interpreter.ends_with(&format!("/{name}")) || found.contains_key(&path) {
+        let is_loader = loader.as_ref().is_some_and(|loader| loader.ends_with(&format!("/{name}")));
+        if is_loader || found.contains_key(&path) {
             continue;
         }
         let file = resolve(root, &path, multiarch)?;

@@ -5,14 +5,11 @@
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use jiff::Timestamp;
+use kube_lane_image::{Arch, Image};
 
-mod archive;
 mod contents;
-mod libraries;
-#[cfg(test)]
-mod tests;
 
 /// Bytes of an archive, at most: every node of a cluster fetches the image.
 const MAX_SIZE: usize = 25_000_000;
@@ -22,30 +19,6 @@ const REPOSITORY: &str = "ghcr.io/kube-lane/kube-lane";
 /// The licences of the agent and of the Debian packages that the image holds, as an SPDX expression.
 const LICENSES: &str = "Apache-2.0 AND GPL-2.0-or-later AND GPL-3.0-or-later WITH GCC-exception-3.1 AND \
                         LGPL-2.1-or-later AND MPL-2.0";
-
-/// An architecture, by the name that container images give it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Arch {
-    Amd64,
-    Arm64,
-}
-
-impl Arch {
-    fn as_str(self) -> &'static str {
-        match self {
-            Self::Amd64 => "amd64",
-            Self::Arm64 => "arm64",
-        }
-    }
-
-    /// The name of Debian's folders of its libraries.
-    fn multiarch(self) -> &'static str {
-        match self {
-            Self::Amd64 => "x86_64-linux-gnu",
-            Self::Arm64 => "aarch64-linux-gnu",
-        }
-    }
-}
 
 /// Write the container image of kube-lane.
 #[derive(Parser)]
@@ -70,7 +43,7 @@ struct Args {
     revision: String,
     /// When it was made, in seconds since 1970
     #[arg(long, value_name = "SECONDS")]
-    created: i64,
+    created: u64,
     /// Where the archive goes
     #[arg(long, value_name = "FILE", conflicts_with = "rootfs", required_unless_present = "rootfs")]
     archive: Option<PathBuf>,
@@ -81,23 +54,25 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    let files = contents::collect(&args)?;
+    let image = image(&args)?;
     if let Some(folder) = &args.rootfs {
-        return contents::write(&files, folder);
+        return image.write_files(folder);
     }
     let Some(to) = &args.archive else { return Ok(()) };
-    let image = image(&args, files)?;
-    let written = archive::write(&image, to)?;
+    let written = image.write(to)?;
     ensure!(written.size < MAX_SIZE, "{} has {} bytes; {MAX_SIZE} are allowed", to.display(), written.size);
     let megabytes = written.size as f64 / 1e6;
-    println!("{REPOSITORY}:{} for linux/{}: {megabytes:.1} MB, {}", image.tag, image.arch, written.digest);
+    println!("{} for linux/{}: {megabytes:.1} MB, {}", image.name(), args.arch.as_str(), written.digest);
     Ok(())
 }
 
 /// What the image holds and says.
-fn image(args: &Args, files: contents::Files) -> Result<archive::Image> {
+fn image(args: &Args) -> Result<Image> {
     let version = env!("CARGO_PKG_VERSION");
-    let created = Timestamp::from_second(args.created)?;
+    let mut image = Image::new(&format!("{REPOSITORY}:{version}"), args.arch)?;
+    image.created = args.created;
+    image.entrypoint = vec![contents::AGENT.to_owned()];
+    image.env = vec!["PATH=/usr/local/bin".to_owned()];
     let labels = [
         ("title", "kube-lane".to_owned()),
         ("description", "A kube-proxy replacement: Services as nftables and eBPF map elements".to_owned()),
@@ -105,15 +80,9 @@ fn image(args: &Args, files: contents::Files) -> Result<archive::Image> {
         ("revision", args.revision.clone()),
         ("source", env!("CARGO_PKG_REPOSITORY").to_owned()),
         ("licenses", LICENSES.to_owned()),
-        ("created", created.to_string()),
+        ("created", Timestamp::from_second(i64::try_from(args.created)?)?.to_string()),
     ];
-    Ok(archive::Image {
-        repository: REPOSITORY.to_owned(),
-        tag: version.to_owned(),
-        arch: args.arch.as_str(),
-        created,
-        entrypoint: format!("/{}", contents::AGENT),
-        labels: labels.map(|(name, value)| (format!("org.opencontainers.image.{name}"), value)).into(),
-        files,
-    })
+    image.labels = labels.map(|(name, value)| (format!("org.opencontainers.image.{name}"), value)).into();
+    contents::add(args, &mut image)?;
+    Ok(image)
 }

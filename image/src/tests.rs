@@ -4,34 +4,27 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::Read as _;
 use std::path::Path;
+use std::process::Command;
 
 use flate2::read::GzDecoder;
-use jiff::Timestamp;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use tar::EntryType;
 
-use crate::archive::{self, Image};
-use crate::contents::{self, File};
-use crate::libraries;
+use crate::{Arch, Image, libraries};
 
-const TIME: i64 = 1_700_000_000;
+const TIME: u64 = 1_700_000_000;
 
 fn image() -> Image {
-    let file = |mode, content: &str| File { mode, content: content.into() };
+    let mut image = Image::new("example.org/kube-lane:1.2.3", Arch::Arm64).unwrap();
+    image.created = TIME;
+    image.entrypoint = ["/usr/local/bin/agent", "serve"].map(str::to_owned).into();
+    image.env = vec!["PATH=/usr/local/bin".into()];
     let labels = ["title", "version", "revision", "source"];
-    Image {
-        repository: "example.org/kube-lane".into(),
-        tag: "1.2.3".into(),
-        arch: "arm64",
-        created: Timestamp::from_second(TIME).unwrap(),
-        entrypoint: "/usr/local/bin/agent".into(),
-        labels: labels.map(|label| (label.to_owned(), format!("the {label}"))).into(),
-        files: BTreeMap::from([
-            ("usr/local/bin/agent".into(), file(0o755, "agent")),
-            ("etc/certificates".into(), file(0o644, "certificates")),
-        ]),
-    }
+    image.labels = labels.map(|label| (label.to_owned(), format!("the {label}"))).into();
+    image.add("/usr/local/bin/agent", 0o755, b"agent".into());
+    image.add("/etc/certificates", 0o644, b"certificates".into());
+    image
 }
 
 /// The files of a tar archive by their paths; checks what is the same of each entry.
@@ -42,7 +35,7 @@ fn unpack(archive: &[u8]) -> BTreeMap<String, (EntryType, u32, Vec<u8>)> {
         let mut entry = entry.unwrap();
         let header = entry.header();
         let owner = (header.uid().unwrap(), header.gid().unwrap(), header.mtime().unwrap());
-        assert_eq!(owner, (0, 0, TIME as u64));
+        assert_eq!(owner, (0, 0, TIME));
         let (kind, mode) = (header.entry_type(), header.mode().unwrap());
         let path = entry.path().unwrap().to_str().unwrap().to_owned();
         let mut content = Vec::new();
@@ -62,7 +55,7 @@ fn digest(content: &[u8]) -> String {
 fn an_archive_holds_what_each_tool_looks_for() {
     let dir = tempfile::tempdir().unwrap();
     let to = dir.path().join("image.tar");
-    let written = archive::write(&image(), &to).unwrap();
+    let written = image().write(&to).unwrap();
     let archive = fs::read(to).unwrap();
     assert_eq!(written.size, archive.len());
     let files = unpack(&archive);
@@ -90,7 +83,8 @@ fn an_archive_holds_what_each_tool_looks_for() {
     let config = json(&blob(&manifest["config"]["digest"]));
     assert_eq!(config["architecture"], "arm64");
     assert_eq!(config["created"], "2023-11-14T22:13:20Z");
-    assert_eq!(config["config"]["Entrypoint"], json!(["/usr/local/bin/agent"]));
+    assert_eq!(config["config"]["Entrypoint"], json!(["/usr/local/bin/agent", "serve"]));
+    assert_eq!(config["config"]["Env"], json!(["PATH=/usr/local/bin"]));
     assert_eq!(config["config"]["User"], "0");
     assert_eq!(config["config"]["Labels"]["revision"], "the revision");
 
@@ -127,15 +121,15 @@ fn the_same_files_make_the_same_archive() {
     let archives: Vec<_> = (0..8)
         .map(|number| {
             let to = dir.path().join(number.to_string());
-            let written = archive::write(&image(), &to).unwrap();
+            let written = image().write(&to).unwrap();
             (written, fs::read(to).unwrap())
         })
         .collect();
     assert!(archives.iter().all(|archive| *archive == archives[0]));
 
     let mut other = image();
-    other.files.insert("etc/other".into(), File { mode: 0o644, content: Vec::new() });
-    let written = archive::write(&other, &dir.path().join("other")).unwrap();
+    other.add("/etc/other", 0o644, Vec::new());
+    let written = other.write(&dir.path().join("other")).unwrap();
     assert_ne!(written.digest, archives[0].0.digest);
 }
 
@@ -143,10 +137,9 @@ fn the_same_files_make_the_same_archive() {
 fn files_are_written_only_into_an_empty_folder() {
     let dir = tempfile::tempdir().unwrap();
     let folder = dir.path().join("rootfs");
-    let files = image().files;
-    contents::write(&files, &folder).unwrap();
+    image().write_files(&folder).unwrap();
     assert_eq!(fs::read(folder.join("etc/certificates")).unwrap(), b"certificates");
-    let error = contents::write(&files, &folder).unwrap_err().to_string();
+    let error = image().write_files(&folder).unwrap_err().to_string();
     assert!(error.contains("rootfs is not empty"), "{error}");
 }
 
@@ -155,4 +148,39 @@ fn a_library_that_is_missing_is_named() {
     let program = std::env::current_exe().unwrap();
     let error = libraries::of(&program, Path::new("/nowhere"), "x86_64-linux-gnu").unwrap_err();
     assert!(error.to_string().starts_with("no ld-linux"), "{error}");
+}
+
+#[test]
+fn a_program_comes_with_what_it_loads() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut image = Image::new("example.org/shell:1", Arch::native().unwrap()).unwrap();
+    image.add_program("/shell", Path::new("/bin/sh"), Path::new("/")).unwrap();
+    let folder = dir.path().join("rootfs");
+    image.write_files(&folder).unwrap();
+    let paths: Vec<_> = image.files.keys().map(String::as_str).collect();
+    assert!(paths.contains(&"shell") && paths.iter().any(|path| path.contains("/libc.so.")), "{paths:?}");
+    // The loader runs it with no library but those.
+    let loader = paths.iter().find(|path| path.contains("/ld-linux")).unwrap();
+    let libraries = paths.iter().find(|path| path.contains("/libc.so.")).unwrap();
+    let libraries = folder.join(libraries).parent().unwrap().to_owned();
+    let mut shell = Command::new(folder.join(loader));
+    shell.arg("--inhibit-cache").arg("--library-path").arg(libraries).arg(folder.join("shell"));
+    let output = shell.args(["-c", "echo it runs"]).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "it runs\n", "{output:?}");
+}
+
+#[test]
+fn an_image_has_a_tag() {
+    let error = Image::new("example.org/shell", Arch::Amd64).unwrap_err().to_string();
+    assert_eq!(error, "image example.org/shell has no tag");
+}
+
+#[test]
+fn a_library_comes_with_what_it_loads_and_no_loader() {
+    let multiarch = Arch::native().unwrap().multiarch();
+    let of_libm =
+        libraries::of(&Path::new("/lib").join(multiarch).join("libm.so.6"), Path::new("/"), multiarch);
+    let of_libm = of_libm.unwrap();
+    assert!(of_libm.keys().any(|path| path.ends_with("/libc.so.6")), "{of_libm:?}");
+    assert!(!of_libm.keys().any(|path| path.starts_with("lib64/")), "{of_libm:?}");
 }

@@ -2,7 +2,8 @@
 //! or into a folder. Pushes nothing.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
@@ -44,10 +45,23 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 /// # Errors
 /// As [`run`].
 pub(crate) fn archive(arch: Arch) -> Result<PathBuf> {
-    let dir = process::target("image");
-    fs::create_dir_all(&dir)?;
     let name = format!("kube-lane-{}-{}.tar", env!("CARGO_PKG_VERSION"), arch.as_str());
-    write(arch, "--archive", dir.join(name))
+    write(arch, "--archive", process::target("image").join(name))
+}
+
+/// Writes the archive that the lane `node` installs: that of [`archive`] but for the agent, which is `agent` without its
+/// debug information. An optimised build would take many minutes more.
+///
+/// # Errors
+/// As [`run`].
+pub(crate) fn archive_of_dev(agent: &Path) -> Result<PathBuf> {
+    let dir = process::target("image/dev");
+    fs::create_dir_all(&dir)?;
+    let stripped = dir.join("kube-lane");
+    process::run(Command::new("strip").args(["--strip-debug", "-o"]).arg(&stripped).arg(agent))?;
+    let arch = Arch::native()?;
+    setup::ensure(&[Need::Image(arch)])?;
+    pack(arch, &stripped, "--archive", dir.join("kube-lane.tar"))
 }
 
 /// `to` is what `option` names.
@@ -58,7 +72,10 @@ fn write(arch: Arch, option: &str, to: PathBuf) -> Result<PathBuf> {
         arch.as_str()
     );
     setup::ensure(&[Need::Image(arch)])?;
-    let agent = build::agent_for(arch)?;
+    pack(arch, &build::agent_for(arch)?, option, to)
+}
+
+fn pack(arch: Arch, agent: &Path, option: &str, to: PathBuf) -> Result<PathBuf> {
     let mut image = process::cargo();
     image.args(["run", "--quiet", "--package", "kube-lane-image", "--", "--arch", arch.as_str()]);
     image.arg("--agent").arg(agent).arg("--license").arg(process::root().join("LICENSE"));

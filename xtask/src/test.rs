@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use clap::ValueEnum;
 
 use crate::setup::{self, Cost, KubernetesChoice, KubernetesRelease, Need};
-use crate::{build, ebpf, preflight, process};
+use crate::{build, ebpf, image, preflight, process};
 
 /// What `cargo xtask test` is told.
 #[derive(clap::Args)]
@@ -58,7 +58,11 @@ impl Lane {
                 needs.extend((self == Lane::Cluster).then_some(Need::Helm));
                 needs
             }
-            Lane::Node => vec![Need::Build, Need::Kernel, Need::ControlPlane, Need::Node],
+            Lane::Node => {
+                let mut needs = vec![Need::Build, Need::Kernel, Need::ControlPlane, Need::Node];
+                needs.extend(build::Arch::native().map(Need::Image));
+                needs
+            }
             Lane::Vm => vec![Need::Build, Need::Vm],
         }
     }
@@ -244,11 +248,19 @@ fn run_lane(lane: Lane, kubernetes: Option<KubernetesRelease>, args: &Args) -> R
     let mut tally = Tally::default();
     // The lanes run the agent as users have it: with its eBPF programs in it.
     let built = if lane == Lane::Unit { None } else { Some((build::agent(false)?, ebpf::build_object()?)) };
+    // And the image as users have it, for the nodes.
+    let image = match &built {
+        Some((agent, _)) if lane == Lane::Node => Some(image::archive_of_dev(agent)?),
+        _ => None,
+    };
     for run in lane.runs() {
         let mut test = process::cargo();
         test.args(["test", "--no-fail-fast"]).args(*run);
         if let Some((binary, object)) = &built {
             test.env("KUBE_LANE_BIN", binary).env(build::OBJECT_VARIABLE, object);
+        }
+        if let Some(image) = &image {
+            test.env("KUBE_LANE_IMAGE", image);
         }
         if let Some(release) = kubernetes {
             test.env("KUBE_LANE_CONTROLPLANE", release.bin());

@@ -9,9 +9,9 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use ipnetwork::IpNetwork;
+use kube_lane_image::{Arch, Image};
 
 use super::NodeCluster;
-use super::image::Image;
 use crate::controlplane::program;
 use crate::kube_proxy::Mode;
 
@@ -83,19 +83,21 @@ pub fn configuration(
 /// # Errors
 /// When a program is missing.
 pub fn kube_proxy_image(folder: &Path) -> Result<PathBuf> {
-    let image = Image::new()?;
-    image.add_program(&program("kube-proxy")?, Path::new("/usr/local/bin/kube-proxy"))?;
+    let mut image = Image::new(&format!("registry.k8s.io/kube-proxy:{}", version()?), Arch::native()?)?;
+    image.env = vec!["PATH=/usr/local/bin:/usr/sbin".to_owned()];
+    let system = Path::new("/");
+    image.add_program("/usr/local/bin/kube-proxy", &program("kube-proxy")?, system)?;
     for tool in TOOLS {
         let file = Path::new("/usr/sbin").join(tool);
         let file = if file.exists() { file } else { Path::new("/usr/bin").join(tool) };
-        image.add_program(&file, &Path::new("/usr/sbin").join(tool))?;
+        image.add_program(&format!("/usr/sbin/{tool}"), &file, system)?;
     }
     for plugin in fs::read_dir(PLUGINS).with_context(|| format!("cannot read {PLUGINS}"))? {
         let plugin = plugin?.path();
-        image.add_program(&plugin, &plugin)?;
+        image.add_program(&plugin.to_string_lossy(), &plugin, system)?;
     }
     let archive = folder.join("kube-proxy.tar");
-    image.write(&archive, &format!("registry.k8s.io/kube-proxy:{}", version()?), &[])?;
+    image.write(&archive)?;
     Ok(archive)
 }
 

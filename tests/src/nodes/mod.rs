@@ -10,7 +10,6 @@
 mod archives;
 mod cgroup;
 mod control;
-mod image;
 pub mod kubeadm;
 mod kubelet;
 mod machine;

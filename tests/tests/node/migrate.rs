@@ -26,7 +26,7 @@ pub(crate) fn from_nftables(nodes: &mut NodeCluster) -> Result<()> {
 
 fn there_and_back(nodes: &NodeCluster, mode: Option<Mode>) -> Result<()> {
     nodes.import(&kubeadm::kube_proxy_image(nodes.folder())?)?;
-    nodes.import(&nodes::kube_lane(nodes.folder())?)?;
+    nodes.import(&nodes::kube_lane()?)?;
     let api_server = nodes.cluster().control_plane().address();
     let configuration = kubeadm::configuration(nodes.folder(), api_server, &topology::cluster_cidrs(), mode)?;
     kubeadm::install(nodes, &configuration)?;

@@ -35,7 +35,7 @@ pub(crate) fn rolled_out(nodes: &NodeCluster, namespace: &str, what: &str) -> Re
 
 /// Installs kube-lane as a user does who has no kube-proxy, with nothing edited, and waits until its pods are ready.
 pub(crate) fn install(nodes: &NodeCluster) -> Result<()> {
-    nodes.import(&nodes::kube_lane(nodes.folder())?)?;
+    nodes.import(&nodes::kube_lane()?)?;
     let address = nodes.cluster().control_plane().address();
     // A cluster that never had kube-proxy has no ConfigMap of kubeadm that names the API server.
     nodes.cluster().apply(&json!({
