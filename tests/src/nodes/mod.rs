@@ -192,6 +192,10 @@ impl NodeCluster {
         for machine in &self.machines {
             // Best effort: without them, the others are still worth having.
             let _ = copy_tree(&machine.disk().join("log/pods"), &machine.logs().join("pods"));
+            for command in [&["nft", "list", "ruleset"][..], &["conntrack", "-L"]] {
+                let said = machine.run(command).unwrap_or_else(|error| format!("{error:#}"));
+                let _ = fs::write(machine.logs().join(format!("{}.txt", command[0])), said);
+            }
         }
         for log in ["etcd.log", "kube-apiserver.log"] {
             let _ = fs::copy(self.cluster.control_plane().folder().join(log), logs.join(log));

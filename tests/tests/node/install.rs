@@ -7,17 +7,29 @@ use anyhow::{Context as _, Result, ensure};
 use kube_lane_lab::{Host, topology};
 use kube_lane_tests::nodes::NodeCluster;
 
+use crate::guide::{self, administrator};
 use crate::world::{self, REPLICAS, Web, dial, until};
 
-/// `kubectl apply -k deploy/`, and a Deployment is reached by everyone; the API server, too, at its Service.
+/// `kubectl apply -k`, and a Deployment is reached by everyone; the API server, too, at its Service.
 pub(crate) fn serves(nodes: &mut NodeCluster) -> Result<()> {
     world::install(nodes)?;
+    a_first_service(nodes)?;
     let web = Web::new(nodes)?;
     web.answers()?;
     every_replica_is_picked(&web)?;
     for host in web.pods.iter().chain(&web.nodes) {
         reaches_the_api_server(host)?;
     }
+    Ok(())
+}
+
+/// What docs/install.md shows after the installation.
+fn a_first_service(nodes: &NodeCluster) -> Result<()> {
+    let node = nodes.machine(0).host().v4().to_string();
+    let said = administrator(nodes, &guide::commands("install.md", "kubectl expose", &[("NODE", &node)])?)?;
+    let answered = said.lines().next_back().unwrap_or_default();
+    ensure!(answered.starts_with("hello-"), "a pod of Deployment hello did not answer curl:\n{said}");
+    ensure!(said.contains("default/hello"), "status does not tell of Service hello:\n{said}");
     Ok(())
 }
 

@@ -45,6 +45,12 @@ const GROUPS: &[&[(&str, Scenario)]] = &[
     &[("migrate::from_kube_proxy_in_mode_nftables_and_back", migrate::from_nftables)],
 ];
 
+/// Scenarios that need no cluster, or make what they need.
+const ALONE: &[(&str, fn() -> Result<()>)] = &[
+    ("guide::every_block_of_commands_runs_or_says_why_not", guide::is_complete),
+    ("migrate::the_manifests_that_tests_read_are_those_of_kubeadm", migrate::manifests_are_current),
+];
+
 fn main() -> Result<ExitCode> {
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);
@@ -60,8 +66,11 @@ fn main() -> Result<ExitCode> {
             })
         })
     });
+    let alone = ALONE.iter().map(|(name, scenario)| {
+        Trial::test(*name, move || scenario().map_err(|error| Failed::from(format!("{error:#}"))))
+    });
     let _interrupt = kube_lane_lab::on_interrupt()?;
-    let conclusion = libtest_mimic::run(&arguments, trials.collect());
+    let conclusion = libtest_mimic::run(&arguments, alone.chain(trials).collect());
     drop(running.lock().unwrap_or_else(PoisonError::into_inner).take());
     Ok(conclusion.exit_code())
 }

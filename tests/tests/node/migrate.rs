@@ -54,19 +54,32 @@ fn there_and_back(nodes: &NodeCluster, mode: Option<Mode>) -> Result<()> {
     remove::nothing_is_left(nodes)
 }
 
+/// Other tests read kubeadm's manifests from a file: it is what kubeadm prints, with the configuration in its first lines.
+pub(crate) fn manifests_are_current() -> Result<()> {
+    let file = guide::repository().join("tests/fixtures/kubeadm/kube-proxy.yaml");
+    let text = fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
+    let (head, manifests) = text.split_once("\n---\n").context("the file has no manifests")?;
+    let configuration: String =
+        head.lines().filter_map(|line| line.strip_prefix("#   ")).flat_map(|line| [line, "\n"]).collect();
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("kubeadm.yaml");
+    fs::write(&path, configuration)?;
+    let printed = kubeadm::manifests(&path)?;
+    let printed = printed.trim_start_matches("---\n");
+    ensure!(manifests == printed, "{} differs from what kubeadm prints:\n{printed}", file.display());
+    Ok(())
+}
+
 /// Section "One node first".
 fn one_node_first(nodes: &NodeCluster) -> Result<()> {
-    let folder = nodes.folder().join("administrator");
-    let canary = folder.join("canary");
-    fs::create_dir_all(&canary)?;
-    std::os::unix::fs::symlink(guide::repository().canonicalize()?, folder.join("kube-lane"))?;
-    fs::write(canary.join("kustomization.yaml"), guide::block(GUIDE, "# canary/kustomization.yaml", &[])?)?;
+    let canary = guide::file(GUIDE, "# canary/kustomization.yaml", &[])?;
+    let folder = guide::beside_the_clone(nodes, "canary", &canary)?;
     let name = nodes.machine(0).name();
-    let labelled = guide::block(GUIDE, "kubectl apply -k canary/", &[("NODE", name)])?;
+    let labelled = guide::commands(GUIDE, "kubectl apply -k canary/", &[("NODE", name)])?;
     administrator_in(nodes, &folder, &labelled)?;
     world::rolled_out(nodes, "kube-system", "daemonset/kube-lane")?;
     is_ready_on(nodes, &[name])?;
-    administrator(nodes, &guide::block(GUIDE, "patch ds kube-proxy", &[])?)?;
+    administrator(nodes, &guide::commands(GUIDE, "patch ds kube-proxy", &[])?)?;
     world::rolled_out(nodes, "kube-system", "daemonset/kube-proxy")?;
     until(|| {
         let pods = nodes.list(&["--namespace=kube-system", "pods", "--selector=k8s-app=kube-proxy"])?;
@@ -80,9 +93,10 @@ fn one_node_first(nodes: &NodeCluster) -> Result<()> {
 fn all_nodes(nodes: &NodeCluster) -> Result<()> {
     world::apply(nodes, "-k", "")?;
     world::rolled_out(nodes, "kube-system", "daemonset/kube-lane")?;
+    the_single_file_says_the_same(nodes)?;
     is_ready_on(nodes, &[nodes.machine(0).name(), nodes.machine(1).name()])?;
     does_not_depend_on_itself(nodes)?;
-    administrator(nodes, &guide::block(GUIDE, "delete ds kube-proxy", &[])?)?;
+    administrator(nodes, &guide::commands(GUIDE, "delete ds kube-proxy", &[])?)?;
     nodes.kubectl(&[
         "--namespace=kube-system",
         "wait",
@@ -94,12 +108,20 @@ fn all_nodes(nodes: &NodeCluster) -> Result<()> {
     remove_rules_of_kube_proxy(nodes, 1)
 }
 
+/// `kubectl apply -f deploy/`, after `-k`.
+fn the_single_file_says_the_same(nodes: &NodeCluster) -> Result<()> {
+    let said = world::apply(nodes, "-f", "")?;
+    let other: Vec<_> = said.lines().filter(|line| !line.ends_with(" unchanged")).collect();
+    ensure!(!said.is_empty() && other.is_empty(), "`apply -f` after `apply -k`:\n{}", other.join("\n"));
+    Ok(())
+}
+
 fn is_ready_on(nodes: &NodeCluster, names: &[&str]) -> Result<()> {
     let mut seen = vec![];
     for pod in nodes.list(&["--namespace=kube-system", "pods", "--selector=k8s-app=kube-lane"])? {
         let node = pod["spec"]["nodeName"].as_str().context("a pod without a node")?.to_owned();
         let name = pod["metadata"]["name"].as_str().context("a pod without a name")?;
-        administrator(nodes, &guide::block(GUIDE, "kube-lane status --all", &[("POD", name)])?)?;
+        administrator(nodes, &guide::commands(GUIDE, "kube-lane status --all", &[("POD", name)])?)?;
         seen.push(node);
     }
     seen.sort();
@@ -109,15 +131,17 @@ fn is_ready_on(nodes: &NodeCluster, names: &[&str]) -> Result<()> {
 
 /// kubeadm's ConfigMap gives the API server's own address.
 fn does_not_depend_on_itself(nodes: &NodeCluster) -> Result<()> {
-    let said = administrator(nodes, "kubectl -n kube-system exec ds/kube-lane -- kube-lane status -o json")?;
-    let status: serde_json::Value = serde_json::from_str(&said)?;
     let address = nodes.cluster().control_plane().address().to_string();
-    ensure!(status.to_string().contains(&address), "status names no {address}: {status:#}");
+    for node in 0..2 {
+        let server = world::status(nodes, node)?["apiServer"].take();
+        let itself = server["throughService"] == false && server["fallback"] == false;
+        ensure!(itself && server["inUse"] == address, "not at {address}: {server:#}");
+    }
     Ok(())
 }
 
 fn remove_rules_of_kube_proxy(nodes: &NodeCluster, node: usize) -> Result<()> {
-    let command = guide::block(GUIDE, "--cleanup", &[("VERSION", &kubeadm::version()?)])?;
+    let command = guide::commands(GUIDE, "--cleanup", &[("VERSION", &kubeadm::version()?)])?;
     nodes.machine(node).run(&["sh", "-euc", &command])?;
     let rules = rules(nodes, node)?;
     ensure!(!rules.contains("KUBE-SVC") && !rules.contains("table ip kube-proxy"), "left:\n{rules}");

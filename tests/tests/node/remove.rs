@@ -16,7 +16,7 @@ pub(crate) fn everything(nodes: &mut NodeCluster) -> Result<()> {
 
 /// Section "Uninstall".
 pub(crate) fn uninstall(nodes: &NodeCluster) -> Result<()> {
-    administrator(nodes, &guide::block("operations.md", "apply -k deploy/uninstall", &[])?)?;
+    administrator(nodes, &guide::commands("operations.md", "apply -k deploy/uninstall", &[])?)?;
     Ok(())
 }
 

@@ -5,10 +5,12 @@ use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
-use kube_lane_lab::{Dial, Host, Proto, Server};
+use anyhow::{Context as _, Result, bail, ensure};
+use kube_lane_lab::{Dial, Host, Proto, Server, topology};
 use kube_lane_tests::nodes::{self, NodeCluster, WAIT, workload};
-use serde_json::json;
+use serde_json::{Value, json};
+
+use crate::guide;
 
 /// How long anything may take on a busy machine.
 const LIMIT: Duration = Duration::from_secs(180);
@@ -33,21 +35,37 @@ pub(crate) fn rolled_out(nodes: &NodeCluster, namespace: &str, what: &str) -> Re
     Ok(())
 }
 
-/// Installs kube-lane as a user does who has no kube-proxy, with nothing edited, and waits until its pods are ready.
-pub(crate) fn install(nodes: &NodeCluster) -> Result<()> {
+/// Installs kube-lane on a cluster that never had kube-proxy (docs/install.md, "Without kube-proxy from the start"), and
+/// waits until its pods are ready. Returns the folder that has `my-cluster`.
+pub(crate) fn install(nodes: &NodeCluster) -> Result<PathBuf> {
     nodes.import(&nodes::kube_lane()?)?;
     let address = nodes.cluster().control_plane().address();
-    // A cluster that never had kube-proxy has no ConfigMap of kubeadm that names the API server.
-    nodes.cluster().apply(&json!({
-        "apiVersion": "v1", "kind": "ConfigMap",
-        "metadata": {"name": "kubernetes-services-endpoint", "namespace": "kube-system"},
-        "data": {
-            "KUBERNETES_SERVICE_HOST": address.ip().to_string(),
-            "KUBERNETES_SERVICE_PORT": address.port().to_string(),
-        },
-    }))?;
-    apply(nodes, "-k", "")?;
-    rolled_out(nodes, "kube-system", "daemonset/kube-lane")
+    let [v4, v6] = topology::cluster_cidrs();
+    let values = [
+        ("192.0.2.1", address.ip().to_string()),
+        ("6443", address.port().to_string()),
+        ("10.244.0.0/16", format!("{v4},{v6}")),
+    ];
+    let values: Vec<_> = values.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    let overlay = guide::file("install.md", "# my-cluster/kustomization.yaml", &values)?;
+    let folder = guide::beside_the_clone(nodes, "my-cluster", &overlay)?;
+    let apply = guide::commands("install.md", "kubectl apply -k my-cluster/\nkubectl -n", &[])?;
+    guide::administrator_in(nodes, &folder, &apply)?;
+    Ok(folder)
+}
+
+/// What `kube-lane status` says on a node.
+pub(crate) fn status(nodes: &NodeCluster, node: usize) -> Result<Value> {
+    let on = format!("--field-selector=spec.nodeName={}", nodes.machine(node).name());
+    let pods = nodes.list(&["--namespace=kube-system", "pods", "--selector=k8s-app=kube-lane", &on])?;
+    let [pod] = &pods[..] else {
+        bail!("{} has {} pods of kube-lane", nodes.machine(node).name(), pods.len())
+    };
+    let name = pod["metadata"]["name"].as_str().context("a pod without a name")?;
+    let command = ["kube-lane", "status", "--output=json"];
+    let mut exec = vec!["--namespace=kube-system", "exec", name, "--"];
+    exec.extend(command);
+    Ok(serde_json::from_str(&nodes.kubectl(&exec)?)?)
 }
 
 /// The Deployment `web`, its Service, and those who dial it.
