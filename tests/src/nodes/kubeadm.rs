@@ -15,20 +15,17 @@ use super::NodeCluster;
 use crate::controlplane::program;
 use crate::kube_proxy::Mode;
 
-/// What kube-proxy calls besides itself.
-const TOOLS: [&str; 9] = [
-    "nft",
-    "conntrack",
-    "iptables",
-    "iptables-save",
-    "iptables-restore",
-    "ip6tables",
-    "ip6tables-save",
-    "ip6tables-restore",
-    "kmod",
+/// What kube-proxy calls besides itself: its name, and the file below `usr/sbin` of Debian.
+const TOOLS: [(&str, &str); 8] = [
+    ("nft", "nft"),
+    ("conntrack", "conntrack"),
+    ("iptables", "iptables-nft"),
+    ("iptables-save", "iptables-nft-save"),
+    ("iptables-restore", "iptables-nft-restore"),
+    ("ip6tables", "ip6tables-nft"),
+    ("ip6tables-save", "ip6tables-nft-save"),
+    ("ip6tables-restore", "ip6tables-nft-restore"),
 ];
-/// Where Debian's iptables looks for its matches and targets, which it loads by name.
-const PLUGINS: &str = "/usr/lib/x86_64-linux-gnu/xtables";
 
 /// The release of kubeadm, such as `v1.36.3`.
 ///
@@ -85,16 +82,21 @@ pub fn configuration(
 pub fn kube_proxy_image(folder: &Path) -> Result<PathBuf> {
     let mut image = Image::new(&format!("registry.k8s.io/kube-proxy:{}", version()?), Arch::native()?)?;
     image.env = vec!["PATH=/usr/local/bin:/usr/sbin".to_owned()];
-    let system = Path::new("/");
-    image.add_program("/usr/local/bin/kube-proxy", &program("kube-proxy")?, system)?;
-    for tool in TOOLS {
-        let file = Path::new("/usr/sbin").join(tool);
-        let file = if file.exists() { file } else { Path::new("/usr/bin").join(tool) };
-        image.add_program(&format!("/usr/sbin/{tool}"), &file, system)?;
+    let system = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/node/kube-proxy");
+    image.add_program("/usr/local/bin/kube-proxy", &program("kube-proxy")?, &system)?;
+    for (tool, file) in TOOLS {
+        image.add_program(&format!("/usr/sbin/{tool}"), &system.join("usr/sbin").join(file), &system)?;
     }
-    for plugin in fs::read_dir(PLUGINS).with_context(|| format!("cannot read {PLUGINS}"))? {
-        let plugin = plugin?.path();
-        image.add_program(&plugin.to_string_lossy(), &plugin, system)?;
+    // iptables loads its matches and targets by name.
+    let plugins = format!("/usr/lib/{}-linux-gnu/xtables", std::env::consts::ARCH);
+    let folder_of_plugins = system.join(plugins.trim_start_matches('/'));
+    let entries = fs::read_dir(&folder_of_plugins).with_context(|| {
+        format!("cannot read {}: `cargo xtask setup` unpacks it", folder_of_plugins.display())
+    })?;
+    for plugin in entries {
+        let plugin = plugin?;
+        let at = format!("{plugins}/{}", plugin.file_name().to_string_lossy());
+        image.add_program(&at, &plugin.path(), &system)?;
     }
     let archive = folder.join("kube-proxy.tar");
     image.write(&archive)?;

@@ -43,7 +43,7 @@ const BLOCKS: &[(&str, &str, Runs)] = &[
     ("install.md", "k3s ctr", Not("no k3s")),
     ("install.md", "deploy/static-pod", Not("not yet")),
     ("install.md", "systemctl enable", Not("not yet")),
-    ("migrate.md", "status --all", Here),
+    ("migrate.md", "kube-lane status --all", Here),
     ("migrate.md", "kubectl apply -k canary/", Here),
     ("migrate.md", "patch ds kube-proxy", Here),
     ("migrate.md", "delete ds kube-proxy", Here),

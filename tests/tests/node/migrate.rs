@@ -133,7 +133,7 @@ fn is_ready_on(nodes: &NodeCluster, names: &[&str]) -> Result<()> {
 fn does_not_depend_on_itself(nodes: &NodeCluster) -> Result<()> {
     let address = nodes.cluster().control_plane().address().to_string();
     for node in 0..2 {
-        let server = world::status(nodes, node)?["apiServer"].take();
+        let server = world::status(nodes, node)?["agent"]["apiServer"].take();
         let itself = server["throughService"] == false && server["fallback"] == false;
         ensure!(itself && server["inUse"] == address, "not at {address}: {server:#}");
     }

@@ -22,7 +22,7 @@ pub(crate) fn of_a_node(nodes: &mut NodeCluster) -> Result<()> {
     let web = until(|| Web::new(nodes))?;
     web.answers()?;
     world::rolled_out(nodes, "kube-system", "daemonset/kube-lane")?;
-    let server = world::status(nodes, 0)?["apiServer"].take();
+    let server = world::status(nodes, 0)?["agent"]["apiServer"].take();
     let named = server["address"].as_str().unwrap_or_default().contains("10.96.0.1");
     let address = nodes.cluster().control_plane().address().to_string();
     ensure!(named && server["inUse"] == address, "not by its memory: {server:#}");

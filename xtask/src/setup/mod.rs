@@ -148,6 +148,7 @@ impl Need {
             Need::Node => {
                 vec![
                     Box::new(node::Runtime),
+                    Box::new(node::KubeProxyTools),
                     Box::new(go::Toolchain),
                     Box::new(controlplane::Programs::node()),
                 ]
