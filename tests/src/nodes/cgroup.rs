@@ -24,6 +24,13 @@ impl Cgroups {
         &self.0
     }
 
+    /// The one in the hierarchy of version 2.
+    pub(super) fn v2(&self) -> Result<PathBuf> {
+        let all = hierarchies()?;
+        let v2 = all.into_iter().find(|hierarchy| hierarchy.join("cgroup.controllers").exists());
+        Ok(v2.context("no cgroup hierarchy of version 2 is mounted")?.join(&self.0))
+    }
+
     /// Makes them.
     pub(super) fn create(&self) -> Result<()> {
         for hierarchy in hierarchies()? {

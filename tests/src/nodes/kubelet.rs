@@ -10,30 +10,36 @@ use serde_json::json;
 use super::machine::Machine;
 use crate::controlplane::program;
 
+/// Where kubelet lists its pods in plain HTTP, on a node that no API server lists them for.
+pub(super) const READ_ONLY_PORT: u16 = 10255;
 /// The folder of static pods, on the node.
 const MANIFESTS: &str = "/etc/kubernetes/manifests";
 
-/// Starts kubelet; it registers its node with the API server that `kubeconfig` names.
+/// Starts kubelet. It registers its node with the API server that `kubeconfig` names; without one, it runs static pods
+/// alone.
 ///
 /// # Errors
 /// When it has not been built, or cannot be started.
-pub(super) fn start(machine: &mut Machine, kubeconfig: &Path) -> Result<()> {
-    machine.write("/var/lib/kubelet/config.yaml", &configuration(machine.cgroup()))?;
+pub(super) fn start(machine: &mut Machine, kubeconfig: Option<&Path>) -> Result<()> {
+    let configuration = configuration(machine.cgroup(), kubeconfig.is_none());
+    machine.write("/var/lib/kubelet/config.yaml", &configuration)?;
     machine.run(&["mkdir", "-p", MANIFESTS])?;
     let program = program("kubelet")?;
     let text = |path: &Path| path.to_str().map(str::to_owned).context("a path that is no text");
     let addresses = [machine.host().v4(), machine.host().v6()].map(|address| address.to_string()).join(",");
-    let arguments = [
+    let mut arguments = vec![
         text(&program)?,
         "--config=/var/lib/kubelet/config.yaml".into(),
         format!("--hostname-override={}", machine.name()),
-        format!("--kubeconfig={}", text(kubeconfig)?),
         format!("--node-ip={addresses}"),
     ];
+    if let Some(kubeconfig) = kubeconfig {
+        arguments.push(format!("--kubeconfig={}", text(kubeconfig)?));
+    }
     machine.start("kubelet", &arguments.iter().map(String::as_str).collect::<Vec<_>>())
 }
 
-fn configuration(cgroup: &str) -> String {
+fn configuration(cgroup: &str, alone: bool) -> String {
     let free = "1Mi";
     let configuration = json!({
         "apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration",
@@ -47,6 +53,7 @@ fn configuration(cgroup: &str) -> String {
         "localStorageCapacityIsolation": false,
         "imageGCHighThresholdPercent": 100, "imageGCLowThresholdPercent": 99,
         "resolvConf": "",
+        "readOnlyPort": if alone { READ_ONLY_PORT } else { 0 },
         // `kubectl exec` and `logs` come from the API server, which only this test reaches.
         "authentication": {"anonymous": {"enabled": true}, "webhook": {"enabled": false}},
         "authorization": {"mode": "AlwaysAllow"},

@@ -68,6 +68,14 @@ impl Machine {
         self.cgroups.name()
     }
 
+    /// Its cgroup of version 2.
+    ///
+    /// # Errors
+    /// When no such hierarchy is mounted.
+    pub(super) fn cgroup_v2(&self) -> Result<PathBuf> {
+        self.cgroups.v2()
+    }
+
     /// The folder that is its disk.
     pub fn disk(&self) -> &Path {
         &self.disk
@@ -78,11 +86,18 @@ impl Machine {
     /// # Errors
     /// When the container does not run.
     pub fn netns_of(&self, container: &str) -> Result<PathBuf> {
+        self.path(&format!("/proc/{}/ns/net", self.pid_of(container)?))
+    }
+
+    /// The first process of a container, by its number on the node.
+    ///
+    /// # Errors
+    /// When the container does not run.
+    pub fn pid_of(&self, container: &str) -> Result<u32> {
         let tasks = self.run(&["ctr", "--namespace", "k8s.io", "tasks", "list"])?;
         let task = tasks.lines().find(|line| line.starts_with(container));
         let pid = task.and_then(|line| line.split_whitespace().nth(1));
-        let pid = pid.with_context(|| format!("container {container} does not run"))?;
-        self.path(&format!("/proc/{pid}/ns/net"))
+        Ok(pid.with_context(|| format!("container {container} does not run"))?.parse()?)
     }
 
     /// Where the logs of its programs are.
@@ -202,8 +217,9 @@ impl Machine {
         if let Some(dir) = path.parent() {
             fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
         }
-        // Programs that watch the folder see the whole file, or none.
-        let new = path.with_extension("new");
+        // Programs that watch the folder see the whole file, or none: they pass over hidden ones.
+        let name = path.file_name().and_then(|name| name.to_str()).context("a path without a name")?;
+        let new = path.with_file_name(format!(".{name}.new"));
         fs::write(&new, content).with_context(|| format!("cannot write {}", new.display()))?;
         fs::rename(&new, &path).with_context(|| format!("cannot write {}", path.display()))
     }

@@ -7,6 +7,7 @@
 //! end with its process 1, which ends with the test program. Names begin with the lab's; the next start removes what
 //! belongs to a program that is dead.
 
+mod alone;
 mod archives;
 mod cgroup;
 mod control;
@@ -14,6 +15,7 @@ pub mod kubeadm;
 mod kubelet;
 mod machine;
 mod runtime;
+pub mod systemd;
 pub mod workload;
 
 use std::fs;
@@ -25,10 +27,11 @@ use anyhow::{Context, Result, anyhow, ensure};
 use kube_lane_lab::{Host, Lab, Node, topology};
 use serde_json::Value;
 
+pub use self::alone::LoneNode;
 pub use self::archives::{AGNHOST_IMAGE, KUBE_LANE_IMAGE, kube_lane};
 use self::control::Controllers;
 pub use self::machine::Machine;
-use self::runtime::import;
+pub use self::runtime::import;
 use crate::cluster::Cluster;
 use crate::controlplane::Options;
 
@@ -165,20 +168,10 @@ impl NodeCluster {
     /// # Errors
     /// When it has no container that runs.
     pub fn pod(&self, pod: &Value) -> Result<Host> {
-        let name = pod["metadata"]["name"].as_str().context("a pod without a name")?;
-        let node = pod["spec"]["nodeName"].as_str().with_context(|| format!("pod {name} has no node"))?;
-        let index = self.machines.iter().position(|machine| machine.name() == node);
-        let index = index.with_context(|| format!("pod {name} is on {node}"))?;
-        let container = pod["status"]["containerStatuses"][0]["containerID"].as_str();
-        let container = container.and_then(|id| id.strip_prefix("containerd://"));
-        let container = container.with_context(|| format!("pod {name} has no container"))?;
-        let netns = self.machines[index].netns_of(container)?;
-        let addresses: Vec<_> = pod["status"]["podIPs"].as_array().into_iter().flatten().collect();
-        let address = |at: usize| -> Result<std::net::IpAddr> {
-            let address = addresses.get(at).and_then(|address| address["ip"].as_str());
-            Ok(address.with_context(|| format!("pod {name} has not two addresses"))?.parse()?)
-        };
-        Ok(self.cluster.lab().node(index).adopt(name, &netns, [address(0)?, address(1)?])?)
+        let node = pod["spec"]["nodeName"].as_str();
+        let index = self.machines.iter().position(|machine| Some(machine.name()) == node);
+        let index = index.with_context(|| format!("a pod on no node of this cluster: {node:?}"))?;
+        adopt(self.cluster.lab().node(index), &self.machines[index], pod)
     }
 
     /// The folder for what belongs to this cluster; it goes with the cluster.
@@ -218,9 +211,24 @@ fn start_node(machine: &mut Machine, node: &Node, archives: &[PathBuf], kubeconf
         prepare_network(node)?;
         runtime::start(machine, &node.pod_cidrs())?;
         archives.iter().try_for_each(|archive| import(machine, archive))?;
-        kubelet::start(machine, kubeconfig)
+        kubelet::start(machine, Some(kubeconfig))
     };
     start().with_context(|| format!("cannot start {}", node.name()))
+}
+
+/// A pod that runs on a node, as a host of the lab.
+fn adopt(node: &Node, machine: &Machine, pod: &Value) -> Result<Host> {
+    let name = pod["metadata"]["name"].as_str().context("a pod without a name")?;
+    let container = pod["status"]["containerStatuses"][0]["containerID"].as_str();
+    let container = container.and_then(|id| id.strip_prefix("containerd://"));
+    let container = container.with_context(|| format!("pod {name} has no container"))?;
+    let netns = machine.netns_of(container)?;
+    let addresses: Vec<_> = pod["status"]["podIPs"].as_array().into_iter().flatten().collect();
+    let address = |at: usize| -> Result<std::net::IpAddr> {
+        let address = addresses.get(at).and_then(|address| address["ip"].as_str());
+        Ok(address.with_context(|| format!("pod {name} has not two addresses"))?.parse()?)
+    };
+    Ok(node.adopt(name, &netns, [address(0)?, address(1)?])?)
 }
 
 /// What an administrator sets on a node for its CNI plugin: bridged packets meet the rules for IP, and pods that leave the

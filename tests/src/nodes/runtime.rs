@@ -53,7 +53,7 @@ pub(super) fn start(machine: &mut Machine, pods: &[IpNetwork]) -> Result<()> {
 ///
 /// # Errors
 /// When containerd refuses the archive.
-pub(super) fn import(machine: &Machine, archive: &Path) -> Result<()> {
+pub fn import(machine: &Machine, archive: &Path) -> Result<()> {
     let archive = archive.to_str().context("a path that is no text")?;
     machine.run(&["ctr", "--namespace", "k8s.io", "images", "import", archive])?;
     Ok(())

@@ -11,17 +11,11 @@ pub const HTTP: (u16, u16) = (80, 30080);
 /// The port of the Service that leads to UDP, and its NodePort.
 pub const UDP: (u16, u16) = (81, 30081);
 
-/// What agnhost listens on.
-const TARGETS: (u16, u16) = (8080, 8081);
+/// What agnhost listens on: HTTP, and UDP.
+pub const TARGETS: (u16, u16) = (8080, 8081);
 
 /// A Deployment `name` in namespace `default`, of pods that go on serving for some seconds after they are told to end.
 pub fn deployment(name: &str, replicas: u32) -> Value {
-    let container = json!({
-        "name": "agnhost", "image": AGNHOST_IMAGE, "imagePullPolicy": "Never",
-        "args": ["netexec", format!("--http-port={}", TARGETS.0), format!("--udp-port={}", TARGETS.1)],
-        "readinessProbe": {"httpGet": {"path": "/readyz", "port": TARGETS.0}, "periodSeconds": 1},
-        "lifecycle": {"preStop": {"sleep": {"seconds": 5}}},
-    });
     json!({
         "apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name, "namespace": "default"},
         "spec": {
@@ -31,7 +25,7 @@ pub fn deployment(name: &str, replicas: u32) -> Value {
             "template": {
                 "metadata": {"labels": {"app": name}},
                 "spec": {
-                    "containers": [container],
+                    "containers": [agnhost()],
                     "terminationGracePeriodSeconds": 30,
                     "topologySpreadConstraints": [{
                         "maxSkew": 1, "topologyKey": "kubernetes.io/hostname",
@@ -40,6 +34,23 @@ pub fn deployment(name: &str, replicas: u32) -> Value {
                 },
             },
         },
+    })
+}
+
+/// A pod in namespace `default` that serves as those of a [`deployment`] do.
+pub fn server(name: &str) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": "default"},
+        "spec": {"containers": [agnhost()], "terminationGracePeriodSeconds": 30},
+    })
+}
+
+fn agnhost() -> Value {
+    json!({
+        "name": "agnhost", "image": AGNHOST_IMAGE, "imagePullPolicy": "Never",
+        "args": ["netexec", format!("--http-port={}", TARGETS.0), format!("--udp-port={}", TARGETS.1)],
+        "readinessProbe": {"httpGet": {"path": "/readyz", "port": TARGETS.0}, "periodSeconds": 1},
+        "lifecycle": {"preStop": {"sleep": {"seconds": 5}}},
     })
 }
 

@@ -41,8 +41,13 @@ const BLOCKS: &[(&str, &str, Runs)] = &[
     ("install.md", "helm install", Not("the lane `cluster` installs the chart")),
     ("install.md", "kind load", Not("no kind")),
     ("install.md", "k3s ctr", Not("no k3s")),
-    ("install.md", "deploy/static-pod", Not("not yet")),
-    ("install.md", "systemctl enable", Not("not yet")),
+    ("install.md", "cp deploy/static-pod", Here),
+    ("install.md", "kube-lane render", Here),
+    ("install.md", "kube-lane-cleanup", Here),
+    ("install.md", "install -D deploy/systemd", Here),
+    ("install.md", "kubectl config set-cluster", Here),
+    ("install.md", "systemctl enable", Here),
+    ("install.md", "systemctl disable", Here),
     ("migrate.md", "kube-lane status --all", Here),
     ("migrate.md", "kubectl apply -k canary/", Here),
     ("migrate.md", "patch ds kube-proxy", Here),
@@ -172,4 +177,13 @@ pub(crate) fn administrator_in(nodes: &NodeCluster, folder: &Path, commands: &st
     shell.args(["-euc", commands]).current_dir(folder);
     shell.env("PATH", format!("{}:{path}", programs.display()));
     nodes.cluster().run(&mut shell)
+}
+
+/// A program that runs commands of a node's administrator, in a clone of the repository.
+///
+/// # Errors
+/// When the repository has no path.
+pub(crate) fn shell(commands: &str) -> Result<[String; 3]> {
+    let script = format!("cd '{}'\n{commands}", repository().canonicalize()?.display());
+    Ok(["sh".into(), "-euc".into(), script])
 }

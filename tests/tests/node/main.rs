@@ -6,6 +6,8 @@
 
 // Named test modules for clippy, which else forbids `unwrap` in the helpers.
 #[cfg(test)]
+mod alone;
+#[cfg(test)]
 mod guide;
 #[cfg(test)]
 mod install;
@@ -17,6 +19,8 @@ mod remove;
 mod restart;
 #[cfg(test)]
 mod rollout;
+#[cfg(test)]
+mod systemd;
 #[cfg(test)]
 mod traffic;
 #[cfg(test)]
@@ -40,6 +44,7 @@ const GROUPS: &[&[(&str, Scenario)]] = &[
         ("rollout::a_deployment_rolls_and_no_connection_fails", rollout::of_a_deployment),
         ("restart::a_node_comes_back_without_a_service_that_works", restart::of_a_node),
         ("remove::nothing_is_left_after_uninstalling", remove::everything),
+        ("systemd::the_unit_serves_on_nodes_whose_proxy_is_no_pod", systemd::unit),
     ],
     &[("migrate::from_kube_proxy_in_mode_iptables_and_back", migrate::from_iptables)],
     &[("migrate::from_kube_proxy_in_mode_nftables_and_back", migrate::from_nftables)],
@@ -48,6 +53,7 @@ const GROUPS: &[&[(&str, Scenario)]] = &[
 /// Scenarios that need no cluster, or make what they need.
 const ALONE: &[(&str, fn() -> Result<()>)] = &[
     ("guide::every_block_of_commands_runs_or_says_why_not", guide::is_complete),
+    ("alone::a_kubelet_without_an_api_server_serves_a_folder", alone::static_pod),
     ("migrate::the_manifests_that_tests_read_are_those_of_kubeadm", migrate::manifests_are_current),
 ];
 

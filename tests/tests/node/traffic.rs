@@ -52,7 +52,7 @@ impl Traffic {
         let node_ports = web.at_node_ports();
         for way in [cluster_ips[2], cluster_ips[1]] {
             start("pod", &web.pods[0], "ClusterIP", way)?;
-            start("node", &web.nodes[1], "ClusterIP", way)?;
+            start("node", &web.nodes[web.nodes.len() - 1], "ClusterIP", way)?;
         }
         for way in [node_ports[0], node_ports[3]] {
             start("outside", &web.outside, "NodePort", way)?;
