@@ -10,3 +10,4 @@ pub mod objects;
 pub mod oracle;
 pub mod process;
 mod relay;
+pub mod vm;

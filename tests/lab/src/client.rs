@@ -227,7 +227,15 @@ impl Dial {
         Flow::open(self).map_or_else(|outcome| outcome, |mut flow| flow.ask())
     }
 
-    /// The same, of TCP, and where the outcome was decided.
+    /// Opens a connection from the calling thread's namespace that stays open until it is dropped.
+    ///
+    /// # Errors
+    /// What it met instead.
+    pub fn flow(&self) -> std::result::Result<Flow, Outcome> {
+        Flow::open(self)
+    }
+
+    /// The same as [`ask`](Self::ask), of TCP, and where the outcome was decided.
     pub fn meet(&self) -> Met {
         match Flow::open(self) {
             Ok(mut flow) => {

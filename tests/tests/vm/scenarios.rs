@@ -9,13 +9,11 @@ use std::time::{Duration, Instant};
 use kube_lane_lab::{Dial, Echo, Flow, Host, Outcome, Pod, Proto, topology};
 use kube_lane_tests::agent;
 use kube_lane_tests::objects::Port;
+use kube_lane_tests::vm::Scenario;
 use serde_json::{Value, json};
 
 use crate::sockets;
 use crate::world::{World, answered, at, endpoints, serving, vips, web_ports};
-
-/// A scenario and its name.
-type Scenario = (&'static str, fn());
 
 /// In the order in which they run.
 pub(crate) const ALL: &[Scenario] = &[

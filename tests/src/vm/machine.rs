@@ -1,21 +1,20 @@
-//! A virtual machine that boots a kernel with our initramfs, and what its guest says about the scenarios.
+//! A virtual machine that boots a kernel with an initramfs, and what its guest says about the scenarios.
 //!
-//! Owns QEMU's process and a folder with the initramfs and what the guest writes. Knows scenarios by name only.
+//! Owns QEMU's process and a folder with the initramfs and what the guest writes.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use kube_lane_tests::process::Process;
 use tempfile::TempDir;
 
-use crate::{guest, initramfs};
+use super::{Archive, Fill, MARK, RESULT};
+use crate::process::Process;
 
-/// A guest that says nothing for so long hangs. Emulated on a busy machine, the slowest scenario takes a tenth of it.
-const SILENCE: Duration = Duration::from_secs(300);
 /// What the guest's serial ports are written to.
 const CONSOLE: &str = "console";
 const RESULTS: &str = "results";
@@ -24,54 +23,92 @@ const TAIL_LINES: usize = 80;
 
 /// Software emulation, so that it is the same on every machine. One processor: where the kernel patches its code while
 /// another one runs it, emulation may trip over it.
-const QEMU: &str = "-machine pc -accel tcg -cpu qemu64 -smp 1 -m 1024 -nodefaults -no-reboot -display none";
+const QEMU: &str = "-machine pc -accel tcg -cpu qemu64 -smp 1 -nodefaults -no-reboot -display none";
 /// What the kernel is told. One that panics ends the machine, too; mitigations guard nothing here, and are slow in
-/// emulation.
-const KERNEL: &str = "console=ttyS0 loglevel=5 panic=-1 mitigations=off";
+/// emulation. What the kernel does not know is `/init`'s environment.
+const KERNEL: &str = "console=ttyS0 loglevel=5 panic=-1 mitigations=off PATH=/usr/sbin:/usr/bin";
+
+/// How a machine is made.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    /// The kernel, as `cargo xtask setup` names it.
+    pub kernel: &'static str,
+    /// MiB.
+    pub memory: u32,
+    /// Parts of `lib/modules/<release>/kernel` beside those for networks.
+    pub modules: &'static [&'static str],
+    /// What the kernel and `/init` are told besides.
+    pub more: &'static str,
+    /// A guest that ends no scenario for so long hangs.
+    pub silence: Duration,
+    /// What the initramfs holds besides.
+    pub fill: Fill,
+}
+
+/// A machine that is booted when its first scenario is asked for: a list of names needs none.
+#[derive(Debug)]
+pub struct OnDemand {
+    plan: Plan,
+    machine: Mutex<Option<Machine>>,
+}
+
+impl OnDemand {
+    /// A machine that is not booted yet.
+    pub fn new(plan: Plan) -> Self {
+        Self { plan, machine: Mutex::default() }
+    }
+
+    /// Waits for the end of the scenario of this name, and returns what it wrote to the console.
+    ///
+    /// # Errors
+    /// When it failed, or the guest cannot be booted, hangs or is gone; with the end of the console.
+    pub fn outcome(&self, name: &str) -> Result<String> {
+        let mut machine = self.machine.lock().unwrap_or_else(PoisonError::into_inner);
+        let machine = match &mut *machine {
+            Some(machine) => machine,
+            none => none.insert(Machine::boot(&self.plan)?),
+        };
+        machine.outcome(name, self.plan.silence)
+    }
+}
 
 /// A running machine; killed when dropped.
 #[derive(Debug)]
-pub(crate) struct Machine {
+struct Machine {
     // Dropped in this order: it writes there.
     qemu: Process,
     dir: TempDir,
 }
 
 impl Machine {
-    /// Starts one with the kernel of this series.
-    ///
-    /// # Errors
-    /// When the kernel, QEMU or a program of the initramfs is missing.
-    pub(crate) fn boot(series: &str) -> Result<Self> {
-        let system = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/vm").join(series);
+    fn boot(plan: &Plan) -> Result<Self> {
+        let system = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/vm").join(plan.kernel);
         let kernel = kernel(&system)?;
         let dir = tempfile::tempdir()?;
         let initrd = dir.path().join("initramfs");
-        initramfs::write(&system, &initrd)?;
+        let mut archive = Archive::create(&initrd)?;
+        archive.modules(&system, plan.modules)?;
+        (plan.fill)(&mut archive)?;
+        archive.finish()?;
 
-        // What the kernel does not know is `/init`'s environment.
-        let append = format!("{KERNEL} PATH=/usr/sbin:/usr/bin KUBE_LANE_BIN={}", guest::AGENT);
         let mut qemu = Command::new("qemu-system-x86_64");
-        qemu.args(QEMU.split(' ')).arg("-kernel").arg(kernel).arg("-initrd").arg(initrd);
-        qemu.args(["-append", &append]);
+        qemu.args(QEMU.split(' ')).args(["-m", &plan.memory.to_string()]);
+        qemu.arg("-kernel").arg(kernel).arg("-initrd").arg(initrd);
+        qemu.args(["-append", &format!("{KERNEL} {}", plan.more)]);
         for port in [CONSOLE, RESULTS] {
             qemu.arg("-serial").arg(format!("file:{}", dir.path().join(port).display()));
         }
         Ok(Self { qemu: Process::spawn(qemu, &dir.path().join("log"), None)?, dir })
     }
 
-    /// How the scenario of this name ended; waits for it.
-    ///
-    /// # Errors
-    /// When it failed, or the guest hangs or is gone; with the end of the console.
-    pub(crate) fn outcome(&mut self, name: &str) -> Result<()> {
+    fn outcome(&mut self, name: &str, silence: Duration) -> Result<String> {
         let (mut heard, mut since) = (0, Instant::now());
         loop {
             // Asked first: what it said last counts.
             let ended = self.qemu.try_wait()?;
             let results = self.read(RESULTS);
             match outcome_in(&results, name) {
-                Some("ok") => return Ok(()),
+                Some("ok") => return Ok(self.output_of(name)),
                 Some(_) => bail!("{}", self.output_of(name)),
                 None => {}
             }
@@ -81,10 +118,10 @@ impl Machine {
             }
             if results.len() != heard {
                 (heard, since) = (results.len(), Instant::now());
-            } else if since.elapsed() > SILENCE {
+            } else if since.elapsed() > silence {
                 // Whoever asks for the next one need not wait as long.
                 self.qemu.kill();
-                bail!("the guest hangs: nothing for {SILENCE:?}\n{}", self.output_of(name));
+                bail!("the guest hangs: nothing for {silence:?}\n{}", self.output_of(name));
             }
             sleep(Duration::from_millis(50));
         }
@@ -93,8 +130,8 @@ impl Machine {
     /// The end of what a scenario wrote to the console, or of all where it never began.
     fn output_of(&self, name: &str) -> String {
         let console = self.read(CONSOLE);
-        let mark = format!("{}{name}", guest::MARK);
-        let of_it = |line: &&str| *line == mark || !line.starts_with(guest::MARK);
+        let mark = format!("{MARK}{name}");
+        let of_it = |line: &&str| *line == mark || !line.starts_with(MARK);
         let mut lines: Vec<_> = console.lines().skip_while(|line| *line != mark).take_while(of_it).collect();
         if lines.is_empty() {
             lines = console.lines().collect();
@@ -114,7 +151,7 @@ fn outcome_in<'a>(results: &'a str, name: &str) -> Option<&'a str> {
     let (complete, _) = results.rsplit_once('\n')?;
     // The port ends lines as terminals do.
     let mut lines = complete.lines().map(str::trim_end);
-    lines.find_map(|line| line.strip_prefix(guest::RESULT)?.strip_prefix(name)?.strip_prefix(' '))
+    lines.find_map(|line| line.strip_prefix(RESULT)?.strip_prefix(name)?.strip_prefix(' '))
 }
 
 /// The image of a kernel that is unpacked at `system`.
