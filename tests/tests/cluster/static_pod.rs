@@ -12,8 +12,12 @@ use serde_json::{Value, json};
 use crate::container::{Kubelet, probes_succeed};
 use crate::wait::{LIMIT, answered, until};
 
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/static-pod")
+}
+
 fn file() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/static-pod/kube-lane.yaml")
+    folder().join("kube-lane.yaml")
 }
 
 /// A kubelet that has an API server shows static pods there (mirror pods).
@@ -22,10 +26,12 @@ fn the_static_pod_is_valid() {
     let cluster = Cluster::start(Lab::builder().build().unwrap()).unwrap();
     let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "kube-system"}});
     until(|| cluster.get(&namespace).map(drop).map_err(|error| error.to_string()));
-    let file = file();
-    let apply = ["apply", "--server-side", "--dry-run=server", "--validate=strict", "-f"];
-    let said = cluster.kubectl(&[&apply[..], &[file.to_str().unwrap()]].concat()).unwrap();
-    assert_eq!(said, "pod/kube-lane serverside-applied (server dry run)\n");
+    // The folder makes the pod for mode ebpf.
+    for (flag, path) in [("-f", file()), ("-k", folder())] {
+        let apply = ["apply", "--server-side", "--dry-run=server", "--validate=strict", flag];
+        let said = cluster.kubectl(&[&apply[..], &[path.to_str().unwrap()]].concat()).unwrap();
+        assert_eq!(said, "pod/kube-lane serverside-applied (server dry run)\n", "{}", path.display());
+    }
 }
 
 #[test]
