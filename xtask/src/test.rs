@@ -48,7 +48,7 @@ enum Lane {
 }
 
 impl Lane {
-    fn needs(self, kubernetes: Option<KubernetesRelease>) -> Vec<Need> {
+    fn needs(self, kubernetes: Option<KubernetesRelease>, long: bool) -> Vec<Need> {
         match self {
             Lane::Unit => vec![Need::Build],
             Lane::Kernel => vec![Need::Build, Need::Kernel],
@@ -61,6 +61,8 @@ impl Lane {
             Lane::Node => {
                 let mut needs = vec![Need::Build, Need::Kernel, Need::ControlPlane, Need::Node];
                 needs.extend(build::Arch::native().map(Need::Image));
+                // One of its nodes is in a virtual machine.
+                needs.extend(long.then_some(Need::Vm));
                 needs
             }
             Lane::Vm => vec![Need::Build, Need::Vm],
@@ -181,7 +183,7 @@ pub(crate) fn run(args: &Args) -> ExitCode {
         .map(|(lane, _)| **lane)
         .collect();
     // What cannot be told now, the lanes tell.
-    if let Ok(Some(announcement)) = first_run(&able, kubernetes) {
+    if let Ok(Some(announcement)) = first_run(&able, kubernetes, args.long) {
         println!("{announcement}");
     }
     let mut total = Tally { passed: 0, failed: lanes.len() - able.len() };
@@ -209,8 +211,8 @@ pub(crate) fn run(args: &Args) -> ExitCode {
 }
 
 /// What a first run announces: how long it takes, what it fetches and what it builds. Later runs announce nothing.
-fn first_run(lanes: &[Lane], kubernetes: Option<KubernetesRelease>) -> Result<Option<String>> {
-    let mut needs: Vec<_> = lanes.iter().flat_map(|lane| lane.needs(kubernetes)).collect();
+fn first_run(lanes: &[Lane], kubernetes: Option<KubernetesRelease>, long: bool) -> Result<Option<String>> {
+    let mut needs: Vec<_> = lanes.iter().flat_map(|lane| lane.needs(kubernetes, long)).collect();
     if lanes.iter().any(|lane| *lane != Lane::Unit) {
         needs.push(Need::Ebpf);
     }
@@ -244,7 +246,7 @@ fn announce(steps: &[(String, Cost)], lanes: &[Lane]) -> Option<String> {
 }
 
 fn run_lane(lane: Lane, kubernetes: Option<KubernetesRelease>, args: &Args) -> Result<Tally> {
-    setup::ensure(&lane.needs(kubernetes))?;
+    setup::ensure(&lane.needs(kubernetes, args.long))?;
     let mut tally = Tally::default();
     // The lanes run the agent as users have it: with its eBPF programs in it.
     let built = if lane == Lane::Unit { None } else { Some((build::agent(false)?, ebpf::build_object()?)) };

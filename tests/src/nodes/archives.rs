@@ -20,7 +20,7 @@ pub const KUBE_LANE_IMAGE: &str = concat!("ghcr.io/kube-lane/kube-lane:", env!("
 ///
 /// # Errors
 /// When a program is missing.
-pub(super) fn basic(folder: &Path) -> Result<Vec<PathBuf>> {
+pub fn basic(folder: &Path) -> Result<Vec<PathBuf>> {
     let (pause, server) = (folder.join("pause.tar"), folder.join("agnhost.tar"));
     agnhost(PAUSE_IMAGE, &["/agnhost", "pause"])?.write(&pause)?;
     agnhost(AGNHOST_IMAGE, &["/agnhost"])?.write(&server)?;

@@ -13,7 +13,7 @@ use crate::controlplane::program;
 /// Where kubelet lists its pods in plain HTTP, on a node that no API server lists them for.
 pub(super) const READ_ONLY_PORT: u16 = 10255;
 /// The folder of static pods, on the node.
-const MANIFESTS: &str = "/etc/kubernetes/manifests";
+pub const MANIFESTS: &str = "/etc/kubernetes/manifests";
 
 /// Starts kubelet. It registers its node with the API server that `kubeconfig` names; without one, it runs static pods
 /// alone.
@@ -39,7 +39,8 @@ pub(super) fn start(machine: &mut Machine, kubeconfig: Option<&Path>) -> Result<
     machine.start("kubelet", &arguments.iter().map(String::as_str).collect::<Vec<_>>())
 }
 
-fn configuration(cgroup: &str, alone: bool) -> String {
+/// kubelet's configuration, with its pods below this cgroup; `alone`: without an API server.
+pub fn configuration(cgroup: &str, alone: bool) -> String {
     let free = "1Mi";
     let configuration = json!({
         "apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration",
@@ -47,6 +48,8 @@ fn configuration(cgroup: &str, alone: bool) -> String {
         "staticPodPath": MANIFESTS,
         "volumePluginDir": "/var/lib/kubelet/volume-plugins",
         "cgroupDriver": "cgroupfs", "cgroupRoot": format!("/{cgroup}"), "failCgroupV1": false,
+        // Under emulation a container takes its time to start.
+        "runtimeRequestTimeout": "30m",
         "failSwapOn": false, "oomScoreAdj": 0, "makeIPTablesUtilChains": false,
         // The machine's disk may be full of other things.
         "evictionHard": {"memory.available": free, "nodefs.available": free, "imagefs.available": free},

@@ -12,9 +12,9 @@ mod archives;
 mod cgroup;
 mod control;
 pub mod kubeadm;
-mod kubelet;
+pub mod kubelet;
 mod machine;
-mod runtime;
+pub mod runtime;
 pub mod systemd;
 pub mod workload;
 
@@ -28,7 +28,7 @@ use kube_lane_lab::{Host, Lab, Node, topology};
 use serde_json::Value;
 
 pub use self::alone::LoneNode;
-pub use self::archives::{AGNHOST_IMAGE, KUBE_LANE_IMAGE, kube_lane};
+pub use self::archives::{AGNHOST_IMAGE, KUBE_LANE_IMAGE, basic, kube_lane};
 use self::control::Controllers;
 pub use self::machine::Machine;
 pub use self::runtime::import;

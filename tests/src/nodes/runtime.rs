@@ -19,7 +19,7 @@ pub(super) const PAUSE_IMAGE: &str = "registry.k8s.io/pause:3.10";
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// Where Debian's packages are unpacked.
-fn debian() -> PathBuf {
+pub fn debian() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/node/debian")
 }
 
@@ -59,7 +59,8 @@ pub fn import(machine: &Machine, archive: &Path) -> Result<()> {
     Ok(())
 }
 
-fn configuration(plugins: &Path) -> String {
+/// containerd's configuration, with the CNI plugins in the folder `plugins`.
+pub fn configuration(plugins: &Path) -> String {
     // No CAP_SYS_RESOURCE is needed: nothing asks for a lower OOM score than the machine gives.
     format!(
         r#"
@@ -86,7 +87,7 @@ disabled_plugins = [
 
 /// The network of pods. The lab has made the bridge, with the first address of each range; the next ones are left to the
 /// lab's own pods.
-fn network(pods: &[IpNetwork]) -> String {
+pub fn network(pods: &[IpNetwork]) -> String {
     let ranges: Vec<_> = pods
         .iter()
         .map(|range| {

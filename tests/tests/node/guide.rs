@@ -48,6 +48,7 @@ const BLOCKS: &[(&str, &str, Runs)] = &[
     ("install.md", "kubectl config set-cluster", Here),
     ("install.md", "systemctl enable", Here),
     ("install.md", "systemctl disable", Here),
+    ("install.md", "kubectl kustomize", Here),
     ("migrate.md", "kube-lane status --all", Here),
     ("migrate.md", "kubectl apply -k canary/", Here),
     ("migrate.md", "patch ds kube-proxy", Here),
@@ -170,13 +171,21 @@ pub(crate) fn administrator(nodes: &NodeCluster, commands: &str) -> Result<Strin
 
 /// The same, in another folder.
 pub(crate) fn administrator_in(nodes: &NodeCluster, folder: &Path, commands: &str) -> Result<String> {
+    nodes.cluster().run(&mut administrators_shell(folder, commands)?)
+}
+
+/// A shell that runs commands in a folder, among them `kubectl`.
+///
+/// # Errors
+/// When that has not been built.
+pub(crate) fn administrators_shell(folder: &Path, commands: &str) -> Result<Command> {
     let kubectl = program("kubectl")?;
     let programs = kubectl.parent().context("kubectl is in no folder")?;
     let path = std::env::var("PATH").unwrap_or_default();
     let mut shell = Command::new("sh");
     shell.args(["-euc", commands]).current_dir(folder);
     shell.env("PATH", format!("{}:{path}", programs.display()));
-    nodes.cluster().run(&mut shell)
+    Ok(shell)
 }
 
 /// A program that runs commands of a node's administrator, in a clone of the repository.

@@ -23,6 +23,7 @@ mod rollout;
 mod systemd;
 #[cfg(test)]
 mod traffic;
+mod vm;
 #[cfg(test)]
 mod world;
 
@@ -50,14 +51,19 @@ const GROUPS: &[&[(&str, Scenario)]] = &[
     &[("migrate::from_kube_proxy_in_mode_nftables_and_back", migrate::from_nftables)],
 ];
 
-/// Scenarios that need no cluster, or make what they need.
-const ALONE: &[(&str, fn() -> Result<()>)] = &[
+/// A scenario that needs no cluster, or makes what it needs.
+type Alone = fn() -> Result<()>;
+
+const ALONE: &[(&str, Alone)] = &[
     ("guide::every_block_of_commands_runs_or_says_why_not", guide::is_complete),
     ("alone::a_kubelet_without_an_api_server_serves_a_folder", alone::static_pod),
     ("migrate::the_manifests_that_tests_read_are_those_of_kubeadm", migrate::manifests_are_current),
 ];
 
 fn main() -> Result<ExitCode> {
+    if let Some(result) = vm::guest() {
+        return result.map(|()| ExitCode::SUCCESS);
+    }
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);
     // The cluster of a group, started by its first scenario: a list of names needs none.
@@ -75,8 +81,10 @@ fn main() -> Result<ExitCode> {
     let alone = ALONE.iter().map(|(name, scenario)| {
         Trial::test(*name, move || scenario().map_err(|error| Failed::from(format!("{error:#}"))))
     });
+    let machine = std::env::var_os("KUBE_LANE_LONG").map(|_| vm::trials());
+    let all = alone.chain(trials).chain(machine.into_iter().flatten());
     let _interrupt = kube_lane_lab::on_interrupt()?;
-    let conclusion = libtest_mimic::run(&arguments, alone.chain(trials).collect());
+    let conclusion = libtest_mimic::run(&arguments, all.collect());
     drop(running.lock().unwrap_or_else(PoisonError::into_inner).take());
     Ok(conclusion.exit_code())
 }

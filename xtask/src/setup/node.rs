@@ -1,6 +1,6 @@
-//! What clusters of real kubelets need of Debian: containerd, runc and the CNI plugins, and what an image of kube-proxy
-//! holds besides kube-proxy. It is unpacked below `target/node` and never installed. An installed containerd would run as
-//! a service, and take the place of one that the user has.
+//! What clusters of real kubelets need of Debian: containerd, runc, the CNI plugins and AppArmor's parser, and what an image
+//! of kube-proxy holds besides kube-proxy. It is unpacked below `target/node` and never installed. An installed containerd
+//! would run as a service, and take the place of one that the user has.
 
 use std::fs;
 use std::path::PathBuf;
@@ -12,7 +12,8 @@ use super::{Cost, Step, debian};
 use crate::build::Arch;
 use crate::process;
 
-const PACKAGES: &[&str] = &["containerd", "runc", "containernetworking-plugins"];
+/// The last one is for the node in a virtual machine, whose kernel has AppArmor.
+const PACKAGES: &[&str] = &["containerd", "runc", "containernetworking-plugins", "apparmor"];
 
 /// A container runtime.
 pub(super) struct Runtime;
@@ -30,7 +31,7 @@ impl Runtime {
 
 impl Step for Runtime {
     fn name(&self) -> String {
-        "Debian's containerd, runc and CNI plugins, below target/".into()
+        "Debian's containerd, runc, CNI plugins and apparmor, below target/".into()
     }
 
     fn is_done(&self) -> Result<bool> {
