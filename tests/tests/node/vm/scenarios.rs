@@ -11,7 +11,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use kube_lane_tests::nodes::AGNHOST_IMAGE;
+use kube_lane_tests::nodes::{AGNHOST_IMAGE, KUBE_LANE_IMAGE};
 use kube_lane_tests::process::in_netns;
 use kube_lane_tests::vm::Scenario;
 use nix::sys::signal::{Signal, kill};
@@ -252,8 +252,12 @@ fn outlives_the_pod() -> Result<()> {
     ensure!(said.contains("no kube-lane runs here") && said.contains(PINS), "{said}");
     let answer = dial_from(client, Way::Tcp, Web::TCP)?;
     ensure!(answer.at_socket, "{answer:?}");
-    // The node's own program finds what the pod pinned at another path of its own.
-    let said = guest::run("kube-lane", &["cleanup"])?;
+    // It finds by the mark what the pod pinned at another path of its own.
+    let mount = "type=bind,src=/sys/fs/bpf,dst=/sys/fs/bpf,options=rbind:rw";
+    let container =
+        ["--net-host", "--cap-add", "CAP_NET_ADMIN", "--mount", mount, KUBE_LANE_IMAGE, "cleanup"];
+    let run = [&["--namespace", "k8s.io", "run", "--rm"], &container[..], &["kube-lane", "cleanup"]].concat();
+    let said = guest::run("ctr", &run)?;
     ensure!(said.contains("removed the socket layer"), "{said}");
     let left = fs::read_dir("/sys/fs/bpf")?.count();
     ensure!(left == 0, "{left} entries are left in /sys/fs/bpf");
