@@ -69,9 +69,14 @@ impl KubeProxy {
         let ports = free_ports::<2>(options.netns.as_deref(), address)?;
         let [healthz, metrics] = ports.map(|port| SocketAddr::new(address, port));
         let config = dir.path().join("config.json");
-        fs::write(&config, serde_json::to_vec_pretty(&configuration(options, healthz, metrics))?)?;
+        let program = program("kube-proxy")?;
+        let mut configuration = configuration(options, healthz, metrics);
+        if options.mode == Mode::Nftables && is_of_1_30(&program)? {
+            configuration["featureGates"] = json!({NFTABLES_GATE: true});
+        }
+        fs::write(&config, serde_json::to_vec_pretty(&configuration)?)?;
 
-        let mut command = Command::new(program("kube-proxy")?);
+        let mut command = Command::new(program);
         command.arg("--config").arg(config).args(["--hostname-override", &options.hostname]);
         let process = Process::spawn(command, &dir.path().join("kube-proxy.log"), options.netns.as_deref())?;
         Ok(Self { process, healthz, metrics, _dir: dir })
@@ -99,12 +104,25 @@ impl KubeProxy {
     pub fn cleanup(netns: Option<&Path>) -> Result<()> {
         let program = program("kube-proxy")?;
         crate::process::in_netns(netns, || {
-            let output = Command::new(program).arg("--cleanup").output()?;
+            let mut cleanup = Command::new(&program);
+            cleanup.arg("--cleanup");
+            if is_of_1_30(&program)? {
+                cleanup.arg(format!("--feature-gates={NFTABLES_GATE}=true"));
+            }
+            let output = cleanup.output()?;
             let error = String::from_utf8_lossy(&output.stderr);
             anyhow::ensure!(output.status.success(), "kube-proxy --cleanup: {}\n{error}", output.status);
             Ok(())
         })
     }
+}
+
+/// What allows mode nftables in Kubernetes 1.30; later releases allow it anyway.
+const NFTABLES_GATE: &str = "NFTablesProxyMode";
+
+fn is_of_1_30(kube_proxy: &Path) -> Result<bool> {
+    let version = Command::new(kube_proxy).arg("--version").output()?;
+    Ok(version.stdout.starts_with(b"Kubernetes v1.30."))
 }
 
 /// What the configuration file of kube-proxy says.

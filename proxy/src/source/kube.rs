@@ -11,6 +11,8 @@ mod list;
 mod memory;
 mod protobuf;
 mod servers;
+#[cfg(test)]
+mod tests;
 mod watch;
 
 use std::path::PathBuf;

@@ -216,7 +216,8 @@ fn an_agent_may_leave_and_come_back_unnoticed() {
     cluster.apply(&node("node0", &[node0.v4(), node0.v6()])).unwrap();
     let ports = [Port::new("TCP", 80, TARGET).node_port(30080)];
     for number in 1..=20 {
-        let vips = [ip(&format!("10.96.1.{number}")), ip(&format!("fd00:10:96::1:{number}"))];
+        // Kubernetes 1.33 and earlier give only the first 65,536 addresses of a range.
+        let vips = [ip(&format!("10.96.1.{number}")), ip(&format!("fd00:10:96::1{number:02}"))];
         let name = format!("echo-{number}");
         // One with a NodePort, one without endpoints.
         let ports = if number == 1 { &ports[..] } else { &http()[..] };

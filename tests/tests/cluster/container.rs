@@ -14,6 +14,8 @@ use kube_lane_lab::Host;
 use kube_lane_tests::agent::{self, Agent};
 use tempfile::TempDir;
 
+use crate::wait::until;
+
 /// What runtimes set where an image sets none.
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -205,6 +207,13 @@ pub(crate) fn probes_succeed(kubelet: &Kubelet, container: &Container, agent: &m
         let output = kubelet.probe(agent, probe);
         assert!(output.status.success(), "{probe:?}: {output:?}");
     }
+}
+
+/// Kills a container and waits for its end: that of `unshare`, which dropping an agent waits for, comes a moment before.
+pub(crate) fn end(mut agent: Agent) {
+    let process = Path::new("/proc").join(first_process(&mut agent).to_string());
+    drop(agent);
+    until(|| if process.exists() { Err(format!("{} has not ended", process.display())) } else { Ok(()) });
 }
 
 /// The process id of a container's first process, as the test sees it.

@@ -21,7 +21,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use crate::container::{Kubelet, first_process, probes_succeed};
+use crate::container::{Kubelet, end, first_process, probes_succeed};
 use crate::wait::{LIMIT, answered, logged, until};
 
 const NAMESPACE: &str = "kube-system";
@@ -222,7 +222,7 @@ fn uninstalls(cluster: &Cluster, kubelet: &Kubelet, node: &Host, agent: Agent) {
     };
     let (success, log) = clean_up();
     assert!(!success && log.contains("another kube-lane runs on this node"), "{log}");
-    drop(agent);
+    end(agent);
     let (success, log) = clean_up();
     assert!(success, "{log}");
     let ruleset = node.run(|| Command::new("nft").args(["list", "ruleset"]).output()).unwrap().unwrap();

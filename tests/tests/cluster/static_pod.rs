@@ -9,7 +9,7 @@ use kube_lane_tests::cluster::Cluster;
 use kube_lane_tests::objects::{Endpoint, Port, node, service, slices};
 use serde_json::{Value, json};
 
-use crate::container::{Kubelet, probes_succeed};
+use crate::container::{Kubelet, end, probes_succeed};
 use crate::wait::{LIMIT, answered, until};
 
 fn folder() -> PathBuf {
@@ -62,7 +62,7 @@ fn the_static_pod_serves_without_an_api_server() {
     let complaints: Vec<_> =
         log.lines().filter(|line| line.contains(" WARN ") || line.contains(" ERROR ")).collect();
     assert!(complaints.len() == 1 && complaints[0].contains("clusterCIDR"), "{complaints:#?}");
-    drop(agent);
+    end(agent);
 
     // With the optional configuration file there is nothing to warn of.
     let config = json!({

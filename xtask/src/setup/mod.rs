@@ -117,8 +117,10 @@ impl Need {
                 }
             }
             // kube-proxy calls nft or iptables, whichever mode it runs in.
-            Need::ControlPlane | Need::Kubernetes(_) => {
-                &const { [program("nftables", "nft"), program("iptables", "iptables")] }
+            Need::ControlPlane => &const { [program("nftables", "nft"), program("iptables", "iptables")] },
+            // Older ones call ipset when they clean up.
+            Need::Kubernetes(_) => {
+                &const { [program("nftables", "nft"), program("iptables", "iptables"), program("ipset", "ipset")] }
             }
             Need::Node => &const { [program("util-linux", "nsenter")] },
             Need::Vm => {

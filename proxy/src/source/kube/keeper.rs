@@ -26,6 +26,8 @@ pub(super) trait Keeper: Send + 'static {
     const PATH: &'static str;
     /// Whether the source can do without it: a server that does not serve it, or forbids it, has none.
     const OPTIONAL: bool = false;
+    /// Whether it passes over objects that the field selector leaves out: servers before 1.31 refuse that of Services.
+    const FILTERS: bool = false;
     /// Whether its objects say where the API server is.
     const LISTS_ENDPOINTS: bool = false;
 
@@ -128,6 +130,7 @@ macro_rules! namespaced {
             type Message = protobuf::$wire;
             const RESOURCE: &'static str = $resource;
             const PATH: &'static str = $path;
+            const FILTERS: bool = true;
             const LISTS_ENDPOINTS: bool = $endpoints;
 
             fn selectors(&self) -> (Option<String>, Option<&'static str>) {

@@ -76,6 +76,8 @@ pub(super) struct Watch<K> {
     listed: bool,
     /// The server lists in protobuf.
     protobuf: bool,
+    /// The server takes the field selector.
+    selects: bool,
     /// The server does not give this resource.
     absent: bool,
     /// The watch that was resumed is one that the server goes on with.
@@ -133,6 +135,7 @@ impl<K: Keeper> Watch<K> {
             version: None,
             listed: false,
             protobuf: true,
+            selects: true,
             absent: false,
             settled: false,
             pauses: 0,
@@ -174,13 +177,22 @@ impl<K: Keeper> Watch<K> {
                 return Ok(self.pause());
             }
             Kind::Refused if self.version.is_some() => self.version = None,
+            Kind::Refused if K::FILTERS && std::mem::take(&mut self.selects) => {
+                debug!(resource = K::RESOURCE, error = trouble.message, "listing without the field selector");
+                return Ok(Duration::ZERO);
+            }
             Kind::Forbidden | Kind::NotFound if K::OPTIONAL => {
                 if !std::mem::replace(&mut self.absent, true) {
-                    warn!(
-                        resource = K::RESOURCE,
-                        error = trouble.message,
-                        "the API server does not give this resource: going on without"
-                    );
+                    let (resource, error) = (K::RESOURCE, trouble.message);
+                    if trouble.kind == Kind::NotFound {
+                        // Its release does not have it yet, which is no fault.
+                        info!(resource, error, "the API server has no such resource: going on without");
+                    } else {
+                        warn!(
+                            resource,
+                            error, "the API server does not give this resource: going on without"
+                        );
+                    }
                 }
                 self.shared.health.well(K::RESOURCE);
                 if !self.listed {
@@ -246,8 +258,14 @@ impl<K: Keeper> Watch<K> {
         self.list_is_whole(changes).await
     }
 
-    fn list_request(&self) -> Result<http::Request<Vec<u8>>, End> {
+    /// The field and label selectors that the server takes.
+    fn selectors(&self) -> (Option<String>, Option<&'static str>) {
         let (fields, labels) = self.keeper.selectors();
+        (fields.filter(|_| self.selects), labels)
+    }
+
+    fn list_request(&self) -> Result<http::Request<Vec<u8>>, End> {
+        let (fields, labels) = self.selectors();
         let oldest = self.oldest();
         let params = ListParams {
             field_selector: fields,
@@ -313,7 +331,7 @@ impl<K: Keeper> Watch<K> {
     }
 
     async fn watch(&mut self) -> Result<(), End> {
-        let (fields, labels) = self.keeper.selectors();
+        let (fields, labels) = self.selectors();
         let params = WatchParams {
             field_selector: fields,
             label_selector: labels.map(str::to_owned),
