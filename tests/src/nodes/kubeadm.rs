@@ -15,7 +15,10 @@ use super::NodeCluster;
 use crate::controlplane::program;
 use crate::kube_proxy::Mode;
 
-/// What kube-proxy calls besides itself: its name, and the file below `usr/sbin` of Debian.
+/// The names of protocols; Debian's package netbase has them, and so does the image that Kubernetes publishes.
+const PROTOCOLS: &str = "/etc/protocols";
+
+/// What kube-proxy calls besides itself: its name, and the file in `/usr/sbin`.
 const TOOLS: [(&str, &str); 8] = [
     ("nft", "nft"),
     ("conntrack", "conntrack"),
@@ -82,22 +85,21 @@ pub fn configuration(
 pub fn kube_proxy_image(folder: &Path) -> Result<PathBuf> {
     let mut image = Image::new(&format!("registry.k8s.io/kube-proxy:{}", version()?), Arch::native()?)?;
     image.env = vec!["PATH=/usr/local/bin:/usr/sbin".to_owned()];
-    let system = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/node/kube-proxy");
-    image.add_program("/usr/local/bin/kube-proxy", &program("kube-proxy")?, &system)?;
+    let system = Path::new("/");
+    image.add_program("/usr/local/bin/kube-proxy", &program("kube-proxy")?, system)?;
     for (tool, file) in TOOLS {
-        image.add_program(&format!("/usr/sbin/{tool}"), &system.join("usr/sbin").join(file), &system)?;
+        image.add_program(&format!("/usr/sbin/{tool}"), &Path::new("/usr/sbin").join(file), system)?;
     }
     // iptables loads its matches and targets by name.
     let plugins = format!("/usr/lib/{}-linux-gnu/xtables", std::env::consts::ARCH);
-    let folder_of_plugins = system.join(plugins.trim_start_matches('/'));
-    let entries = fs::read_dir(&folder_of_plugins).with_context(|| {
-        format!("cannot read {}: `cargo xtask setup` unpacks it", folder_of_plugins.display())
-    })?;
-    for plugin in entries {
-        let plugin = plugin?;
-        let at = format!("{plugins}/{}", plugin.file_name().to_string_lossy());
-        image.add_program(&at, &plugin.path(), &system)?;
+    for plugin in fs::read_dir(&plugins).with_context(|| format!("cannot read {plugins}"))? {
+        let plugin = plugin?.path();
+        image.add_program(&plugin.to_string_lossy(), &plugin, system)?;
     }
+    // Without it, nft prints the numbers of protocols. A kube-proxy that starts beside its own table then takes all elements
+    // for leftovers, and empties its maps.
+    let protocols = fs::read(PROTOCOLS).with_context(|| format!("cannot read {PROTOCOLS}"))?;
+    image.add(PROTOCOLS, 0o644, protocols);
     let archive = folder.join("kube-proxy.tar");
     image.write(&archive)?;
     Ok(archive)

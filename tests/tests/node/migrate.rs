@@ -148,16 +148,28 @@ fn remove_rules_of_kube_proxy(nodes: &NodeCluster, node: usize) -> Result<()> {
     Ok(())
 }
 
+/// kube-proxy has written the rules of Service `web`, in both families, on both nodes. That its pods run says less.
 fn kube_proxy_has_rules(nodes: &NodeCluster) -> Result<()> {
     for node in 0..2 {
         let rules = rules(nodes, node)?;
-        ensure!(
-            rules.contains("KUBE-SVC") || rules.contains("table ip kube-proxy"),
-            "kube-proxy has written no rules on {}",
-            nodes.machine(node).name()
-        );
+        for family in ["ip", "ip6"] {
+            let nat = table(&rules, &format!("{family} nat"));
+            let own = table(&rules, &format!("{family} kube-proxy"));
+            ensure!(
+                nat.contains("KUBE-SEP-") || own.contains("goto service-"),
+                "kube-proxy has written no rules of {family} on {}",
+                nodes.machine(node).name()
+            );
+        }
     }
     Ok(())
+}
+
+/// The part of a ruleset that belongs to a table.
+fn table<'a>(rules: &'a str, name: &str) -> &'a str {
+    let begin = rules.find(&format!("table {name} {{\n")).unwrap_or(rules.len());
+    let rest = rules.get(begin..).unwrap_or_default();
+    rest.get(..rest.find("\n}\n").unwrap_or(rest.len())).unwrap_or_default()
 }
 
 fn rules(nodes: &NodeCluster, node: usize) -> Result<String> {

@@ -1,5 +1,5 @@
-//! apt with lists of its own, below `target/`: any machine with apt can fetch packages of any release of Debian, whatever
-//! release and architecture it has itself. Installs nothing.
+//! apt with lists of its own, below `target/`: any machine with apt can fetch packages of Debian 12, whatever release
+//! and architecture it has itself. Installs nothing.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,13 +9,11 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::process;
 
-/// Where Debian has the packages of a release.
-fn archives(release: &str) -> [String; 2] {
-    [
-        format!("http://deb.debian.org/debian {release} main"),
-        format!("http://deb.debian.org/debian-security {release}-security main"),
-    ]
-}
+/// Where Debian has its packages.
+const ARCHIVES: [&str; 2] = [
+    "http://deb.debian.org/debian bookworm main",
+    "http://deb.debian.org/debian-security bookworm-security main",
+];
 /// The keys of these archives. The package `debian-archive-keyring` of Debian and of its derivatives delivers them.
 pub(super) const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
@@ -25,24 +23,15 @@ pub(super) struct Apt {
 }
 
 impl Apt {
-    /// Fetches the lists of Debian 12 for `arch` into the folder `dir`.
+    /// Fetches the lists of `arch` into the folder `dir`.
     ///
     /// # Errors
     /// Where there is no apt, or the archives cannot be reached.
     pub(super) fn update(dir: &Path, arch: &str) -> Result<Self> {
-        Self::update_release(dir, arch, "bookworm")
-    }
-
-    /// The same of another release, by its code name.
-    ///
-    /// # Errors
-    /// As [`Self::update`].
-    pub(super) fn update_release(dir: &Path, arch: &str, release: &str) -> Result<Self> {
         ensure_debian()?;
         fs::create_dir_all(dir.join("lists/partial"))?;
         fs::create_dir_all(dir.join("cache"))?;
-        let sources =
-            archives(release).map(|archive| format!("deb [arch={arch} signed-by={KEYRING}] {archive}\n"));
+        let sources = ARCHIVES.map(|archive| format!("deb [arch={arch} signed-by={KEYRING}] {archive}\n"));
         fs::write(dir.join("sources.list"), sources.concat())?;
         // Nothing is installed in this system, so apt finds no conflict.
         fs::write(dir.join("status"), "")?;

@@ -122,7 +122,14 @@ impl Need {
             Need::Kubernetes(_) => {
                 &const { [program("nftables", "nft"), program("iptables", "iptables"), program("ipset", "ipset")] }
             }
-            Need::Node => &const { [program("util-linux", "nsenter")] },
+            Need::Node => {
+                &const {
+                    [
+                        program("util-linux", "nsenter"),
+                        Package { name: "netbase", probe: Probe::File("/etc/protocols") },
+                    ]
+                }
+            }
             Need::Vm => {
                 &const {
                     [
@@ -150,7 +157,6 @@ impl Need {
             Need::Node => {
                 vec![
                     Box::new(node::Runtime),
-                    Box::new(node::KubeProxyTools),
                     Box::new(go::Toolchain),
                     Box::new(controlplane::Programs::node()),
                 ]
