@@ -7,7 +7,7 @@ use clap::ValueEnum;
 
 use crate::ebpf;
 use crate::process;
-use crate::setup::{self, Need};
+use crate::setup::{self, Need, cross};
 
 /// Names the object that `proxy/build.rs` puts into the agent.
 pub(crate) const OBJECT_VARIABLE: &str = "KUBE_LANE_BPF_OBJECT";
@@ -29,6 +29,19 @@ impl Arch {
             "x86_64" => Ok(Self::Amd64),
             "aarch64" => Ok(Self::Arm64),
             other => bail!("optimised builds are made on x86-64 and arm64, and this machine is {other}"),
+        }
+    }
+
+    /// Whether this machine has it.
+    pub(crate) fn is_native(self) -> bool {
+        Self::native().is_ok_and(|native| native == self)
+    }
+
+    /// The name of Debian's folders of its libraries, and of its compilers.
+    pub(crate) fn multiarch(self) -> &'static str {
+        match self {
+            Self::Amd64 => "x86_64-linux-gnu",
+            Self::Arm64 => "aarch64-linux-gnu",
         }
     }
 
@@ -76,7 +89,8 @@ pub(crate) fn agent(release: bool) -> Result<PathBuf> {
     if release { release_agent(Arch::native()?, Some(object)) } else { dev_agent(object) }
 }
 
-/// Builds the optimised agent with its eBPF programs in it, for this architecture.
+/// Builds the optimised agent with its eBPF programs in it, for this architecture; another one than this machine's takes
+/// [`Need::Image`] of it.
 ///
 /// # Errors
 /// As [`run`].
@@ -101,28 +115,38 @@ fn dev_agent(object: PathBuf) -> Result<PathBuf> {
     Ok(target_dir().join("debug/kube-lane"))
 }
 
-/// Builds the optimised agent, whose own code names no path of this machine. The eBPF object in it still does (the line
-/// information of its BTF): only the same folder makes the same binary.
+/// Builds the optimised agent. It names no path of this machine, so that it is the same wherever it is built.
 fn release_agent(arch: Arch, object: Option<PathBuf>) -> Result<PathBuf> {
     let mut build = process::cargo();
     // With a target of its own, the flags below reach only what ends up in the agent. They also cause no rebuild in
     // `cargo build --release`, which has other flags.
-    build.args(["build", "--package", "kube-lane", "--release", "--target", arch.triple()]);
+    build.args(["build", "--package", "kube-lane", "--release"]);
+    cross::configure(&mut build, arch)?;
     if let Some(object) = object {
         build.env(OBJECT_VARIABLE, object);
     }
-    let from_to = [(process::root().to_owned(), "/kube-lane"), (cargo_home()?, "/cargo")];
-    let remaps = from_to.map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display()));
-    build.env_remove("RUSTFLAGS").env("CARGO_ENCODED_RUSTFLAGS", remaps.join("\u{1f}"));
+    let flags = [remaps()?, cross::link_flags(arch)].concat();
+    build.env_remove("RUSTFLAGS").env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"));
     process::run(&mut build)?;
     Ok(target_dir().join(arch.triple()).join("release/kube-lane"))
 }
 
-/// Where cargo keeps the sources of dependencies.
-fn cargo_home() -> Result<PathBuf> {
-    let user = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".cargo"));
-    let home = std::env::var_os("CARGO_HOME").map(PathBuf::from).or_else(user);
-    home.context("neither CARGO_HOME nor HOME is set; set one of them")
+/// Flags that give every folder that sources may be in another name: the same on every machine.
+///
+/// # Errors
+/// When the environment does not tell where they are.
+pub(crate) fn remaps() -> Result<Vec<String>> {
+    let home = |variable: &str, below_home: &str| {
+        let user = || Some(PathBuf::from(std::env::var_os("HOME")?).join(below_home));
+        let home = std::env::var_os(variable).map(PathBuf::from).or_else(user);
+        home.with_context(|| format!("neither {variable} nor HOME is set; set one of them"))
+    };
+    let from_to = [
+        (process::root().to_owned(), "/kube-lane"),
+        (home("CARGO_HOME", ".cargo")?, "/cargo"),
+        (home("RUSTUP_HOME", ".rustup")?, "/rustup"),
+    ];
+    Ok(from_to.map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display())).into())
 }
 
 /// Where cargo puts what it builds.

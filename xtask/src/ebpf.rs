@@ -7,8 +7,8 @@ use anyhow::{Context, Result, bail};
 use object::build::elf::{Builder, SectionData};
 use object::elf::{SHN_UNDEF, SHT_STRTAB};
 
-use crate::process;
 use crate::setup::{self, Need};
+use crate::{build, process};
 
 /// Builds the object, at `target/bpf/kube-lane.bpf.o`.
 ///
@@ -16,7 +16,12 @@ use crate::setup::{self, Need};
 /// When there is no toolchain for it on this machine, or `proxy-ebpf` does not build.
 pub(crate) fn build_object() -> Result<PathBuf> {
     setup::ensure(&[Need::Ebpf])?;
-    process::run(setup::ebpf::cargo("build").args(["--locked", "--quiet", "--release"]))?;
+    // The lines of the sources are in its BTF. These flags are added to those in proxy-ebpf/.cargo/config.toml.
+    let remaps = build::remaps()?;
+    let flags = remaps.iter().map(|flag| format!("{flag:?}")).collect::<Vec<_>>().join(", ");
+    let mut build = setup::ebpf::cargo("build");
+    build.arg("--config").arg(format!("target.bpfel-unknown-none.rustflags=[{flags}]"));
+    process::run(build.args(["--locked", "--quiet", "--release"]))?;
     let built = process::target("ebpf/bpfel-unknown-none/release/kube-lane");
     let built = fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
     let stripped = strip(&built)?;

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
 use crate::build::{self, Arch};
 use crate::setup::sysroot::{RUNTIME, Sysroot};
@@ -15,7 +15,7 @@ use crate::{commit, process};
 /// What `cargo xtask image` is told.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// The architecture of the nodes: that of this machine, which is the default
+    /// The architecture of the nodes; the default is that of this machine
     #[arg(long, value_enum)]
     arch: Option<Arch>,
     /// Write the files of the image into this folder, and no archive
@@ -66,11 +66,6 @@ pub(crate) fn archive_of_dev(agent: &Path) -> Result<PathBuf> {
 
 /// `to` is what `option` names.
 fn write(arch: Arch, option: &str, to: PathBuf) -> Result<PathBuf> {
-    ensure!(
-        arch == Arch::native()?,
-        "the agent cannot be built for {0} on this machine yet; run this on one that is {0}",
-        arch.as_str()
-    );
     setup::ensure(&[Need::Image(arch)])?;
     pack(arch, &build::agent_for(arch)?, option, to)
 }

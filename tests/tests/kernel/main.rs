@@ -26,6 +26,8 @@ mod lab;
 #[cfg(test)]
 mod nftables;
 #[cfg(test)]
+mod object;
+#[cfg(test)]
 mod plans;
 #[cfg(test)]
 mod policies;

@@ -10,6 +10,8 @@ mod alone;
 #[cfg(test)]
 mod guide;
 #[cfg(test)]
+mod image;
+#[cfg(test)]
 mod install;
 #[cfg(test)]
 mod migrate;
@@ -55,6 +57,9 @@ const GROUPS: &[&[(&str, Scenario)]] = &[
 type Alone = fn() -> Result<()>;
 
 const ALONE: &[(&str, Alone)] = &[
+    ("image::holds_the_agent_and_what_it_loads_and_no_shell", image::holds_little),
+    ("image::its_agent_runs_in_it", image::runs),
+    ("image::the_same_files_make_the_same_archive", image::is_reproducible),
     ("guide::every_block_of_commands_runs_or_says_why_not", guide::is_complete),
     ("alone::a_kubelet_without_an_api_server_serves_a_folder", alone::static_pod),
     ("migrate::the_manifests_that_tests_read_are_those_of_kubeadm", migrate::manifests_are_current),

@@ -62,17 +62,21 @@ fn debian(subcommand: &str) -> Command {
         cargo = Command::new(programs.join("cargo-clippy"));
         cargo.env("CARGO", pinned);
     }
+    use_debian(&mut cargo);
     cargo
         .arg(subcommand)
-        .env("RUSTC", programs.join("rustc"))
         .env("RUSTC_BOOTSTRAP", "1")
-        .env("LD_LIBRARY_PATH", debian_libraries())
         .env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_LINKER", LINKER.path());
     cargo
 }
 
+/// Has `cargo` use Debian's compiler.
+pub(super) fn use_debian(cargo: &mut Command) {
+    cargo.env("RUSTC", debian_root().join("usr/bin/rustc")).env("LD_LIBRARY_PATH", debian_libraries());
+}
+
 /// Where the packages are unpacked.
-fn debian_root() -> PathBuf {
+pub(super) fn debian_root() -> PathBuf {
     process::target("ebpf-toolchain/debian")
 }
 
@@ -120,8 +124,13 @@ fn nightly_release() -> Option<String> {
     rustc(&["--version", "--verbose"])
 }
 
-/// Debian's compiler, where no nightly does.
-pub(super) struct Compiler;
+/// Debian's compiler.
+pub(super) enum Compiler {
+    /// For eBPF: needed where no nightly does.
+    Ebpf,
+    /// For an architecture that this machine does not have.
+    Cross,
+}
 
 impl Compiler {
     /// What the stamp says once all packages are unpacked: other packages, another stamp.
@@ -132,20 +141,24 @@ impl Compiler {
 
 impl Step for Compiler {
     fn name(&self) -> String {
-        "Debian's Rust 1.96 for eBPF, below target/".into()
+        "Debian's Rust 1.96, below target/".into()
     }
 
     fn is_done(&self) -> Result<bool> {
         let (stamp, packages) = Self::stamp();
-        Ok(nightly_works() || fs::read_to_string(stamp).is_ok_and(|unpacked| unpacked == packages))
+        let is_unpacked = || fs::read_to_string(stamp).is_ok_and(|unpacked| unpacked == packages);
+        Ok(matches!(self, Self::Ebpf) && nightly_works() || is_unpacked())
     }
 
     fn run(&self) -> Result<()> {
         if process::find_program("apt-get").is_none() || process::find_program("dpkg").is_none() {
-            bail!(
-                "this is no Debian: please install rustup's nightly with rust-src, and bpf-linker \
-                 (plain `cargo build` needs neither, and makes a kube-lane without eBPF)"
-            );
+            bail!(match self {
+                Self::Ebpf => {
+                    "this is no Debian: please install rustup's nightly with rust-src, and bpf-linker \
+                     (plain `cargo build` needs neither, and makes a kube-lane without eBPF)"
+                }
+                Self::Cross => "this is no Debian: please install the target by `rustup target add`",
+            });
         }
         let root = debian_root();
         let archives = process::target("ebpf-toolchain/archives");

@@ -6,6 +6,7 @@
 mod apt;
 mod cargo_tools;
 mod controlplane;
+pub(crate) mod cross;
 mod debian;
 pub(crate) mod ebpf;
 pub(crate) mod go;
@@ -70,7 +71,7 @@ pub(crate) enum Need {
 }
 
 impl Need {
-    const ALL: [Need; 8] = [
+    const ALL: [Need; 10] = [
         Need::Build,
         Need::Ebpf,
         Need::Kernel,
@@ -78,6 +79,8 @@ impl Need {
         Need::Node,
         Need::Helm,
         Need::Vm,
+        Need::Image(Arch::Amd64),
+        Need::Image(Arch::Arm64),
         Need::Lint,
     ];
 
@@ -99,6 +102,7 @@ impl Need {
                     ]
                 }
             }
+            Need::Image(arch) if !arch.is_native() => cross::packages(arch),
             Need::Ebpf | Need::Helm | Need::Image(_) => &[],
             Need::Kernel => {
                 &const {
@@ -147,7 +151,7 @@ impl Need {
     fn steps(self) -> Vec<Box<dyn Step>> {
         match self {
             Need::Build | Need::Kernel => vec![],
-            Need::Ebpf => vec![Box::new(ebpf::Compiler), Box::new(ebpf::Linker)],
+            Need::Ebpf => vec![Box::new(ebpf::Compiler::Ebpf), Box::new(ebpf::Linker)],
             Need::ControlPlane => {
                 vec![Box::new(go::Toolchain), Box::new(controlplane::Programs::control_plane(None))]
             }
@@ -162,7 +166,13 @@ impl Need {
                 ]
             }
             Need::Helm => vec![Box::new(go::Toolchain), Box::new(go_tools::HELM)],
-            Need::Image(arch) => vec![Box::new(sysroot::Sysroot(arch))],
+            Need::Image(arch) => {
+                let mut steps: Vec<Box<dyn Step>> = vec![Box::new(sysroot::Sysroot(arch))];
+                if !arch.is_native() && !cross::compiler_has(arch) {
+                    steps.push(Box::new(ebpf::Compiler::Cross));
+                }
+                steps
+            }
             Need::Vm => vm::KERNELS.map(|kernel| Box::new(kernel) as Box<dyn Step>).into(),
             Need::Lint => vec![
                 Box::new(go::Toolchain),
@@ -178,9 +188,6 @@ impl Need {
 /// Installs all that any task needs.
 pub(crate) fn all() -> Result<()> {
     ensure(&Need::ALL)?;
-    if let Ok(arch) = Arch::native() {
-        ensure(&[Need::Image(arch)])?;
-    }
     println!("setup: everything is in place");
     Ok(())
 }

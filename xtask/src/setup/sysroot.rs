@@ -1,5 +1,5 @@
 //! What an image holds of Debian, unpacked below `target/image` and never installed: the packages as Debian delivers
-//! them, whatever the administrator of this machine has changed in its own. Also what the linker needs for arm64.
+//! them, whatever the administrator of this machine has changed in its own. Also what it takes to build for an architecture that this machine does not have.
 
 use std::fs;
 use std::path::PathBuf;
@@ -8,7 +8,7 @@ use std::process::Command;
 use anyhow::Result;
 
 use super::apt::{self, Apt};
-use super::{Step, debian};
+use super::{Cost, Step, cross, debian};
 use crate::build::Arch;
 use crate::process;
 
@@ -33,13 +33,13 @@ impl Sysroot {
         process::target("image").join(format!("sysroot-{}", self.0.as_str()))
     }
 
-    fn is_native(&self) -> bool {
-        Arch::native().is_ok_and(|native| native == self.0)
-    }
-
     fn packages(&self) -> Vec<&'static str> {
-        let development = if self.is_native() { &[] } else { DEVELOPMENT };
-        [RUNTIME, &[LICENCES], development].concat()
+        let mut packages = [RUNTIME, &[LICENCES]].concat();
+        if !self.0.is_native() {
+            packages.extend(DEVELOPMENT);
+            packages.extend((!cross::compiler_has(self.0)).then_some(cross::STANDARD_LIBRARY));
+        }
+        packages
     }
 
     /// The file that is there once all packages are unpacked, and what it then says.
@@ -64,7 +64,7 @@ impl Step for Sysroot {
         let archives = root.with_extension("archives");
         [&root, &archives].into_iter().try_for_each(|dir| apt::empty(dir))?;
         let mut packages = self.packages();
-        if self.is_native() {
+        if self.0.is_native() {
             // Of the release that this machine runs: the agent is linked with its libraries.
             let licence = apt::first_dependency(&mut Command::new("apt-cache"), COMPILER_LIBRARY)?;
             packages.push(&licence);
@@ -80,5 +80,9 @@ impl Step for Sysroot {
         fs::remove_dir_all(&archives)?;
         let (stamp, unpacked) = self.stamp();
         Ok(fs::write(stamp, unpacked)?)
+    }
+
+    fn cost(&self) -> Cost {
+        Cost { minutes: 1, megabytes: if self.0.is_native() { 10 } else { 70 } }
     }
 }
