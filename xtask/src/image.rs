@@ -64,6 +64,18 @@ pub(crate) fn archive_of_dev(agent: &Path) -> Result<PathBuf> {
     pack(arch, &stripped, "--archive", dir.join("kube-lane.tar"))
 }
 
+/// Writes the files of the image for this architecture into a folder below `target/`, and returns where it is.
+///
+/// # Errors
+/// As [`run`].
+pub(crate) fn files(arch: Arch) -> Result<PathBuf> {
+    let folder = process::target("image").join(format!("files-{}", arch.as_str()));
+    if folder.exists() {
+        fs::remove_dir_all(&folder).with_context(|| format!("cannot empty {}", folder.display()))?;
+    }
+    write(arch, "--rootfs", folder)
+}
+
 /// `to` is what `option` names.
 fn write(arch: Arch, option: &str, to: PathBuf) -> Result<PathBuf> {
     setup::ensure(&[Need::Image(arch)])?;

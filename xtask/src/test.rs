@@ -9,6 +9,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 
+use crate::build::Arch;
 use crate::setup::{self, Cost, KubernetesChoice, KubernetesRelease, Need};
 use crate::{build, ebpf, image, preflight, process};
 
@@ -65,6 +66,7 @@ impl Lane {
                 needs.extend(long.then_some(Need::Vm));
                 needs
             }
+            Lane::Vm if long => vec![Need::Build, Need::Vm, Need::Image(Arch::Arm64), Need::VmArm64],
             Lane::Vm => vec![Need::Build, Need::Vm],
         }
     }
@@ -94,7 +96,7 @@ impl Lane {
     }
 
     /// What `cargo test` is told, once for each of its runs.
-    fn runs(self) -> &'static [&'static [&'static str]] {
+    fn runs(self, long: bool) -> &'static [&'static [&'static str]] {
         match self {
             Lane::Unit => &[
                 &["--workspace", "--exclude", "kube-lane-tests", "--exclude", "kube-lane-lab"],
@@ -106,6 +108,10 @@ impl Lane {
             Lane::Cluster => &[&["--package", "kube-lane-tests", "--test", "cluster"]],
             Lane::Oracle => &[&["--package", "kube-lane-tests", "--test", "oracle"]],
             Lane::Node => &[&["--package", "kube-lane-tests", "--test", "node"]],
+            Lane::Vm if long => &[
+                &["--package", "kube-lane-tests", "--test", "vm"],
+                &["--package", "kube-lane-tests", "--test", "arm64"],
+            ],
             Lane::Vm => &[&["--package", "kube-lane-tests", "--test", "vm"]],
         }
     }
@@ -251,7 +257,9 @@ fn run_lane(lane: Lane, kubernetes: Option<KubernetesRelease>, args: &Args) -> R
         Some((agent, _)) if lane == Lane::Node => Some(image::archive_of_dev(agent)?),
         _ => None,
     };
-    for run in lane.runs() {
+    // The machine that is arm64 runs what users of that architecture get, which takes a release build.
+    let arm64 = if lane == Lane::Vm && args.long { Some(image::files(Arch::Arm64)?) } else { None };
+    for run in lane.runs(args.long) {
         let mut test = process::cargo();
         test.args(["test", "--no-fail-fast"]).args(*run);
         if let Some((binary, object)) = &built {
@@ -259,6 +267,9 @@ fn run_lane(lane: Lane, kubernetes: Option<KubernetesRelease>, args: &Args) -> R
         }
         if let Some(image) = &image {
             test.env("KUBE_LANE_IMAGE", image);
+        }
+        if let Some(files) = &arm64 {
+            test.env("KUBE_LANE_ARM64_FILES", files);
         }
         if let Some(release) = kubernetes {
             test.env("KUBE_LANE_CONTROLPLANE", release.bin());

@@ -25,7 +25,7 @@ pub struct Archive {
 }
 
 impl Archive {
-    /// Begins an archive with the folders that every Debian system has, a console, and this program as `/init`.
+    /// Begins an archive with the folders that every Debian system has, and a console.
     ///
     /// # Errors
     /// When the file cannot be written.
@@ -37,7 +37,6 @@ impl Archive {
             archive.symlink(&Path::new("/").join(dir), &format!("usr/{dir}"))?;
         }
         archive.console()?;
-        archive.program(&env::current_exe()?, Path::new("/init"))?;
         Ok(archive)
     }
 
@@ -135,6 +134,7 @@ impl Archive {
     /// # Errors
     /// When the archive cannot be written.
     pub fn symlink(&mut self, at: &Path, to: &str) -> Result<()> {
+        self.parents(at)?;
         self.entry(at, 0o120_777, to.as_bytes())
     }
 

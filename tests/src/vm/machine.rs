@@ -2,6 +2,7 @@
 //!
 //! Owns QEMU's process and a folder with the initramfs and what the guest writes.
 
+use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -23,10 +24,41 @@ const TAIL_LINES: usize = 80;
 
 /// Software emulation, so that it is the same on every machine. One processor: where the kernel patches its code while
 /// another one runs it, emulation may trip over it.
-const QEMU: &str = "-machine pc -accel tcg -cpu qemu64 -smp 1 -nodefaults -no-reboot -display none";
+const QEMU: &str = "-accel tcg -smp 1 -nodefaults -no-reboot -display none";
 /// What the kernel is told. One that panics ends the machine, too; mitigations guard nothing here, and are slow in
 /// emulation. What the kernel does not know is `/init`'s environment.
-const KERNEL: &str = "console=ttyS0 loglevel=5 panic=-1 mitigations=off PATH=/usr/sbin:/usr/bin";
+const KERNEL: &str = "loglevel=5 panic=-1 mitigations=off PATH=/usr/sbin:/usr/bin";
+
+/// An emulated machine.
+#[derive(Debug)]
+struct Hardware {
+    qemu: &'static str,
+    machine: &'static str,
+    /// The kernel's name of the first serial port.
+    console: &'static str,
+    /// How QEMU adds the second one.
+    second: &'static [&'static str],
+    /// Whether `/init` is this program, built for it.
+    runs_this_program: bool,
+}
+
+/// One that is x86-64.
+const PC: Hardware = Hardware {
+    qemu: "qemu-system-x86_64",
+    machine: "-machine pc -cpu qemu64",
+    console: "ttyS0",
+    second: &["-serial", "chardev:results"],
+    runs_this_program: true,
+};
+
+/// One that is arm64. Its only serial port by itself has another driver, so the one that is added is `ttyS0`.
+const VIRT: Hardware = Hardware {
+    qemu: "qemu-system-aarch64",
+    machine: "-machine virt -cpu cortex-a72",
+    console: "ttyAMA0",
+    second: &["-device", "pci-serial,chardev=results"],
+    runs_this_program: false,
+};
 
 /// How a machine is made.
 #[derive(Clone, Copy, Debug)]
@@ -49,13 +81,20 @@ pub struct Plan {
 #[derive(Debug)]
 pub struct OnDemand {
     plan: Plan,
+    hardware: &'static Hardware,
     machine: Mutex<Option<Machine>>,
 }
 
 impl OnDemand {
     /// A machine that is not booted yet.
     pub fn new(plan: Plan) -> Self {
-        Self { plan, machine: Mutex::default() }
+        Self { plan, hardware: &PC, machine: Mutex::default() }
+    }
+
+    /// The same, but one that is arm64. The plan says what its `/init` is, which writes to `/dev/ttyS0` how each scenario
+    /// ended.
+    pub fn arm64(plan: Plan) -> Self {
+        Self { plan, hardware: &VIRT, machine: Mutex::default() }
     }
 
     /// Waits for the end of the scenario of this name, and returns what it wrote to the console.
@@ -66,7 +105,7 @@ impl OnDemand {
         let mut machine = self.machine.lock().unwrap_or_else(PoisonError::into_inner);
         let machine = match &mut *machine {
             Some(machine) => machine,
-            none => none.insert(Machine::boot(&self.plan)?),
+            none => none.insert(Machine::boot(&self.plan, self.hardware)?),
         };
         machine.outcome(name, self.plan.silence)
     }
@@ -81,23 +120,28 @@ struct Machine {
 }
 
 impl Machine {
-    fn boot(plan: &Plan) -> Result<Self> {
+    fn boot(plan: &Plan, hardware: &Hardware) -> Result<Self> {
         let system = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/vm").join(plan.kernel);
         let kernel = kernel(&system)?;
         let dir = tempfile::tempdir()?;
         let initrd = dir.path().join("initramfs");
         let mut archive = Archive::create(&initrd)?;
+        if hardware.runs_this_program {
+            archive.program(&env::current_exe()?, Path::new("/init"))?;
+        }
         archive.modules(&system, plan.modules)?;
         (plan.fill)(&mut archive)?;
         archive.finish()?;
 
-        let mut qemu = Command::new("qemu-system-x86_64");
-        qemu.args(QEMU.split(' ')).args(["-m", &plan.memory.to_string()]);
+        let mut qemu = Command::new(hardware.qemu);
+        qemu.args(hardware.machine.split(' ')).args(QEMU.split(' ')).args(["-m", &plan.memory.to_string()]);
         qemu.arg("-kernel").arg(kernel).arg("-initrd").arg(initrd);
-        qemu.args(["-append", &format!("{KERNEL} {}", plan.more)]);
+        qemu.args(["-append", &format!("console={} {KERNEL} {}", hardware.console, plan.more)]);
         for port in [CONSOLE, RESULTS] {
-            qemu.arg("-serial").arg(format!("file:{}", dir.path().join(port).display()));
+            let file = dir.path().join(port);
+            qemu.arg("-chardev").arg(format!("file,id={port},path={}", file.display()));
         }
+        qemu.args(["-serial", &format!("chardev:{CONSOLE}")]).args(hardware.second);
         Ok(Self { qemu: Process::spawn(qemu, &dir.path().join("log"), None)?, dir })
     }
 

@@ -66,12 +66,14 @@ pub(crate) enum Need {
     Node,
     /// To boot kernels in virtual machines.
     Vm,
+    /// To boot a kernel for arm64 in one.
+    VmArm64,
     /// What `cargo xtask lint` calls.
     Lint,
 }
 
 impl Need {
-    const ALL: [Need; 10] = [
+    const ALL: [Need; 11] = [
         Need::Build,
         Need::Ebpf,
         Need::Kernel,
@@ -79,6 +81,7 @@ impl Need {
         Need::Node,
         Need::Helm,
         Need::Vm,
+        Need::VmArm64,
         Need::Image(Arch::Amd64),
         Need::Image(Arch::Arm64),
         Need::Lint,
@@ -144,6 +147,15 @@ impl Need {
                     ]
                 }
             }
+            Need::VmArm64 => {
+                &const {
+                    [
+                        program("qemu-system-arm", "qemu-system-aarch64"),
+                        program("kmod", "modprobe"),
+                        Package { name: "debian-archive-keyring", probe: Probe::File(apt::KEYRING) },
+                    ]
+                }
+            }
             Need::Lint => &const { [program("git", "git"), program("shellcheck", "shellcheck")] },
         }
     }
@@ -174,6 +186,7 @@ impl Need {
                 steps
             }
             Need::Vm => vm::KERNELS.map(|kernel| Box::new(kernel) as Box<dyn Step>).into(),
+            Need::VmArm64 => vec![Box::new(vm::ARM64)],
             Need::Lint => vec![
                 Box::new(go::Toolchain),
                 Box::new(cargo_tools::RustComponents),
