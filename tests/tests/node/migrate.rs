@@ -1,11 +1,12 @@
 //! Moving a cluster from kubeadm's kube-proxy to kube-lane and back, under load, by the commands of `docs/migrate.md`.
 
 use std::fs;
+use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
 use kube_lane_lab::topology;
 use kube_lane_tests::kube_proxy::Mode;
-use kube_lane_tests::nodes::{self, NodeCluster, WAIT, kubeadm};
+use kube_lane_tests::nodes::{self, NodeCluster, kubeadm};
 
 use crate::guide::{self, administrator, administrator_in};
 use crate::remove;
@@ -35,17 +36,22 @@ fn there_and_back(nodes: &NodeCluster, mode: Option<Mode>) -> Result<()> {
     web.answers()?;
     let mode = mode.unwrap_or(Mode::Iptables);
 
+    let canary = guide::file(GUIDE, "# canary/kustomization.yaml", &[])?;
+    let folder = guide::beside_the_clone(nodes, "canary", &canary)?;
+    administrator_in(nodes, &folder, &guide::commands(GUIDE, "> kube-proxy.yaml", &[])?)?;
     let traffic = Traffic::start(&web, Connections::NewAndKept)?;
-    one_node_first(nodes)?;
+    one_node_first(nodes, &folder)?;
     traffic.goes_on()?;
+    one_node_back(nodes, &folder)?;
+    traffic.goes_on()?;
+    one_node_first(nodes, &folder)?;
     all_nodes(nodes)?;
     traffic.goes_on()?;
     web.answers()?;
     world::report(&format!("from kube-proxy in mode {mode} to kube-lane:\n{}", traffic.stop()?));
 
     let traffic = Traffic::start(&web, Connections::NewAndKept)?;
-    kubeadm::install(nodes, &configuration)?;
-    world::rolled_out(nodes, "kube-system", "daemonset/kube-proxy")?;
+    administrator_in(nodes, &folder, &guide::commands(GUIDE, "apply -f kube-proxy.yaml", &[])?)?;
     until(|| kube_proxy_has_rules(nodes))?;
     remove::uninstall(nodes)?;
     traffic.goes_on()?;
@@ -71,12 +77,10 @@ pub(crate) fn manifests_are_current() -> Result<()> {
 }
 
 /// Section "One node first".
-fn one_node_first(nodes: &NodeCluster) -> Result<()> {
-    let canary = guide::file(GUIDE, "# canary/kustomization.yaml", &[])?;
-    let folder = guide::beside_the_clone(nodes, "canary", &canary)?;
+fn one_node_first(nodes: &NodeCluster, folder: &Path) -> Result<()> {
     let name = nodes.machine(0).name();
     let labelled = guide::commands(GUIDE, "kubectl apply -k canary/", &[("NODE", name)])?;
-    administrator_in(nodes, &folder, &labelled)?;
+    administrator_in(nodes, folder, &labelled)?;
     world::rolled_out(nodes, "kube-system", "daemonset/kube-lane")?;
     is_ready_on(nodes, &[name])?;
     administrator(nodes, &guide::commands(GUIDE, "patch ds kube-proxy", &[])?)?;
@@ -89,6 +93,18 @@ fn one_node_first(nodes: &NodeCluster) -> Result<()> {
     remove_rules_of_kube_proxy(nodes, 0)
 }
 
+/// The last part of section "Back to kube-proxy".
+fn one_node_back(nodes: &NodeCluster, folder: &Path) -> Result<()> {
+    let name = nodes.machine(0).name();
+    administrator(nodes, &guide::commands(GUIDE, "kube-lane.io/canary-", &[("NODE", name)])?)?;
+    until(|| kube_proxy_has_rules(nodes))?;
+    let one = guide::file(GUIDE, "# uninstall-one/kustomization.yaml", &[("NODE", name)])?;
+    guide::beside_the_clone(nodes, "uninstall-one", &one)?;
+    let uninstall = guide::commands(GUIDE, "kubectl apply -k uninstall-one/", &[])?;
+    administrator_in(nodes, folder, &uninstall)?;
+    remove::nothing_is_left_on(nodes, 0)
+}
+
 /// Section "All nodes".
 fn all_nodes(nodes: &NodeCluster) -> Result<()> {
     world::apply(nodes, "-k", "")?;
@@ -97,14 +113,6 @@ fn all_nodes(nodes: &NodeCluster) -> Result<()> {
     is_ready_on(nodes, &[nodes.machine(0).name(), nodes.machine(1).name()])?;
     does_not_depend_on_itself(nodes)?;
     administrator(nodes, &guide::commands(GUIDE, "delete ds kube-proxy", &[])?)?;
-    nodes.kubectl(&[
-        "--namespace=kube-system",
-        "wait",
-        "--for=delete",
-        "pod",
-        "--selector=k8s-app=kube-proxy",
-        WAIT,
-    ])?;
     remove_rules_of_kube_proxy(nodes, 1)
 }
 

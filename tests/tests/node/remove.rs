@@ -31,9 +31,12 @@ pub(crate) fn nothing_is_left(nodes: &NodeCluster) -> Result<()> {
         "--output=name",
     ])?;
     ensure!(objects.is_empty(), "left in the API server: {objects}");
-    for node in 0..2 {
-        let tables = nodes.machine(node).run(&["nft", "list", "tables"])?;
-        ensure!(!tables.contains("kube-lane"), "left on {}: {tables}", nodes.machine(node).name());
-    }
+    (0..2).try_for_each(|node| nothing_is_left_on(nodes, node))
+}
+
+/// The kernel of a node has nothing of kube-lane.
+pub(crate) fn nothing_is_left_on(nodes: &NodeCluster, node: usize) -> Result<()> {
+    let tables = nodes.machine(node).run(&["nft", "list", "tables"])?;
+    ensure!(!tables.contains("kube-lane"), "left on {}: {tables}", nodes.machine(node).name());
     Ok(())
 }

@@ -81,7 +81,7 @@ fn credentials(nodes: &NodeCluster) -> Result<String> {
     std::os::unix::fs::symlink(guide::repository().canonicalize()?.join("deploy"), folder.join("deploy"))?;
     fs::copy(nodes.cluster().control_plane().authority(), folder.join("ca.crt"))?;
     let api_server = nodes.cluster().control_plane().address().to_string();
-    let commands = guide::commands(GUIDE, "kubectl config set-cluster", &[("API-SERVER", &api_server)])?;
+    let commands = guide::commands(GUIDE, "kubectl config set-cluster", &[("API-SERVER:6443", &api_server)])?;
     administrator_in(nodes, &folder, &commands)?;
     Ok(fs::read_to_string(folder.join("kube-lane.kubeconfig"))?)
 }
