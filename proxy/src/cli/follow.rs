@@ -20,9 +20,12 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 use tracing::{debug, error, info, warn};
 
+use super::run::source;
+use crate::causes::with_causes;
 use crate::config::flags::RunFlags;
-use crate::config::{ConfigStatus, Environment, Reread, Resolved};
+use crate::config::{Config, ConfigStatus, Environment, Reread, Resolved};
 use crate::observability::configuration::Configuration;
+use crate::source::kube::{self, SourceError};
 use crate::watch::Watch;
 
 /// After the first change, how long to wait for more of them. It is also the least time between two execs.
@@ -80,12 +83,19 @@ impl ConfigFollower {
     async fn read_again(&mut self) {
         let (flags, environment) = (self.flags.clone(), self.environment.clone());
         let Ok(now) = tokio::task::spawn_blocking(move || flags.resolve(&environment)).await else { return };
+        let usable = match &now {
+            Ok(now) if now.config != self.running.config => can_connect(&now.config).await,
+            _ => Ok(()),
+        };
         match self.running.compare(now) {
             Reread::Same(status) => self.say(status),
             Reread::Unusable(why) => {
                 self.say_not_in_force(why);
             }
             Reread::Different(differences) => {
+                if let Err(error) = usable {
+                    return self.say_not_in_force(with_causes(&error));
+                }
                 info!(
                     "the configuration changed ({}): kube-lane starts anew in this process; Services stay in place",
                     differences.join("; ")
@@ -117,6 +127,14 @@ impl ConfigFollower {
         }
         self.metric.tell(&status);
         self.status.send_replace(status);
+    }
+}
+
+/// Whether the agent, once it has executed itself anew, would find its kubeconfig and what that names.
+async fn can_connect(config: &Config) -> Result<(), SourceError> {
+    match &config.api {
+        Some(api) => kube::check(&source(config, api)).await,
+        None => Ok(()),
     }
 }
 

@@ -349,7 +349,8 @@ async fn start_sources(
     Ok(origins)
 }
 
-fn source(config: &Config, api: &Api) -> KubeSourceConfig {
+/// What the API source is told.
+pub(super) fn source(config: &Config, api: &Api) -> KubeSourceConfig {
     KubeSourceConfig {
         kubeconfig: api.kubeconfig.clone(),
         base_kubeconfig: api.base_kubeconfig.clone(),

@@ -60,6 +60,14 @@ pub async fn client(config: &KubeSourceConfig, servers: &ApiServers) -> Result<k
     client::connect(config, servers).await.map(|(client, _)| client)
 }
 
+/// Whether [`spawn`] would take this: nothing is connected.
+///
+/// # Errors
+/// When the kubeconfig, or what it names, cannot be used.
+pub async fn check(config: &KubeSourceConfig) -> Result<(), SourceError> {
+    client::check(config).await
+}
+
 /// Follows the API server until the receiver is dropped. The server need not be up; the kubeconfig must be good.
 ///
 /// # Errors

@@ -174,10 +174,18 @@ fn a_change_of_the_files_is_taken_over_in_place() {
     wait(&agent, "a base that is gone is told", stale(1.0));
     symlink("..data/config.conf", &base_file).unwrap();
     wait(&agent, "a base that is back is told", stale(0.0));
+    // Its own values are good, but an agent that starts with it would end.
+    let gone = "/no/such/kubeconfig";
+    own.put(&config(json!({"clusterCIDR": "192.0.2.1/24", "clientConnection": {"kubeconfig": gone}})));
+    wait(&agent, "a kubeconfig that is not there is told", stale(1.0));
+    let (_, text) = agent.status(&[]).unwrap();
+    assert!(text.contains(gone), "{text}");
+    own.put(&config(json!({"clusterCIDR": "192.0.2.1/24", "nodePortAddresses": ["primary"]})));
+    wait(&agent, "a good file is told", stale(0.0));
     assert_eq!(starts(&agent), 3, "{}", agent.log());
     let errors: Vec<_> =
         agent.log().lines().filter(|line| line.contains("ERROR")).map(str::to_owned).collect();
-    assert_eq!(errors.len(), 2, "{errors:#?}");
+    assert_eq!(errors.len(), 3, "{errors:#?}");
     ask(&mut kept, &by);
 
     // To the other mode and back.

@@ -14,6 +14,7 @@ use tower::{BoxError, ServiceBuilder};
 use super::KubeSourceConfig;
 use super::dial::Dialer;
 use super::servers::{ApiServers, Source, Target};
+use crate::causes::with_causes;
 
 /// Why the API source cannot start, or cannot renew its credentials.
 #[derive(Debug, thiserror::Error)]
@@ -72,7 +73,7 @@ pub(super) async fn dialer(
 }
 
 async fn prepare(source: &KubeSourceConfig, servers: &ApiServers) -> Result<(Config, Dialer), SourceError> {
-    let Configured { config, origin, proxy } = configure(source).await?;
+    let Configured { config, origin, proxy, unusable_base } = configure(source).await?;
     servers.configured(Target {
         url: config.cluster_url.clone(),
         source: origin,
@@ -82,6 +83,7 @@ async fn prepare(source: &KubeSourceConfig, servers: &ApiServers) -> Result<(Con
             && config.cluster_url.scheme_str() == Some("https")
             && !config.accept_invalid_certs,
         ignored_proxy: proxy,
+        unusable_base: unusable_base.as_ref().map(|error| with_causes(error)),
     });
     let server = config.cluster_url.to_string();
     let dialer = Dialer::new(&config, servers.clone());
@@ -94,6 +96,23 @@ struct Configured {
     config: Config,
     origin: Source,
     proxy: Option<String>,
+    /// Why the kubeconfig of the base is not used.
+    unusable_base: Option<SourceError>,
+}
+
+/// Whether the agent could start with this as it is meant: the kubeconfig can be read, and so can the certificates and keys
+/// that it names.
+///
+/// # Errors
+/// When one of them cannot.
+pub(super) async fn check(source: &KubeSourceConfig) -> Result<(), SourceError> {
+    let Configured { config, unusable_base, .. } = configure(source).await?;
+    if let Some(error) = unusable_base {
+        return Err(error);
+    }
+    let server = config.cluster_url.to_string();
+    let usable = config.rustls_client_config().and_then(|_| config.auth_layer()).map(drop);
+    usable.map_err(|source| SourceError::Client { server, source: Box::new(source) })
 }
 
 async fn configure(source: &KubeSourceConfig) -> Result<Configured, SourceError> {
@@ -110,16 +129,19 @@ async fn configure(source: &KubeSourceConfig) -> Result<Configured, SourceError>
     let base = base.filter(|_| master.is_some() || !source.environment.names_a_server());
     let mut configured = match (source.kubeconfig.as_ref(), base, &master) {
         (Some(path), _, _) => read(path, Source::Kubeconfig(path.clone())).await?,
-        (None, Some(path), _) => read(path, Source::Base(path.clone())).await?,
+        // An unusable base does not keep the agent from starting where there is another way to the server.
+        (None, Some(path), _) => match read(path, Source::Base(path.clone())).await {
+            Ok(configured) => configured,
+            Err(error) => match in_cluster(source) {
+                Ok(configured) => Configured { unusable_base: Some(error), ..configured },
+                Err(_) => return Err(error),
+            },
+        },
         (None, None, Some(master)) => {
-            Configured { config: Config::new(master.clone()), origin: Source::Master, proxy: None }
+            let config = Config::new(master.clone());
+            Configured { config, origin: Source::Master, proxy: None, unusable_base: None }
         }
-        (None, None, None) => {
-            let config = Config::incluster().map_err(|source| SourceError::InCluster(Box::new(source)))?;
-            let named = source.environment.names_a_server();
-            let origin = if named { Source::Environment } else { Source::Service };
-            Configured { config, origin, proxy: None }
-        }
+        (None, None, None) => in_cluster(source)?,
     };
     if let Some(master) = master {
         configured.config.cluster_url = master;
@@ -128,13 +150,20 @@ async fn configure(source: &KubeSourceConfig) -> Result<Configured, SourceError>
     Ok(configured)
 }
 
+fn in_cluster(source: &KubeSourceConfig) -> Result<Configured, SourceError> {
+    let config = Config::incluster().map_err(|source| SourceError::InCluster(Box::new(source)))?;
+    let named = source.environment.names_a_server();
+    let origin = if named { Source::Environment } else { Source::Service };
+    Ok(Configured { config, origin, proxy: None, unusable_base: None })
+}
+
 async fn read(path: &Path, origin: Source) -> Result<Configured, SourceError> {
     let failed = |source| SourceError::Kubeconfig { path: path.to_owned(), source: Box::new(source) };
     let kubeconfig = Kubeconfig::read_from(path).map_err(failed)?;
     let proxy = proxy(&kubeconfig);
     let config =
         Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.map_err(failed)?;
-    Ok(Configured { config, origin, proxy })
+    Ok(Configured { config, origin, proxy, unusable_base: None })
 }
 
 /// `proxy-url` of the current context's cluster.

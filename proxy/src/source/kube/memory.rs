@@ -6,10 +6,14 @@
 use std::fs;
 use std::io::{self, Read, Write};
 use std::net::SocketAddr;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use futures::future::pending;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
+use tokio::time::sleep;
 use tracing::{debug, info, warn};
 
 use crate::causes::with_causes;
@@ -20,6 +24,8 @@ pub(super) const LIMIT: usize = 16;
 const NAME: &str = "api-servers.json";
 /// The form of its content.
 const VERSION: u32 = 1;
+/// How long to wait before what could not be written is tried again.
+const RETRY: Duration = Duration::from_secs(30);
 /// A longer file is none of ours.
 const BYTES: u64 = 1 << 16;
 
@@ -66,7 +72,13 @@ impl File {
 
 async fn follow(path: PathBuf, mut endpoints: watch::Receiver<Vec<SocketAddr>>) {
     let mut troubled = false;
-    while endpoints.changed().await.is_ok() {
+    loop {
+        // A disk that is full now may not be so later.
+        let again = async { if troubled { sleep(RETRY).await } else { pending().await } };
+        tokio::select! {
+            changed = endpoints.changed() => if changed.is_err() { return },
+            () = again => {}
+        }
         let (at, content) = (path.clone(), endpoints.borrow_and_update().clone());
         let count = content.len();
         let written = tokio::task::spawn_blocking(move || write(&at, content)).await;
@@ -89,7 +101,11 @@ async fn follow(path: PathBuf, mut endpoints: watch::Receiver<Vec<SocketAddr>>) 
 /// What the file holds; nothing where there is none.
 fn read(path: &Path) -> Result<Vec<SocketAddr>, MemoryError> {
     let mut text = String::new();
-    match fs::File::open(path) {
+    // Who opens a FIFO waits for a writer, for ever perhaps.
+    match fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path) {
+        Ok(file) if !file.metadata().is_ok_and(|metadata| metadata.is_file()) => {
+            return Err(MemoryError::Read(io::Error::other("it is no regular file; remove it")));
+        }
         Ok(file) => file.take(BYTES).read_to_string(&mut text).map_err(MemoryError::Read)?,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(MemoryError::Read(error)),
@@ -110,7 +126,12 @@ fn write(path: &Path, endpoints: Vec<SocketAddr>) -> Result<(), MemoryError> {
         let dir = path.parent().unwrap_or(Path::new("/"));
         fs::create_dir_all(dir)?;
         let new = path.with_extension("json.new");
-        let mut file = fs::File::create(&new)?;
+        // Whatever is there, a FIFO say, is not ours to write to.
+        match fs::remove_file(&new) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let mut file = fs::File::create_new(&new)?;
         file.write_all(content.as_bytes())?;
         file.write_all(b"\n")?;
         file.sync_all()?;
@@ -153,6 +174,13 @@ mod tests {
             let error = read(&path).unwrap_err().to_string();
             assert!(error.contains(words), "{text}: {error}");
         }
+        for fifo in [&path, &path.with_extension("json.new")] {
+            let _ = fs::remove_file(fifo);
+            nix::unistd::mkfifo(fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        }
+        assert!(read(&path).unwrap_err().to_string().contains("read"));
+        write(&path, servers.clone()).unwrap();
+        assert_eq!(read(&path).unwrap(), servers, "the file takes the FIFO's place");
         let error = write(&path.join("file"), servers).unwrap_err().to_string();
         assert!(error.contains("--state-dir"), "{error}");
         fs::remove_dir_all(dir).unwrap();

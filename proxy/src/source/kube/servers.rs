@@ -85,6 +85,8 @@ pub(super) struct Target {
     pub(super) may_fall_back: bool,
     /// `proxy-url` of the kubeconfig, which has no effect.
     pub(super) ignored_proxy: Option<String>,
+    /// Why the kubeconfig of `--config-base` is not used, where it should have been.
+    pub(super) unusable_base: Option<String>,
 }
 
 /// An address that may be dialed.
@@ -343,6 +345,9 @@ impl ApiServers {
         info!(server = %target.url, source = %target.source, remembered = state.endpoints.len(), "the address of the API server");
         if let Some(proxy) = &target.ignored_proxy {
             warn!(proxy, source = %target.source, "proxy-url is not supported: the API server is dialed without a proxy");
+        }
+        if let Some(error) = &target.unusable_base {
+            warn!(%error, "the kubeconfig of --config-base is not used: going on with the service account");
         }
         let by_service = target.source == Source::Service && state.endpoints.is_empty();
         state.target = Some(target);

@@ -18,6 +18,7 @@ use kube::api::{ListParams, VersionMatch, WatchParams};
 use kube::core::{Request, Status};
 use prost::Message;
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, info, warn};
@@ -119,6 +120,8 @@ struct Line<'a, T> {
 /// A list in JSON.
 #[derive(Deserialize)]
 struct JsonList<'a, T> {
+    /// Not of a list: a Status has one, and says why there is no list.
+    status: Option<IgnoredAny>,
     #[serde(borrow)]
     metadata: wire::Metadata<'a>,
     items: Option<Vec<T>>,
@@ -174,13 +177,22 @@ impl<K: Keeper> Watch<K> {
             Kind::Expired => {
                 self.shared.health.relisting(K::RESOURCE);
                 self.version = None;
+                // It may have been upgraded.
+                self.selects = true;
                 return Ok(self.pause());
             }
-            Kind::Refused if self.version.is_some() => self.version = None,
-            Kind::Refused if K::FILTERS && std::mem::take(&mut self.selects) => {
-                debug!(resource = K::RESOURCE, error = trouble.message, "listing without the field selector");
+            // Of several API servers, a newer one may list what an older one does not watch.
+            Kind::Refused if self.may_be_the_selector(&trouble) => {
+                info!(
+                    resource = K::RESOURCE,
+                    error = trouble.message,
+                    "the API server cannot select by this field: going on without the field selector"
+                );
+                self.selects = false;
+                self.version = None;
                 return Ok(Duration::ZERO);
             }
+            Kind::Refused if self.version.is_some() => self.version = None,
             Kind::Forbidden | Kind::NotFound if K::OPTIONAL => {
                 if !std::mem::replace(&mut self.absent, true) {
                     let (resource, error) = (K::RESOURCE, trouble.message);
@@ -208,6 +220,13 @@ impl<K: Keeper> Watch<K> {
         self.shared.health.failed(K::RESOURCE, &trouble);
         self.renew().await;
         Ok(self.pause())
+    }
+
+    /// Whether the server may refuse nothing but the field selector, and the keeper can do without.
+    fn may_be_the_selector(&self, trouble: &Trouble) -> bool {
+        K::FILTERS
+            && self.selectors().0.is_some()
+            && ["field label", "field selector"].iter().any(|words| trouble.message.contains(words))
     }
 
     /// A new client without connections: credentials, certificates and even the server's address may be others now.
@@ -253,6 +272,14 @@ impl<K: Keeper> Watch<K> {
             Some(version) => version,
             None => self.list_json(&mut changes).await?,
         };
+        // Every list has a version. What has none says nothing of the objects that it does not name.
+        if version.is_empty() {
+            return Err(Trouble::new(
+                Kind::Failing,
+                "the answer is no list: it has no metadata.resourceVersion",
+            )
+            .into());
+        }
         self.keeper.list_ends(&mut changes);
         self.version = Some(version);
         self.list_is_whole(changes).await
@@ -321,6 +348,11 @@ impl<K: Keeper> Watch<K> {
         let text = timeout(ANSWER, self.client.request_text(request)).await.map_err(|_| silent("list"))??;
         let list: JsonList<'_, K::Object<'_>> =
             serde_json::from_str(&text).map_err(|error| undecodable(&error))?;
+        if list.status.is_some()
+            && let Ok(status) = serde_json::from_str::<Status>(&text)
+        {
+            return Err(Trouble::of_status(&status).into());
+        }
         for object in list.items.iter().flatten() {
             self.keeper.put(object, changes);
             if changes.len() >= BATCH {

@@ -17,7 +17,13 @@ fn endpoint(text: &str) -> Candidate {
 
 /// A state with this address configured, where these endpoints are remembered.
 fn state(source: Source, url: &str, endpoints: &[&str]) -> State {
-    let target = Some(Target { url: url.parse().unwrap(), source, may_fall_back: true, ignored_proxy: None });
+    let target = Some(Target {
+        url: url.parse().unwrap(),
+        source,
+        may_fall_back: true,
+        ignored_proxy: None,
+        unusable_base: None,
+    });
     State { target, endpoints: endpoints.iter().map(|text| at(text)).collect(), ..State::default() }
 }
 
