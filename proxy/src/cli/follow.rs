@@ -20,7 +20,7 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 use tracing::{debug, error, info, warn};
 
-use super::run::source;
+use super::settings;
 use crate::causes::with_causes;
 use crate::config::flags::RunFlags;
 use crate::config::{Config, ConfigStatus, Environment, Reread, Resolved};
@@ -133,7 +133,7 @@ impl ConfigFollower {
 /// Whether the agent, once it has executed itself anew, would find its kubeconfig and what that names.
 async fn can_connect(config: &Config) -> Result<(), SourceError> {
     match &config.api {
-        Some(api) => kube::check(&source(config, api)).await,
+        Some(api) => kube::check(&settings::source(config, api)).await,
         None => Ok(()),
     }
 }

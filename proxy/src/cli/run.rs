@@ -16,7 +16,7 @@ use super::follow::ConfigFollower;
 use super::{instance, rights, settings, sysctls};
 use crate::causes::with_causes;
 use crate::config::flags::RunFlags;
-use crate::config::{Api, BaseState, Config, Environment, Mode, Resolved};
+use crate::config::{BaseState, Config, Environment, Mode, Resolved};
 use crate::controller::Controller;
 use crate::dataplane::conntrack::Conntrack;
 use crate::dataplane::nftables::{self, Mark, Marks, Nftables};
@@ -227,7 +227,7 @@ async fn serve(
     let ports = AwaitedPorts::register(&mut registry);
     let servers = Servers::new(&config, &mut registry, ports.clone());
     // Whatever asks the API server shares what is known of its addresses.
-    let api = config.api.as_ref().map(|api| source(&config, api));
+    let api = config.api.as_ref().map(|api| settings::source(&config, api));
     let api = api.map(|source| (ApiServers::open(&source), source));
     if let Some((api_servers, _)) = &api {
         api_server::register(&mut registry, api_servers.status());
@@ -347,18 +347,6 @@ async fn start_sources(
     }
     host::spawn(events).context("following the host's addresses")?;
     Ok(origins)
-}
-
-/// What the API source is told.
-pub(super) fn source(config: &Config, api: &Api) -> KubeSourceConfig {
-    KubeSourceConfig {
-        kubeconfig: api.kubeconfig.clone(),
-        base_kubeconfig: api.base_kubeconfig.clone(),
-        environment: kube::Environment::read(),
-        state_dir: config.state_dir.clone(),
-        master: api.master.clone(),
-        node: config.node_name.clone(),
-    }
 }
 
 /// Where Kubernetes Events go, the first of which says that the agent starts.

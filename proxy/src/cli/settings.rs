@@ -1,12 +1,13 @@
 //! What the parts of the agent are told of the configuration.
 
-use crate::config::{Config, Detector, Network, SocketLb};
+use crate::config::{Api, Config, Detector, Network, SocketLb};
 use crate::dataplane::nftables;
 use crate::dataplane::socket::answers::{Clients, Policy};
 use crate::dataplane::socket::write::Sizes;
 use crate::dataplane::socket::{self, Room};
 use crate::model::input::Origin;
 use crate::model::planner::{self, NodePortAddresses, PodCidrs};
+use crate::source::kube::{self, KubeSourceConfig};
 
 /// The planner's part.
 pub(super) fn planner(node_name: &str, origins: Vec<Origin>, network: &Network) -> planner::Settings {
@@ -25,6 +26,18 @@ pub(super) fn planner(node_name: &str, origins: Vec<Origin>, network: &Network) 
             None => NodePortAddresses::Primary,
             Some(networks) => NodePortAddresses::Within(networks.clone()),
         },
+    }
+}
+
+/// What the API source is told.
+pub(super) fn source(config: &Config, api: &Api) -> KubeSourceConfig {
+    KubeSourceConfig {
+        kubeconfig: api.kubeconfig.clone(),
+        base_kubeconfig: api.base_kubeconfig.clone(),
+        environment: kube::Environment::read(),
+        state_dir: config.state_dir.clone(),
+        master: api.master.clone(),
+        node: config.node_name.clone(),
     }
 }
 

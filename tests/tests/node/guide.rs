@@ -48,7 +48,7 @@ const BLOCKS: &[(&str, &str, Runs)] = &[
     ("install.md", "cp deploy/static-pod", Here),
     ("install.md", "kube-lane render", Here),
     ("install.md", "kube-lane-cleanup", Here),
-    ("install.md", "install -D deploy/systemd", Here),
+    ("install.md", "install -D -m 644 deploy/systemd", Here),
     ("install.md", "kubectl config set-cluster", Here),
     ("install.md", "systemctl enable", Here),
     ("install.md", "systemctl disable", Here),

@@ -91,7 +91,7 @@ fn install(nodes: &NodeCluster, node: usize, kubeconfig: &str) -> Result<()> {
     let program = agent::binary()?.display().to_string();
     // The lane has built the program already.
     let built = [("cargo xtask build --release", ":"), ("target/release/kube-lane", &program)];
-    on_node(nodes, node, &guide::commands(GUIDE, "install -D deploy/systemd", &built)?)?;
+    on_node(nodes, node, &guide::commands(GUIDE, "install -D -m 644 deploy/systemd", &built)?)?;
     let machine = nodes.machine(node);
     machine.write("/etc/kube-lane/kubeconfig", kubeconfig)?;
     machine.run(&["chmod", "600", "/etc/kube-lane/kubeconfig"])?;
