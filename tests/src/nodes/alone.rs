@@ -9,7 +9,7 @@ use kube_lane_lab::{Host, Lab};
 use serde_json::Value;
 
 use super::machine::Machine;
-use super::{Folder, adopt, archives, copy_tree, kubelet, prepare_network, runtime, sweep};
+use super::{Folder, adopt, archives, keep_node_logs, kubelet, start_node, sweep};
 
 /// A node without a cluster.
 pub struct LoneNode {
@@ -35,14 +35,8 @@ impl LoneNode {
     }
 
     fn start_programs(&mut self) -> Result<()> {
-        let node = self.lab.node(0);
-        self.machine.boot()?;
-        prepare_network(node)?;
-        runtime::start(&mut self.machine, &node.pod_cidrs())?;
-        for archive in archives::basic(self.folder.path())? {
-            runtime::import(&self.machine, &archive)?;
-        }
-        kubelet::start(&mut self.machine, None)
+        let archives = archives::basic(self.folder.path())?;
+        start_node(&mut self.machine, self.lab.node(0), &archives, None)
     }
 
     /// The node as a machine.
@@ -79,8 +73,7 @@ impl LoneNode {
 
     /// Keeps the logs of all programs and pods beyond the end of the node, and says where they are.
     pub fn keep_logs(&mut self) -> PathBuf {
-        // Best effort: without them, the others are still worth having.
-        let _ = copy_tree(&self.machine.disk().join("log/pods"), &self.machine.logs().join("pods"));
+        keep_node_logs(&self.machine);
         self.folder.keep()
     }
 }

@@ -84,7 +84,7 @@ impl NodeCluster {
         thread::scope(|scope| {
             let starts = self.machines.iter_mut().zip(lab.nodes()).map(|(machine, node)| {
                 let (archives, kubeconfig) = (&archives, &kubeconfig);
-                scope.spawn(move || start_node(machine, node, archives, kubeconfig))
+                scope.spawn(move || start_node(machine, node, archives, Some(kubeconfig)))
             });
             let starts: Vec<_> = starts.collect();
             starts.into_iter().try_for_each(|start| start.join().map_err(|_| anyhow!("panicked"))?)
@@ -152,7 +152,7 @@ impl NodeCluster {
         let machine = &mut self.machines[index];
         machine.power_off()?;
         forget(machine.host())?;
-        start_node(machine, self.cluster.lab().node(index), &[], &kubeconfig)
+        start_node(machine, self.cluster.lab().node(index), &[], Some(&kubeconfig))
     }
 
     /// Imports an image into both nodes.
@@ -183,12 +183,7 @@ impl NodeCluster {
     pub fn keep_logs(&mut self) -> PathBuf {
         let logs = self.folder.logs();
         for machine in &self.machines {
-            // Best effort: without them, the others are still worth having.
-            let _ = copy_tree(&machine.disk().join("log/pods"), &machine.logs().join("pods"));
-            for command in [&["nft", "list", "ruleset"][..], &["conntrack", "-L"]] {
-                let said = machine.run(command).unwrap_or_else(|error| format!("{error:#}"));
-                let _ = fs::write(machine.logs().join(format!("{}.txt", command[0])), said);
-            }
+            keep_node_logs(machine);
         }
         for log in ["etcd.log", "kube-apiserver.log"] {
             let _ = fs::copy(self.cluster.control_plane().folder().join(log), logs.join(log));
@@ -204,14 +199,20 @@ impl NodeCluster {
     }
 }
 
-/// Boots a machine and starts containerd, with the images of these archives, and kubelet.
-fn start_node(machine: &mut Machine, node: &Node, archives: &[PathBuf], kubeconfig: &Path) -> Result<()> {
+/// Boots a machine and starts containerd, with the images of these archives, and kubelet: without a kubeconfig, for itself
+/// alone.
+fn start_node(
+    machine: &mut Machine,
+    node: &Node,
+    archives: &[PathBuf],
+    kubeconfig: Option<&Path>,
+) -> Result<()> {
     let mut start = || -> Result<()> {
         machine.boot()?;
         prepare_network(node)?;
         runtime::start(machine, &node.pod_cidrs())?;
         archives.iter().try_for_each(|archive| import(machine, archive))?;
-        kubelet::start(machine, Some(kubeconfig))
+        kubelet::start(machine, kubeconfig)
     };
     start().with_context(|| format!("cannot start {}", node.name()))
 }
@@ -326,6 +327,16 @@ fn sweep() {
         if lab.is_some_and(kube_lane_lab::is_left_over) {
             let _ = fs::remove_dir_all(entry.path());
         }
+    }
+}
+
+/// Adds to a node's logs those of its pods, and what its kernel holds of the network.
+fn keep_node_logs(machine: &Machine) {
+    // Best effort: without them, the others are still worth having.
+    let _ = copy_tree(&machine.disk().join("log/pods"), &machine.logs().join("pods"));
+    for command in [&["nft", "list", "ruleset"][..], &["conntrack", "-L"]] {
+        let said = machine.run(command).unwrap_or_else(|error| format!("{error:#}"));
+        let _ = fs::write(machine.logs().join(format!("{}.txt", command[0])), said);
     }
 }
 

@@ -95,7 +95,7 @@ pub(crate) fn is_complete() -> Result<()> {
 pub(crate) fn commands(document: &str, part: &str, values: &[(&str, &str)]) -> Result<String> {
     let listed = BLOCKS.iter().any(|(of, is, runs)| *of == document && *is == part && matches!(runs, Here));
     ensure!(listed, "docs/{document}, {part:?}: BLOCKS does not say that it runs");
-    filled(document, part, values)
+    file(document, part, values)
 }
 
 /// A file that a document shows, with each of `values` put in for its name.
@@ -103,10 +103,6 @@ pub(crate) fn commands(document: &str, part: &str, values: &[(&str, &str)]) -> R
 /// # Errors
 /// When no block has this part, or several have.
 pub(crate) fn file(document: &str, part: &str, values: &[(&str, &str)]) -> Result<String> {
-    filled(document, part, values)
-}
-
-fn filled(document: &str, part: &str, values: &[(&str, &str)]) -> Result<String> {
     let mut text = only_block(document, part)?;
     for (name, value) in values {
         ensure!(text.contains(name), "docs/{document}, the block with {part:?}: no {name} to fill in");

@@ -1,5 +1,6 @@
 //! What an image holds of Debian, unpacked below `target/image` and never installed: the packages as Debian delivers
-//! them, whatever the administrator of this machine has changed in its own. Also what it takes to build for an architecture that this machine does not have.
+//! them, whatever the administrator of this machine has changed in its own. Also what it takes to build for an
+//! architecture that this machine does not have.
 
 use std::fs;
 use std::path::PathBuf;
