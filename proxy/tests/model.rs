@@ -100,7 +100,7 @@ fn planner() -> Planner {
         origins: vec![Origin::Static, Origin::Api],
         node_address: None,
         pod_cidrs: PodCidrs::Unknown,
-        nodeport_addresses: NodePortAddresses::Primary,
+        nodeport_addresses: NodePortAddresses::PRIMARY,
     })
 }
 

@@ -19,8 +19,8 @@ pub(crate) struct Args {
     /// Run only this lane; may be given several times.
     #[arg(long = "lane", value_name = "LANE")]
     lanes: Vec<Lane>,
-    /// Run the lanes cluster and oracle with this release of Kubernetes: 1.30, 1.33, or any patch release such as
-    /// 1.31.4. It is built on first use.
+    /// Run the lanes cluster and oracle with this release of Kubernetes: 1.30, 1.33, 1.36, or any patch release such
+    /// as 1.31.4. It is built on first use.
     #[arg(long, value_name = "VERSION")]
     kubernetes: Option<KubernetesChoice>,
     /// Run scenarios that take more than some minutes, too.

@@ -22,9 +22,9 @@ pub(super) fn planner(node_name: &str, origins: Vec<Origin>, network: &Network) 
                 PodCidrs::Unknown
             }
         },
-        nodeport_addresses: match &network.nodeport_addresses {
-            None => NodePortAddresses::Primary,
-            Some(networks) => NodePortAddresses::Within(networks.clone()),
+        nodeport_addresses: NodePortAddresses {
+            primary: network.nodeport_addresses.primary,
+            within: network.nodeport_addresses.networks.clone(),
         },
     }
 }

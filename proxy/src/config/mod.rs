@@ -35,7 +35,7 @@ pub use conntrack::Conntrack;
 pub use error::{ConfigError, InvalidField};
 pub use layers::{BaseState, FileFlags, Source};
 use network::NetworkFlags;
-pub use network::{Detector, Network};
+pub use network::{Detector, Network, NodePortAddresses};
 pub use plan_flags::PlanFlags;
 pub use resolve::{Environment, Resolved};
 pub use settings::{ConfigStatus, Reread, Setting};

@@ -14,8 +14,8 @@ use crate::address::parse_cidr;
 pub struct Network {
     /// Tells pods from other clients.
     pub detector: Detector,
-    /// NodePorts answer on the addresses of interfaces that are in these networks; `None`: on the Node's primary ones.
-    pub nodeport_addresses: Option<Vec<IpNetwork>>,
+    /// Where NodePorts answer.
+    pub nodeport_addresses: NodePortAddresses,
     /// `bindAddress`, which binds nothing.
     pub bind_address: Option<IpAddr>,
 }
@@ -24,6 +24,29 @@ impl Network {
     /// Takes the place of the Node's primary address of its family.
     pub fn node_address(&self) -> Option<IpAddr> {
         self.bind_address.filter(|address| !address.is_unspecified())
+    }
+}
+
+/// Where NodePorts answer (`nodePortAddresses`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodePortAddresses {
+    /// On the Node's primary addresses.
+    pub primary: bool,
+    /// On the addresses of interfaces that are in these networks; the keywords `all` and `localhost` are networks.
+    pub networks: Vec<IpNetwork>,
+}
+
+impl NodePortAddresses {
+    /// The networks of loopback addresses, where the nftables dataplane serves no NodePort. A network that merely contains
+    /// such addresses does not ask for them.
+    pub(super) fn loopback(&self) -> impl Iterator<Item = &IpNetwork> {
+        self.networks.iter().filter(|network| network.ip().is_loopback())
+    }
+}
+
+impl Default for NodePortAddresses {
+    fn default() -> Self {
+        Self { primary: true, networks: Vec::new() }
     }
 }
 
@@ -58,8 +81,8 @@ pub(super) struct NetworkFlags {
     /// What the names of the pods' interfaces begin with, for InterfaceNamePrefix
     #[arg(long, value_name = "PREFIX")]
     pod_interface_name_prefix: Option<String>,
-    /// NodePorts answer on the node's addresses in these networks, or on its primary ones (default)
-    #[arg(long, value_name = "CIDR,...|primary", value_delimiter = ',')]
+    /// NodePorts answer on the node's addresses in these networks; keywords are primary (default), all and localhost
+    #[arg(long, value_name = "CIDR|KEYWORD,...", value_delimiter = ',')]
     nodeport_addresses: Option<Vec<String>>,
     /// Overrides the node's primary address; binds nothing
     #[arg(long, value_name = "IP")]
@@ -173,31 +196,42 @@ fn interface(
     check.parse(field, Some(written), problem, remedy, |text| fits(text).then(|| text.to_owned()))
 }
 
-fn nodeport_addresses(file: &KubeProxyConfiguration, check: &mut Checker) -> Option<Vec<IpNetwork>> {
+fn nodeport_addresses(file: &KubeProxyConfiguration, check: &mut Checker) -> NodePortAddresses {
     let field = "nodePortAddresses (--nodeport-addresses)";
     let written = file.node_port_addresses.as_deref().unwrap_or_default();
-    match written {
-        [] => return None,
-        [only] if only == PRIMARY => return None,
-        _ => {}
+    if written.is_empty() {
+        return NodePortAddresses::default();
     }
-    let mut networks = Vec::with_capacity(written.len());
-    for item in written {
-        match parse_cidr(item) {
-            Some(network) => networks.push(network),
-            None => {
-                let (problem, remedy) = match item.as_str() {
-                    PRIMARY => ("stands beside others", "write primary alone, or CIDRs alone"),
-                    _ => ("is no CIDR", "write CIDRs like 192.0.2.0/24, or primary alone"),
-                };
-                check.invalid(field, item, problem, remedy);
+    let mut addresses = NodePortAddresses { primary: false, networks: Vec::new() };
+    for (index, item) in written.iter().enumerate() {
+        let keyword: Option<&[&str]> = match item.as_str() {
+            PRIMARY => Some(&[]),
+            "all" => Some(&["0.0.0.0/0", "::/0"]),
+            "localhost" => Some(&["127.0.0.0/8", "::1/128"]),
+            _ => None,
+        };
+        match (keyword, parse_cidr(item)) {
+            (Some(_), _) if written[..index].contains(item) => {
+                check.invalid(field, item, "is listed twice", "list each keyword once");
             }
+            (Some(networks), _) => {
+                addresses.primary |= item == PRIMARY;
+                addresses.networks.extend(networks.iter().copied().filter_map(parse_cidr));
+            }
+            (None, Some(network)) => addresses.networks.push(network),
+            (None, None) => check.invalid(
+                field,
+                item,
+                "is neither a CIDR nor a keyword",
+                "write CIDRs like 192.0.2.0/24, or the keywords primary, all and localhost",
+            ),
         }
     }
-    Some(networks)
+    addresses
 }
 
-const PRIMARY: &str = "primary";
+/// The keyword for the Node's primary addresses.
+pub(super) const PRIMARY: &str = "primary";
 
 /// One CIDR, or one of each family; host bits are cleared, as Go's parser does.
 fn cluster_cidrs(text: &str) -> Option<Vec<IpNetwork>> {
@@ -300,20 +334,29 @@ mod tests {
 
     #[test]
     fn nodeports_answer_within_cidrs_or_on_the_primary_addresses() {
-        for (written, expected) in [
-            ("", None),
-            ("primary", None),
-            ("192.0.2.7/24", Some(&["192.0.2.0/24"][..])),
-            ("192.0.2.0/24,0.0.0.0/0, ::/0", Some(&["192.0.2.0/24", "0.0.0.0/0", "::/0"])),
+        for (written, primary, expected) in [
+            ("", true, &[][..]),
+            ("primary", true, &[]),
+            ("192.0.2.7/24", false, &["192.0.2.0/24"]),
+            ("192.0.2.0/24,0.0.0.0/0, ::/0", false, &["192.0.2.0/24", "0.0.0.0/0", "::/0"]),
+            // Since Kubernetes 1.37.
+            ("primary,localhost", true, &["127.0.0.0/8", "::1/128"]),
+            ("localhost", false, &["127.0.0.0/8", "::1/128"]),
+            ("all", false, &["0.0.0.0/0", "::/0"]),
+            ("10.0.0.0/8,primary", true, &["10.0.0.0/8"]),
         ] {
-            let expected: Option<Vec<IpNetwork>> =
-                expected.map(|list| list.iter().map(|cidr| cidr.parse().unwrap()).collect());
+            let networks = expected.iter().map(|cidr| cidr.parse().unwrap()).collect();
             let (network, _, invalid) = resolve(&[("nodeports", written)]);
-            assert_eq!((network.nodeport_addresses, invalid.len()), (expected, 0), "{written}");
+            let expected = NodePortAddresses { primary, networks };
+            assert_eq!((network.nodeport_addresses, invalid), (expected, Vec::new()), "{written}");
         }
-        for (written, wrong) in
-            [("primary,primary", 2), ("10.0.0.0/8,primary", 1), ("10.0.0.1", 1), ("eth0,lo", 2)]
-        {
+        for (written, wrong) in [
+            ("primary,primary", 1),
+            ("all,localhost,all", 1),
+            ("10.0.0.1", 1),
+            ("eth0,lo", 2),
+            ("Primary", 1),
+        ] {
             assert_eq!(resolve(&[("nodeports", written)]).2.len(), wrong, "{written}");
         }
     }

@@ -4,6 +4,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use ipnetwork::IpNetwork;
+use itertools::Itertools as _;
 use serde_json::{Value, json};
 
 use super::check::{Checker, text};
@@ -11,6 +13,7 @@ use super::duration::GoDuration;
 use super::error::ConfigError;
 use super::file::{KubeProxyConfiguration, leaves};
 use super::layers::{BaseState, Layers, Source};
+use super::network::PRIMARY;
 use super::settings::{Setting, is_zero, settings};
 use super::{Api, Config, Conntrack, LogFormat, Logging, Mode, Network, SocketLb};
 
@@ -108,10 +111,9 @@ impl Resolved {
             healthz_address, metrics_address, min_sync_period, conntrack, network, socket_lb, ..
         } = &self.config;
         let address = |address: &Option<SocketAddr>| address.map(|address| address.to_string());
-        let nodeport_addresses = match &network.nodeport_addresses {
-            None => json!(["primary"]),
-            Some(networks) => json!(networks),
-        };
+        let primary = network.nodeport_addresses.primary.then(|| PRIMARY.to_owned());
+        let networks = network.nodeport_addresses.networks.iter().map(ToString::to_string);
+        let nodeport_addresses: Vec<_> = primary.into_iter().chain(networks).collect();
         let timeout = |timeout: Option<Duration>| json!(GoDuration(timeout.unwrap_or_default()));
         for (path, default) in [
             ("/apiVersion", json!(super::file::API_VERSION)),
@@ -123,7 +125,7 @@ impl Resolved {
             ("/nftables/masqueradeAll", json!(self.config.masquerade_all)),
             ("/nftables/minSyncPeriod", json!(GoDuration(*min_sync_period))),
             ("/detectLocalMode", json!(text(&self.file.detect_local_mode).unwrap_or("ClusterCIDR"))),
-            ("/nodePortAddresses", nodeport_addresses),
+            ("/nodePortAddresses", json!(nodeport_addresses)),
             ("/conntrack/maxPerCore", json!(conntrack.max_per_core.unwrap_or_default())),
             ("/conntrack/min", json!(conntrack.min)),
             ("/conntrack/tcpEstablishedTimeout", timeout(conntrack.tcp_established)),
@@ -300,16 +302,23 @@ fn resolve_layers(
     if !overrides.no_service {
         warnings.append(&mut of_service);
     }
-    let idle: Vec<_> = without_effect(&file.to_value(), written_mode)
-        .iter()
-        .filter_map(|path| match sources.of(path)? {
-            // In the base, a section of another mode of kube-proxy is nobody's wish.
-            Source::Base(_) if path.starts_with("iptables.") || path.starts_with("ipvs.") => None,
-            Source::Base(file) => Some(format!("{path} ({})", file.display())),
-            Source::File(_) => Some(path.clone()),
-            flag @ Source::Flag(_) => Some(flag.to_string()),
-        })
-        .collect();
+    let named = |path: &str| match sources.of(path)? {
+        // In the base, a section of another mode of kube-proxy is nobody's wish.
+        Source::Base(_) if path.starts_with("iptables.") || path.starts_with("ipvs.") => None,
+        Source::Base(file) => Some(format!("{path} ({})", file.display())),
+        Source::File(_) => Some(path.to_owned()),
+        flag @ Source::Flag(_) => Some(flag.to_string()),
+    };
+    let mut idle: Vec<_> =
+        without_effect(&file.to_value(), written_mode).iter().filter_map(|path| named(path)).collect();
+    // The kernel takes a connection to a loopback address nowhere else, unless a program at the socket changes its
+    // destination.
+    let served =
+        |network: &&IpNetwork| mode == Mode::Ebpf && socket_lb.loopback_nodeports && network.is_ipv4();
+    let loopback = network.nodeport_addresses.loopback().filter(|network| !served(network)).join(", ");
+    if !loopback.is_empty() {
+        idle.extend(named("nodePortAddresses").map(|name| format!("{name} (its {loopback})")));
+    }
     if !idle.is_empty() {
         warnings
             .push(format!("kube-lane does not support these settings and ignores them: {}", idle.join(", ")));

@@ -67,7 +67,7 @@ impl Drop for ConfigFile {
     }
 }
 
-/// Every flag of kube-proxy 1.36, as `--name=value`.
+/// Every flag of kube-proxy 1.37, which are those of 1.36, as `--name=value`.
 const KUBE_PROXY_FLAGS: &[&str] = &[
     "--bind-address=0.0.0.0",
     "--bind-address-hard-fail=false",
@@ -274,7 +274,11 @@ fn errors_name_field_value_and_remedy() {
         (&["--metrics-bind-address=127.0.0.1:0"], ["metricsBindAddress", "127.0.0.1:0", "1 to 65535"]),
         (&["--bind-address=eth0"], ["bindAddress", "eth0", "192.0.2.7"]),
         (&["--detect-local-mode=BridgeInterface"], ["--pod-bridge-interface", "--detect-local-mode", "cni0"]),
-        (&["--nodeport-addresses=primary,10.0.0.0/8"], ["nodePortAddresses", "\"primary\"", "primary alone"]),
+        (
+            &["--nodeport-addresses=primary,primary"],
+            ["nodePortAddresses", "\"primary\"", "each keyword once"],
+        ),
+        (&["--nodeport-addresses=eth0"], ["nodePortAddresses", "\"eth0\"", "primary, all and localhost"]),
         (&["--hostname-override= "], ["hostnameOverride", "\" \"", "Node object"]),
         (&["--detect-local-mode=Guess"], ["detectLocalMode", "Guess", "ClusterCIDR"]),
         (&["--master=foo"], ["--master", "foo", "write it like https://"]),

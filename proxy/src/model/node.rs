@@ -31,10 +31,12 @@ pub(super) fn plan(
     host: &[IpAddr],
     service_cidrs: impl Iterator<Item = IpNetwork>,
 ) -> NodePlan {
-    let nodeport_addresses = match &settings.nodeport_addresses {
-        NodePortAddresses::Primary => primary(settings, node, host),
-        NodePortAddresses::Within(networks) => within(networks, host),
-    };
+    let NodePortAddresses { primary: on_primary, within: networks } = &settings.nodeport_addresses;
+    let mut nodeport_addresses = if *on_primary { primary(settings, node, host) } else { Vec::new() };
+    if !networks.is_empty() {
+        let more = within(networks, &nodeport_addresses, host);
+        nodeport_addresses.extend(more);
+    }
     let pod_networks = match &settings.pod_cidrs {
         PodCidrs::Unknown => &[],
         PodCidrs::Cluster(networks) => networks.as_slice(),
@@ -76,12 +78,13 @@ fn primary(settings: &Settings, node: Option<&Node>, host: &[IpAddr]) -> Vec<IpA
     }
 }
 
-/// The host's addresses in these networks; of a family that has no network, all.
-fn within(networks: &[IpNetwork], host: &[IpAddr]) -> Vec<IpAddr> {
+/// The host's addresses in these networks; of a family that has neither a network nor a primary address, all.
+fn within(networks: &[IpNetwork], primary: &[IpAddr], host: &[IpAddr]) -> Vec<IpAddr> {
     let chosen = |address: &IpAddr| {
+        let has_primary = primary.iter().any(|other| other.is_ipv4() == address.is_ipv4());
         let mut of_family =
             networks.iter().filter(|network| network.is_ipv4() == address.is_ipv4()).peekable();
-        of_family.peek().is_none() || of_family.any(|network| network.contains(*address))
+        of_family.peek().is_none() && !has_primary || of_family.any(|network| network.contains(*address))
     };
     host.iter().copied().filter(|address| answers(*address) && chosen(address)).collect()
 }

@@ -35,11 +35,21 @@ pub enum PodCidrs {
 }
 
 /// Which of the node's addresses NodePorts answer on (`nodePortAddresses`).
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum NodePortAddresses {
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodePortAddresses {
     /// The Node's primary address of each family.
-    #[default]
-    Primary,
-    /// Those of its interfaces' addresses that are in one of these networks; all of a family that has no network.
-    Within(Vec<IpNetwork>),
+    pub primary: bool,
+    /// Those of its interfaces' addresses that are in one of these networks.
+    pub within: Vec<IpNetwork>,
+}
+
+impl NodePortAddresses {
+    /// The Node's primary addresses alone.
+    pub const PRIMARY: Self = Self { primary: true, within: Vec::new() };
+}
+
+impl Default for NodePortAddresses {
+    fn default() -> Self {
+        Self::PRIMARY
+    }
 }

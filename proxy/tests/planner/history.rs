@@ -25,7 +25,7 @@ pub(crate) fn settings() -> Settings {
         origins: vec![Origin::Static, Origin::Api],
         node_address: None,
         pod_cidrs: PodCidrs::Unknown,
-        nodeport_addresses: NodePortAddresses::Primary,
+        nodeport_addresses: NodePortAddresses::PRIMARY,
     }
 }
 

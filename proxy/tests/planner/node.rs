@@ -54,8 +54,10 @@ fn a_bind_address_takes_the_place_of_the_nodes_own_of_its_family() {
 #[test]
 fn networks_choose_among_the_hosts_addresses_family_by_family() {
     let networks = ["192.0.2.0/24", "203.0.113.9/32"].map(|text| text.parse().unwrap()).into();
-    let mut planner =
-        synced_with(Settings { nodeport_addresses: NodePortAddresses::Within(networks), ..settings() });
+    let mut planner = synced_with(Settings {
+        nodeport_addresses: NodePortAddresses { primary: false, within: networks },
+        ..settings()
+    });
     planner.apply(api(of(&["198.51.100.1"])));
     let mut addresses = |host: &[&str]| {
         planner.apply(Event::HostAddresses(host.iter().map(|text| ip(text)).collect()));
@@ -64,6 +66,23 @@ fn networks_choose_among_the_hosts_addresses_family_by_family() {
     let host = ["127.0.0.1", "::1", "fe80::1", "192.0.2.9", "203.0.113.8", "203.0.113.9", "2001:db8::9"];
     assert_eq!(addresses(&host), ["192.0.2.9", "203.0.113.9", "2001:db8::9"].map(ip));
     assert_eq!(addresses(&["192.0.2.10", "203.0.113.8"]), ["192.0.2.10"].map(ip));
+}
+
+#[test]
+fn networks_come_beside_the_primary_addresses() {
+    let host = ["127.0.0.1", "::1", "192.0.2.9", "198.51.100.1", "2001:db8::9"];
+    let addresses = |networks: &[&str]| {
+        let within = networks.iter().map(|text| text.parse().unwrap()).collect();
+        let nodeport_addresses = NodePortAddresses { primary: true, within };
+        let mut planner = synced_with(Settings { nodeport_addresses, ..settings() });
+        planner.apply(api(of(&["198.51.100.1"])));
+        planner.apply(Event::HostAddresses(host.map(ip).into()));
+        planner.replan().node.map(|node| node.nodeport_addresses).unwrap_or_default()
+    };
+    assert_eq!(addresses(&["127.0.0.0/8", "::1/128"]), ["198.51.100.1"].map(ip), "`[primary, localhost]`");
+    // The Node has no IPv6 address, and no network is one of IPv6.
+    assert_eq!(addresses(&["192.0.2.0/24"]), ["192.0.2.9", "198.51.100.1", "2001:db8::9"].map(ip));
+    assert_eq!(addresses(&["0.0.0.0/0", "::/0"]), ["192.0.2.9", "198.51.100.1", "2001:db8::9"].map(ip));
 }
 
 #[test]

@@ -59,8 +59,11 @@ fn some_settings(random: &mut Random) -> Settings {
     Settings {
         node_address: random.pick(&[None, Some("10.96.0.1".parse().unwrap())]),
         pod_cidrs: random.pick(&[PodCidrs::Unknown, PodCidrs::Node]),
-        nodeport_addresses: random
-            .pick(&[NodePortAddresses::Primary, NodePortAddresses::Within(vec![network("10.96.0.0/30")])]),
+        nodeport_addresses: random.pick(&[
+            NodePortAddresses::PRIMARY,
+            NodePortAddresses { primary: false, within: vec![network("10.96.0.0/30")] },
+            NodePortAddresses { primary: true, within: vec![network("10.96.0.0/30")] },
+        ]),
         ..settings()
     }
 }

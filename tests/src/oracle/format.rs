@@ -104,7 +104,7 @@ pub enum Source {
 }
 
 /// A scenario.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Scenario {
     /// The file's name without `.yaml`.
     pub name: String,
@@ -116,6 +116,8 @@ pub struct Scenario {
     pub families: Vec<Family>,
     /// The proxies that it does not run over, and why.
     pub skips: BTreeMap<Proxy, String>,
+    /// The first minor release of kube-proxy that takes `config`.
+    pub since: Option<Minor>,
     /// Where its objects are put.
     pub source: Source,
     /// Whether kube-lane has to come to the same end through other orders; not so where an end depends on the past.
@@ -127,7 +129,7 @@ pub struct Scenario {
 }
 
 /// One step: changes, and what is true after them.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Step {
     /// What happens, in a few words.
@@ -231,6 +233,44 @@ pub struct Difference {
     pub seen: Seen,
     /// The reason.
     pub why: String,
+    /// The last minor release of kube-proxy that differs, as in `"1.36"`; all do unless stated.
+    #[serde(default)]
+    pub until: Option<Minor>,
+}
+
+/// A minor release of Kubernetes: 1.N.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Minor(u32);
+
+impl TryFrom<String> for Minor {
+    type Error = String;
+
+    /// Reads `1.36`, or the version that a program says of itself: `v1.36.3`.
+    fn try_from(text: String) -> Result<Self, String> {
+        let minor = text.trim_start_matches('v').strip_prefix("1.").and_then(|rest| rest.split('.').next());
+        let minor = minor.and_then(|minor| minor.parse().ok());
+        minor.map(Self).ok_or_else(|| format!("{text:?} is no release of Kubernetes, such as \"1.36\""))
+    }
+}
+
+impl Scenario {
+    /// The scenario as this release of kube-proxy meets it: what only earlier ones do differently is left out, and so is
+    /// kube-proxy itself where it cannot read the configuration yet.
+    #[must_use]
+    pub fn for_release(&self, release: Minor) -> Self {
+        let mut scenario = self.clone();
+        for flow in scenario.steps.iter_mut().flat_map(|step| &mut step.flows) {
+            flow.value.differs.retain(|_, difference| difference.until.is_none_or(|until| release <= until));
+        }
+        if let Some(since) = self.since.filter(|since| release < *since) {
+            for proxy in Proxy::ALL.into_iter().filter(|proxy| !proxy.is_ours()) {
+                let why = format!("kube-proxy takes this configuration since 1.{}", since.0);
+                scenario.skips.insert(proxy, why);
+            }
+        }
+        scenario
+    }
 }
 
 impl Flow {
@@ -272,6 +312,8 @@ struct File {
     families: Vec<Family>,
     #[serde(default)]
     skips: BTreeMap<Proxy, String>,
+    #[serde(default)]
+    since: Option<Minor>,
     #[serde(default)]
     source: Source,
     #[serde(default = "yes")]
@@ -327,6 +369,7 @@ impl Scenario {
             config: file.config,
             families: file.families,
             skips: file.skips,
+            since: file.since,
             source: file.source,
             orders: file.orders,
             layer: file.layer,
@@ -469,6 +512,21 @@ mod tests {
         let flow = &scenario.steps[0].flows[0].value;
         assert_eq!(flow.expected(Proxy::Nftables).0, &Gets::Answers(vec!["pod0a".into()]));
         assert_eq!((flow.proto.as_slice(), flow.seen.by("pod0a")), (&[Proto::Tcp][..], "client"));
+    }
+
+    #[test]
+    fn what_differs_may_depend_on_the_release() {
+        let flow = "- {from: a, to: x, gets: refused, differs: {nftables: {gets: dropped, until: \"1.36\", why: y}}}";
+        let scenario = Scenario::parse("one", &format!("{GOOD}{flow}\nsince: \"1.36\"\n")).unwrap();
+        let seen = |version: &str| {
+            let scenario = scenario.for_release(Minor::try_from(version.to_owned()).unwrap());
+            let gets = scenario.steps[0].flows[1].value.expected(Proxy::Nftables).0.clone();
+            (gets, scenario.skips.into_keys().collect::<Vec<_>>())
+        };
+        assert_eq!(seen("v1.37.2"), (Gets::Refused, vec![]));
+        assert_eq!(seen("1.36"), (Gets::Dropped, vec![]));
+        assert_eq!(seen("v1.9.0"), (Gets::Dropped, vec![Proxy::Nftables, Proxy::Iptables]));
+        assert!(Minor::try_from("2.0".to_owned()).unwrap_err().contains("\"2.0\""));
     }
 
     #[test]

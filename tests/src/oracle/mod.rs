@@ -12,17 +12,18 @@ mod report;
 mod stage;
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Error, Result, ensure};
 use serde_json::Value;
 
 pub use format::{Family, Proxy, Scenario};
 
 use self::flows::{Done, Memory};
-use self::format::{Source, Step};
+use self::format::{Minor, Source, Step};
 use self::names::Names;
 use self::objects::Objects;
 use self::report::Report;
@@ -36,16 +37,22 @@ pub struct Oracle {
     api: Api,
     report: Report,
     started: Instant,
+    /// Of kube-proxy, such as `v1.37.2`.
+    version: String,
+    release: Minor,
 }
 
 impl Oracle {
     /// Starts an API server.
     ///
     /// # Errors
-    /// When it does not start.
+    /// When it does not start, or kube-proxy does not say its version.
     pub fn start() -> Result<Self> {
+        let output = Command::new(program("kube-proxy")?).arg("--version").output()?;
+        let version = String::from_utf8_lossy(&output.stdout).trim().replace("Kubernetes ", "");
+        let release = Minor::try_from(version.clone()).map_err(Error::msg)?;
         let api = Api::start()?;
-        Ok(Self { stage: None, api, report: Report::default(), started: Instant::now() })
+        Ok(Self { stage: None, api, report: Report::default(), started: Instant::now(), version, release })
     }
 
     /// Runs a scenario; `number` is its own among all. Returns what was wrong.
@@ -53,10 +60,11 @@ impl Oracle {
     /// # Errors
     /// When it could not be run to its end.
     pub fn run(&mut self, scenario: &Scenario, number: usize) -> Result<Vec<String>> {
-        self.report.begin(scenario);
-        let result = self.try_run(scenario, number);
+        let scenario = scenario.for_release(self.release);
+        self.report.begin(&scenario);
+        let result = self.try_run(&scenario, number);
         if result.is_err() {
-            self.report.give_up(scenario);
+            self.report.give_up(&scenario);
         }
         result
     }
@@ -66,7 +74,10 @@ impl Oracle {
             self.stage = None;
             // What a stage before left in the API would only take the new one's time.
             self.api.push(self.api.base())?;
-            self.stage = Some(Stage::start(&scenario.config, &self.api)?);
+            let takes_config =
+                |proxy: &Proxy| proxy.is_ours() || scenario.since.is_none_or(|since| since <= self.release);
+            let proxies = Proxy::ALL.into_iter().filter(takes_config);
+            self.stage = Some(Stage::start(&scenario.config, proxies, &self.api)?);
         }
         let stage = self.stage.as_mut().context("no stage")?;
         let mut run = Run::new(scenario, number, stage, &mut self.api, &mut self.report)?;
@@ -81,14 +92,24 @@ impl Oracle {
         Ok(wrong)
     }
 
-    /// The summary of all that ran, as Markdown.
+    /// Writes the summary of all that ran to `VERSION.md` in `folder`, where the version is kube-proxy's. It names the runs
+    /// with other releases that it finds there, too.
     ///
     /// # Errors
-    /// When kube-proxy does not say its version.
-    pub fn summary(&self) -> Result<String> {
-        let output = Command::new(program("kube-proxy")?).arg("--version").output()?;
-        let version = String::from_utf8_lossy(&output.stdout);
-        Ok(self.report.markdown(self.started.elapsed(), version.trim().trim_start_matches("Kubernetes ")))
+    /// When the folder cannot be read or written.
+    pub fn write_summary(&self, folder: &Path) -> Result<()> {
+        fs::create_dir_all(folder)?;
+        let own = folder.join(format!("{}.md", self.version));
+        let mut others = Vec::new();
+        for entry in fs::read_dir(folder)? {
+            let path = entry?.path();
+            if path != own {
+                others.extend(report::run_line(&fs::read_to_string(path)?).map(str::to_owned));
+            }
+        }
+        others.sort_unstable();
+        fs::write(own, self.report.markdown(self.started.elapsed(), &self.version, &others))?;
+        Ok(())
     }
 }
 

@@ -65,7 +65,9 @@ impl Report {
     }
 
     /// The summary as Markdown.
-    pub(super) fn markdown(&self, elapsed: Duration, version: &str) -> String {
+    ///
+    /// `others` are the [lines](run_line()) of runs with other releases of kube-proxy.
+    pub(super) fn markdown(&self, elapsed: Duration, version: &str, others: &[String]) -> String {
         let mut text = String::from(
             "# Conformance\n\nWhat `cargo xtask test --lane oracle` has shown: every scenario of `tests/scenarios/`, \
              flow by flow, over kube-lane and\nover the real kube-proxy. A cell counts the flows over IPv4 + IPv6; \
@@ -87,8 +89,17 @@ impl Report {
             },
         );
         let (date, scenarios, seconds) = (Timestamp::now().to_string(), self.rows.len(), elapsed.as_secs());
-        let _ =
-            writeln!(text, "{}, {scenarios} scenarios in {seconds} s, kube-proxy {version}.\n", &date[..10]);
+        let wrong = totals.values().map(|total| total.wrong).sum::<usize>();
+        let wrong = if wrong == 0 { "no flow wrong".to_owned() } else { format!("**{wrong} flows wrong**") };
+        let day = &date[..10];
+        let _ = writeln!(text, "{day}, {scenarios} scenarios in {seconds} s{RUN_LINE}{version}: {wrong}.\n");
+        if !others.is_empty() {
+            let _ = writeln!(text, "Runs with other releases, which this table does not show:\n");
+            for other in others {
+                let _ = writeln!(text, "- {other}");
+            }
+            text.push('\n');
+        }
         text.push_str(
             "| scenario | kube-lane | kube-lane ebpf | kube-proxy nftables | kube-proxy iptables |\n\
              |---|---|---|---|---|\n",
@@ -109,6 +120,14 @@ impl Report {
         list(&mut text, "Where a proxy takes no part", &self.skipped);
         text
     }
+}
+
+/// What marks the line of a summary that says of which run it is.
+const RUN_LINE: &str = ", kube-proxy ";
+
+/// The line of a summary that says of which run it is.
+pub(super) fn run_line(summary: &str) -> Option<&str> {
+    summary.lines().find(|line| line.contains(RUN_LINE))
 }
 
 fn list(text: &mut String, title: &str, entries: &BTreeSet<(String, Proxy, String)>) {

@@ -294,9 +294,9 @@ pub(super) struct Stage {
 }
 
 impl Stage {
-    /// Builds the labs and starts the proxies; `config` is laid over their usual configuration.
-    pub(super) fn start(config: &Value, api: &Api) -> Result<Self> {
-        let rigs = at_once(Proxy::ALL, |proxy| Rig::start(proxy, config, api))?;
+    /// Builds the labs and starts these proxies; `config` is laid over their usual configuration.
+    pub(super) fn start(config: &Value, proxies: impl Iterator<Item = Proxy>, api: &Api) -> Result<Self> {
+        let rigs = at_once(proxies, |proxy| Rig::start(proxy, config, api))?;
         let addresses = |(name, caller): (&String, &Caller)| {
             (name.clone(), caller.from.unwrap_or([caller.host.v4(), caller.host.v6()]))
         };

@@ -1,7 +1,6 @@
 //! The oracle lane: every scenario of `tests/scenarios` over kube-lane and over the real kube-proxy. One test a
-//! scenario; `cargo xtask test --lane oracle -- FILTER`. Writes the summary to `target/oracle.md`.
+//! scenario; `cargo xtask test --lane oracle -- FILTER`. Writes the summary to `target/oracle/`.
 
-use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -37,7 +36,7 @@ fn main() -> Result<ExitCode> {
     let _interrupt = kube_lane_lab::on_interrupt()?;
     let conclusion = libtest_mimic::run(&arguments, trials.collect());
     if let Some(oracle) = oracle.lock().unwrap_or_else(PoisonError::into_inner).take() {
-        fs::write(root.join("../target/oracle.md"), oracle.summary()?)?;
+        oracle.write_summary(&root.join("../target/oracle"))?;
     }
     Ok(conclusion.exit_code())
 }

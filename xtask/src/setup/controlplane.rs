@@ -39,7 +39,8 @@ const AGNHOST: &str = "agnhost";
 const ASSETS: &str = "KUBEBUILDER_ASSETS";
 
 /// The patch releases that stand for a minor one. The Go module proxy serves all of them.
-const NEWEST: [Release; 2] = [Release { minor: 30, patch: 14 }, Release { minor: 33, patch: 13 }];
+const NEWEST: [Release; 3] =
+    [Release { minor: 30, patch: 14 }, Release { minor: 33, patch: 13 }, Release { minor: 36, patch: 3 }];
 
 /// A release of Kubernetes: 1.minor.patch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -229,6 +230,7 @@ mod tests {
         let read = |text: &str| text.parse::<Choice>().unwrap().0.map(|release| release.to_string());
         assert_eq!(read("1.30").as_deref(), Some("1.30.14"));
         assert_eq!(read("1.33").as_deref(), Some("1.33.13"));
+        assert_eq!(read("1.36").as_deref(), Some("1.36.3"));
         assert_eq!(read("1.31.4").as_deref(), Some("1.31.4"));
         // The release that the lanes run anyway.
         let default = Release::default().unwrap();

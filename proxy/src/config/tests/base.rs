@@ -41,8 +41,8 @@ fn the_file_overrides_the_base_field_by_field() {
     let config = &resolved.config;
     assert_eq!(config.network.detector, networks(&["10.1.0.0/16"]), "null sets nothing");
     assert_eq!((config.conntrack.min, config.conntrack.max_per_core), (6, Some(7)), "sections are merged");
-    let nodeports = Some(vec!["203.0.113.0/24".parse().unwrap()]);
-    assert_eq!(config.network.nodeport_addresses, nodeports, "lists replace lists");
+    let nodeports = ["203.0.113.0/24".parse().unwrap()];
+    assert_eq!(config.network.nodeport_addresses.networks, nodeports, "lists replace lists");
     assert_eq!(config.healthz_address, Some("0.0.0.0:10256".parse().unwrap()), "empty: the default");
     assert_eq!((config.mode, config.node_name.as_str()), (Mode::Nftables, "base"));
     assert_eq!((resolved.warnings, resolved.base), (Vec::new(), BaseState::Read));

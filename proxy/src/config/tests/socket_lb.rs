@@ -64,6 +64,20 @@ fn settings_of_the_socket_layer_that_do_nothing_are_said() {
         assert!(warnings.iter().any(|warning| warning.contains(part)), "{args:?}: {warnings:?}");
     }
     assert_eq!(resolve(&["--bpf-root=/b", cidr]).unwrap().warnings, [""; 0]);
+    // NodePorts on loopback addresses, which newer kube-proxies serve by a proxy of their own.
+    let localhost = "--nodeport-addresses=primary,localhost";
+    let ignored = |networks: &str| {
+        format!(
+            "kube-lane does not support these settings and ignores them: --nodeport-addresses (its {networks})"
+        )
+    };
+    let served =
+        ["--proxy-mode=ebpf", "--socket-lb-external", "--socket-lb-loopback-nodeports", cidr, localhost];
+    assert_eq!(resolve(&[localhost, cidr]).unwrap().warnings, [ignored("127.0.0.0/8, ::1/128")]);
+    let one = resolve(&["--nodeport-addresses=127.0.0.0/8", cidr]).unwrap().warnings;
+    assert_eq!(one, [ignored("127.0.0.0/8")]);
+    assert_eq!(resolve(&served).unwrap().warnings, [ignored("::1/128")]);
+    assert_eq!(resolve(&["--nodeport-addresses=all", cidr]).unwrap().warnings, [""; 0]);
     for (fields, parts) in [
         ("cgroupRoot: sys", ["kubeLane.cgroupRoot", "--cgroup-root", "begin it with /"]),
         ("bpfRoot: ./bpf", ["kubeLane.bpfRoot", "./bpf", "begin it with /"]),
