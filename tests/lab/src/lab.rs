@@ -32,7 +32,21 @@ use crate::topology::{self, BRIDGE, BRIDGE_INDEX, UPLINK, UPLINK_INDEX, anywhere
 #[derive(Clone, Debug)]
 pub struct Builder {
     nodes: u8,
-    bridge: bool,
+    pods: Pods,
+}
+
+/// How pods are attached to their node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pods {
+    Routed,
+    Bridged,
+    Switched { filtered: bool },
+}
+
+impl Pods {
+    fn have_bridge(self) -> bool {
+        self != Self::Routed
+    }
 }
 
 impl Builder {
@@ -42,9 +56,18 @@ impl Builder {
         self
     }
 
-    /// Attaches pods to a bridge `cni0` on their node, rather than each by a routed link `veth…` of its own.
+    /// Attaches pods to a bridge `cni0` on their node, rather than each by a routed link `veth…` of its own. They reach each
+    /// other through the node's routing alone.
     pub fn bridge(mut self, bridge: bool) -> Self {
-        self.bridge = bridge;
+        self.pods = if bridge { Pods::Bridged } else { Pods::Routed };
+        self
+    }
+
+    /// Attaches pods to a bridge `cni0` on their node as CNI's plugin `bridge` does: they reach each other over the bridge,
+    /// and themselves (hairpin). `filtered`: bridged packets meet the rules of IP (`bridge-nf-call-iptables`,
+    /// `bridge-nf-call-ip6tables`).
+    pub fn switch(mut self, filtered: bool) -> Self {
+        self.pods = Pods::Switched { filtered };
         self
     }
 
@@ -89,7 +112,7 @@ impl Drop for Leftovers {
 impl Lab {
     /// A lab of one node, to be changed by the builder's methods.
     pub fn builder() -> Builder {
-        Builder { nodes: 1, bridge: false }
+        Builder { nodes: 1, pods: Pods::Routed }
     }
 
     fn build(plan: &Builder, name: Leftovers) -> Result<Self> {
@@ -114,7 +137,7 @@ impl Lab {
         for index in 0..plan.nodes {
             let host = attach(&format!("node{index}"), topology::node_addresses(index), index + 1, true)?;
             let pods = cgroup::add_pods(host.cgroup())?;
-            nodes.push(Node { host, index, bridge: plan.bridge, pods, guests: AtomicU8::new(0) });
+            nodes.push(Node { host, index, attached: plan.pods, pods, guests: AtomicU8::new(0) });
         }
         let lab = Self { outside, nodes, fabric, servers: Some(servers), _cgroups: cgroups, name };
         lab.set_routes()?;
@@ -222,7 +245,7 @@ impl Fabric {
 pub struct Node {
     host: Host,
     index: u8,
-    bridge: bool,
+    attached: Pods,
     /// The cgroup of its pods.
     pods: PathBuf,
     /// How many pods and containers it has had.
@@ -252,8 +275,12 @@ impl Node {
 
     /// Routes all else to the outside host, as to any default gateway; an address of no pod is unreachable.
     fn set_up(&self, outside: &Host) -> Result<()> {
-        let (gateways, cidrs, bridge) = ([outside.v4(), outside.v6()], self.pod_cidrs(), self.bridge);
+        let (gateways, cidrs) = ([outside.v4(), outside.v6()], self.pod_cidrs());
+        let (bridge, attached) = (self.attached.have_bridge(), self.attached);
         self.namespace().netlink(move |netlink| {
+            if let Pods::Switched { filtered } = attached {
+                sysctls::filter_bridged(filtered)?;
+            }
             if bridge {
                 netlink.bridge(BRIDGE, BRIDGE_INDEX)?;
             }
@@ -307,13 +334,15 @@ impl Node {
             Guest::Pod => (self.pod_cidrs(), &*self.pods),
             Guest::Container => (topology::container_cidrs(self.index), self.cgroup()),
         };
-        let bridged = self.bridge && guest == Guest::Pod;
+        let attached = if guest == Guest::Pod { self.attached } else { Pods::Routed };
+        let bridged = attached.have_bridge();
+        let switched = matches!(attached, Pods::Switched { .. });
         let addresses = cidrs.map(|cidr| topology::nth(cidr, u16::from(number) + 2));
         let lab = self.netns().strip_suffix(self.name()).unwrap_or_default();
         let namespace = Namespace::create(format!("{lab}{name}"), cgroup.to_owned(), false)?;
         let prefix = if guest == Guest::Pod { topology::POD_LINK } else { topology::CONTAINER_LINK };
         let (link, link_name) = (UPLINK_INDEX + 1 + u32::from(number), format!("{prefix}{number}"));
-        self.attach(link_name, link, bridged, &namespace, addresses)?;
+        self.attach(link_name, link, attached, &namespace, addresses)?;
         let gateways: [std::net::IpAddr; 2] = if bridged {
             cidrs.map(|cidr| topology::nth(cidr, 1))
         } else {
@@ -323,8 +352,11 @@ impl Node {
             sysctls::set_up_interface(UPLINK)?;
             netlink.up(UPLINK_INDEX)?;
             for (address, gateway) in addresses.into_iter().zip(gateways) {
-                // Alone on its link: what goes to another pod goes through the node's routing, never beside it.
-                netlink.address(UPLINK_INDEX, address, if address.is_ipv4() { 32 } else { 128 })?;
+                // Unless switched, alone on its link: what goes to another pod goes through the node's routing, never
+                // beside it.
+                let alone = if address.is_ipv4() { 32 } else { 128 };
+                let cidr = cidrs.iter().find(|cidr| cidr.contains(address)).filter(|_| switched);
+                netlink.address(UPLINK_INDEX, address, cidr.map_or(alone, |cidr| cidr.prefix()))?;
                 if !bridged {
                     netlink.neighbour(UPLINK_INDEX, gateway, topology::POD_GATEWAY_MAC)?;
                 }
@@ -345,16 +377,20 @@ impl Node {
         &self,
         name: String,
         link: u32,
-        bridged: bool,
+        attached: Pods,
         guest: &Namespace,
         addresses: [std::net::IpAddr; 2],
     ) -> Result<()> {
+        let bridged = attached.have_bridge();
         let mac = (!bridged).then_some(topology::POD_GATEWAY_MAC);
         let near = End { name, index: link, mac };
         let far = End { name: UPLINK.to_owned(), index: UPLINK_INDEX, mac: None };
         let (bridge, fd) = (bridged.then_some(BRIDGE_INDEX), guest.fd());
         self.host.namespace().netlink(move |netlink| {
             netlink.veth(near, bridge, far, fd)?;
+            if matches!(attached, Pods::Switched { .. }) {
+                netlink.hairpin(link)?;
+            }
             if bridge.is_none() {
                 for address in addresses {
                     netlink.route(IpNetwork::from(address), Via::Link(link))?;

@@ -13,7 +13,8 @@ use ipnetwork::IpNetwork;
 use rtnetlink::packet_route::link::{InfoData, InfoVeth, LinkAttribute, State};
 use rtnetlink::packet_route::route::RouteType;
 use rtnetlink::{
-    Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder, new_connection,
+    Handle, LinkBridge, LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
+    new_connection,
 };
 use tokio::runtime::{self, Runtime};
 
@@ -120,6 +121,12 @@ impl Netlink {
         }
         self.wait(self.handle.link().add(message.build()).execute(), || what)?;
         sysctls::set_up_interface(&near_name)
+    }
+
+    /// Has a bridge send packets back through the port that they came in by.
+    pub(crate) fn hairpin(&self, port: u32) -> Result<()> {
+        let message = LinkBridgePort::new(port).hairpin(true).build();
+        self.wait(self.handle.link().set_port(message).execute(), || format!("set hairpin of port {port}"))
     }
 
     /// Gives a link an address.

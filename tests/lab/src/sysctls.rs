@@ -331,6 +331,21 @@ pub(crate) fn set_up(router: bool) -> Result<()> {
     set(settings)
 }
 
+/// Says whether packets from one port of a bridge to another meet the rules of IP.
+///
+/// # Errors
+/// Where the kernel refuses a value.
+pub(crate) fn filter_bridged(filtered: bool) -> Result<()> {
+    let value = if filtered { "1" } else { "0" };
+    let names = ["bridge/bridge-nf-call-iptables", "bridge/bridge-nf-call-ip6tables"];
+    if filtered && !names.iter().all(|name| path(Path::new(name)).exists()) {
+        return Err(Error::Unsupported(
+            "rules of IP for bridged packets: the kernel lacks br_netfilter".into(),
+        ));
+    }
+    set(names.map(|name| (PathBuf::from(name), value)).into())
+}
+
 /// Sets what an interface has not got from the settings of [`set_up`].
 ///
 /// # Errors

@@ -131,11 +131,9 @@ fn what_another_build_left_in_a_table_goes() {
         assert_eq!((outcome.added, outcome.removed), (0, 0));
         assert_eq!(sorted(&listing()), right);
 
-        // Ours come first, and what leads to theirs goes with it: a rule, and an element.
+        // Ours come first, and the rule that leads to theirs goes with it.
         nft(&["-f", "-"], Some(OF_ANOTHER_BUILD));
         nft(&["insert", "rule", "ip", "kube-lane", "services", "jump", "once"], None);
-        let led = "{ 10.96.0.9 . tcp . 80 : goto once-led }";
-        nft(&["add", "element", "ip", "kube-lane", "aff", led], None);
         assert!(apply(&mut opened(), vec![service(1, 5)]).failed.is_empty());
         assert_eq!(sorted(&listing()), right);
     });

@@ -1,402 +1,319 @@
-//! Session affinity: the objects of a port that leads its clients back to the backend they had, and what one change
-//! does to them.
+//! Session affinity: the numbers of ports and members, and what one change of a port does to its elements.
 //!
-//! Pure: reads plans, yields objects, rules and elements. Never does I/O; what the maps remember is read and edited by
-//! [`super::remembered`].
+//! Pure: reads plans and what the kernel was found to hold, yields elements. Never does I/O. The rules that search these
+//! elements are in [`super::affinity_rules`]; what clients are remembered is between them and the packets.
 //!
-//! Such a port has a map client → backend (`aff/namespace/name/protocol/port/8080`), filled after the DNAT and consulted
-//! before a pick: by two chains, reached by the frontends' elements in verdict maps. All its frontends share the map. The
-//! timeout stands in the rule that learns. A map is of backends with one port, which its name and the rules say: nft
-//! 1.0.6 lists a rule that puts IPv6 address and port into a map, and aborts when it is to take it back. So a port whose
-//! backends listen on several ports has several maps.
-//!
-//! What is learned has to be in the endpoint set, whose members stand in a set of their own (`aff-members/…`): a packet
-//! that was led to a backend before that left must not be remembered after, or whoever comes next is led there again.
-//!
-//! A port that uses its Cluster *and* its Local set (`externalTrafficPolicy: Local` with its short-circuit, or
-//! `internalTrafficPolicy: Local` at the cluster IP alone) has maps and members of each, since a remembered backend counts
-//! only where it is in the set that a client gets. What is learned goes to the map of each set that has the backend.
+//! A number stays with its port, and that of a member with its backend, for as long as they are there, over a restart too:
+//! what packets have learned names them. A number is given to another only when all others have been: a client that is
+//! remembered for what had it before is led to a backend that it may have drawn.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::num::NonZeroU32;
 use std::sync::Arc;
 
-use super::element::{Data, Element, Key, Place, fnv1a};
-use super::expr::{Expr, LookupIn, Reg};
+use super::element::{Data, Element, Key, Place};
 use super::kernel::Kernel;
-use super::object::{Kind, Object, Scope};
-use super::rules::{Chain, Keys};
+use super::lower::Lowered;
 use super::schema::Set;
-use super::shared::only_in;
+use super::shared::{Shared, only_in};
 use crate::model::input::{Family, Protocol};
-use crate::model::plan::{
-    AddressPort, Backend, Frontend, FrontendAddress, FrontendKind, Plan, PortPlan, Verdict,
-};
+use crate::model::plan::{AddressPort, Backend, Frontend, FrontendAddress, FrontendKind, PortPlan, Verdict};
 
-/// The register behind the longest address.
-const SECOND: u32 = 16;
-
-/// A port that remembers its clients.
-#[derive(Clone, Debug)]
-pub(crate) struct Port<'a> {
-    plan: &'a PortPlan,
-    name: Arc<str>,
-    /// How long it remembers a client after the last new connection.
-    pub(crate) timeout: NonZeroU32,
-    uses: BTreeSet<Scope>,
+/// The numbers of the ports with affinity, by family.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Ids {
+    taken: BTreeSet<(Family, u16)>,
+    /// Those that the kernel was found to hold: they are kept for the ports that had them.
+    found: BTreeSet<(Family, u16)>,
+    last: u16,
 }
 
-impl<'a> Port<'a> {
-    /// The port, if it has affinity and something to remember.
-    pub(crate) fn new(plan: &Plan, port: &'a PortPlan) -> Option<Self> {
-        let timeout = port.affinity?;
-        let uses: BTreeSet<_> = port.frontends.iter().flat_map(scopes).map(|(_, scope)| scope).collect();
-        (!uses.is_empty()).then(|| Self { plan: port, name: name(plan, port), timeout, uses })
+impl Ids {
+    /// A number that nobody has; `None`: there are no more.
+    fn take(&mut self, family: Family) -> Option<u16> {
+        let is_free = |id: &u16| !self.taken.contains(&(family, *id)) && !self.found.contains(&(family, *id));
+        let id = (self.last.checked_add(1).unwrap_or(1)..=u16::MAX).chain(1..=self.last).find(is_free)?;
+        self.last = id;
+        self.taken.insert((family, id));
+        Some(id)
     }
 
-    /// The endpoint sets that its frontends use.
-    pub(crate) fn scopes(&self) -> impl Iterator<Item = Scope> {
-        self.uses.iter().copied()
+    /// Takes this number, unless somebody has it.
+    fn take_found(&mut self, family: Family, id: u16) -> Option<u16> {
+        self.taken.insert((family, id)).then_some(id)
     }
 
-    /// Whether it uses both sets.
-    fn is_mixed(&self) -> bool {
-        self.uses.len() > 1
+    /// The kernel holds this number.
+    pub(crate) fn keep(&mut self, family: Family, id: u16) {
+        self.found.insert((family, id));
+        self.last = self.last.max(id);
     }
 
-    /// The sorted backends of one of its sets.
-    fn backends(&self, scope: Scope) -> &'a [Backend] {
-        match scope {
-            Scope::Cluster => &self.plan.backends,
-            Scope::Local => &self.plan.local_backends,
-        }
+    /// Nobody will ask for what the kernel was found to hold any more.
+    pub(crate) fn keep_no_longer(&mut self) {
+        self.found.clear();
     }
 
-    /// Whether a backend is in the set.
-    pub(crate) fn has(&self, scope: Scope, backend: AddressPort) -> bool {
-        self.backends(scope).binary_search_by(|candidate| candidate.address.cmp(&backend)).is_ok()
-    }
-
-    fn object(&self, kind: Kind) -> Object {
-        Object { kind, family: self.plan.family, port: Arc::clone(&self.name) }
-    }
-
-    /// Those in one of its sets, in order.
-    pub(crate) fn members(&self, scope: Scope) -> Vec<AddressPort> {
-        self.backends(scope).iter().map(|backend| backend.address).collect()
-    }
-
-    /// The set of these.
-    pub(crate) fn members_set(&self, scope: Scope) -> Object {
-        self.object(Kind::Members(scope))
-    }
-
-    /// The ports that a set's backends listen on: one for nearly every Service.
-    pub(crate) fn targets(&self, scope: Scope) -> BTreeSet<u16> {
-        self.backends(scope).iter().map(|backend| backend.address.port).collect()
-    }
-
-    /// The map of one of its sets for backends with this port.
-    pub(crate) fn map(&self, scope: Scope, target: u16) -> Object {
-        self.object(Kind::Map(scope, target))
-    }
-
-    /// The maps of one of its sets, in the order in which they are consulted.
-    pub(crate) fn maps(&self, scope: Scope) -> impl Iterator<Item = Object> {
-        self.targets(scope).into_iter().map(move |target| self.map(scope, target))
-    }
-
-    fn objects(&self) -> BTreeSet<Object> {
-        let mut objects = BTreeSet::from([self.object(Kind::Learn)]);
-        for scope in self.scopes() {
-            objects.insert(self.object(Kind::Consult(scope)));
-            objects.extend(self.maps(scope));
-            objects.insert(self.members_set(scope));
-        }
-        objects
-    }
-
-    /// The chains and their rules.
-    fn chains(&self) -> Vec<(Object, Vec<Vec<Expr>>)> {
-        let (mut chains, mut learn) = (Vec::new(), Vec::new());
-        for scope in self.scopes() {
-            let targets = self.targets(scope);
-            let consult = targets.iter().map(|target| self.consult(scope, *target)).collect();
-            chains.push((self.object(Kind::Consult(scope)), consult));
-            learn.extend(targets.iter().map(|target| self.learn(scope, *target)));
-        }
-        chains.push((self.object(Kind::Learn), learn));
-        chains
-    }
-
-    fn keys(&self) -> Keys {
-        Keys { family: self.plan.family }
-    }
-
-    /// `meta l4proto`: nft does not print ports without it.
-    fn protocol(&self) -> [Expr; 2] {
-        let reg = Reg(0);
-        let bytes = vec![self.plan.protocol.number()];
-        [Expr::Protocol { reg }, Expr::Compare { reg, bytes, invert: false }]
-    }
-
-    /// `dnat to ip saddr map @aff/…/8080:8080`: whoever is not remembered goes on to the pick.
-    fn consult(&self, scope: Scope, target: u16) -> Vec<Expr> {
-        let (keys, address, port) = (self.keys(), Reg(0), Reg(SECOND));
-        let set = LookupIn::Named(self.map(scope, target).name());
-        let mut rule = Vec::from(self.protocol());
-        rule.extend([
-            keys.source(Reg(0)),
-            Expr::Lookup { set, key: Reg(0), data: Some(address), invert: false },
-            Expr::Immediate { bytes: target.to_be_bytes().into(), reg: port },
-            Expr::Dnat { v6: keys.v6(), address, port },
-        ]);
-        rule
-    }
-
-    /// `th dport 8080 ip daddr . th dport @aff-members/… update @aff/…/8080 { ip saddr timeout 3h : ip daddr }`.
-    fn learn(&self, scope: Scope, target: u16) -> Vec<Expr> {
-        let (keys, reg) = (self.keys(), Reg(0));
-        let mut rule = Vec::from(self.protocol());
-        rule.extend([
-            Expr::DestinationPort { reg },
-            Expr::Compare { reg, bytes: target.to_be_bytes().into(), invert: false },
-        ]);
-        let members = LookupIn::Named(self.members_set(scope).name());
-        rule.extend([
-            keys.destination(reg),
-            Expr::DestinationPort { reg: keys.after_address() },
-            Expr::Lookup { set: members, key: reg, data: None, invert: false },
-        ]);
-        let (map, timeout) = (self.map(scope, target).name(), self.timeout);
-        rule.extend([
-            keys.source(reg),
-            keys.destination(Reg(SECOND)),
-            Expr::Update { map, key: reg, data: Reg(SECOND), timeout },
-        ]);
-        rule
-    }
-
-    /// The frontends' elements: to consult before a pick, and to learn.
-    fn elements(&self) -> BTreeMap<Place, Data> {
-        let mut elements = BTreeMap::new();
-        let (family, protocol): (Family, Protocol) = (self.plan.family, self.plan.protocol);
-        for frontend in &self.plan.frontends {
-            let mut put = |[vip, nodeport]: [Set; 2], data| {
-                let (set, key) = match frontend.at {
-                    FrontendAddress::Vip(address) => (vip, Key::vip(address.socket(), protocol)),
-                    FrontendAddress::NodePort(port) => (nodeport, Key::nodeport(port, protocol)),
-                };
-                elements.insert(Place { family, set, key }, data);
-            };
-            let mut learns = false;
-            for (sets, scope) in scopes(frontend) {
-                put(sets, Data::Jump(self.object(Kind::Consult(scope)).name()));
-                learns = true;
-            }
-            if learns {
-                put([Set::AffLearn, Set::NpAffLearn], Data::Goto(self.object(Kind::Learn).name()));
-            }
-        }
-        elements
+    /// These ports are no more.
+    pub(crate) fn release(&mut self, ids: impl Iterator<Item = (Family, u16)>) {
+        ids.for_each(|id| {
+            self.taken.remove(&id);
+        });
     }
 }
 
-/// From which slots a frontend's clients pick, by the verdict maps that are searched before (VIPs, NodePorts), and
-/// which endpoint set is there.
-fn scopes(frontend: &Frontend) -> impl Iterator<Item = ([Set; 2], Scope)> + use<> {
-    const FIRST: [Set; 2] = [Set::Aff, Set::NpAff];
-    const SECOND: [Set; 2] = [Set::AffLocal, Set::NpAffLocal];
-    let (first, second) = match (frontend.verdict, frontend.kind) {
-        (Verdict::Cluster, _) => (Some((FIRST, Scope::Cluster)), None),
-        (Verdict::Local, FrontendKind::ClusterIp) => (Some((FIRST, Scope::Local)), None),
-        (Verdict::Local, _) => (Some((FIRST, Scope::Cluster)), Some((SECOND, Scope::Local))),
-        (Verdict::Reject, _) => (None, None),
-    };
-    first.into_iter().chain(second)
-}
-
-/// `namespace/name/protocol/port`, as nft's grammar takes it in a name: where a manifest's name holds anything else,
-/// with a hash behind it.
-fn name(plan: &Plan, port: &PortPlan) -> Arc<str> {
-    /// With the longest prefix before it, a name stays below the kernel's 255 bytes.
-    const MAX: usize = 230;
-    let mut name = format!("{}/{}", plan.service, port.protocol.to_string().to_lowercase());
-    if !port.name.is_empty() {
-        name.push('/');
-        name.push_str(&port.name);
-    }
-    let fits = |c: char| c.is_ascii_alphanumeric() || "/-_.".contains(c);
-    if name.len() > MAX || !name.chars().all(fits) {
-        let hash = fnv1a(name.as_bytes());
-        let replaced = name.chars().map(|c| if fits(c) { c } else { '_' }).take(MAX - 17).collect::<String>();
-        name = format!("{replaced}_{hash:016x}");
-    }
-    name.into()
-}
-
-/// What one Service's change does to its objects.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Change {
-    /// Elements to remove, before anything else.
-    pub(crate) removed: Vec<Place>,
-    /// Objects to remove, in this order: chains before, sets and maps once the rules are written.
-    pub(crate) dropped: Vec<Object>,
-    /// Sets to remove before they are created anew, and the chain that names them.
-    pub(crate) replaced: Vec<Object>,
-    /// Objects to create, where they do not exist.
-    pub(crate) created: Vec<Object>,
-    /// Chains to fill with these rules, whatever they held.
-    pub(crate) rules: Vec<(Object, Chain)>,
-    /// Who is no longer, and who is from now on, a member; `None`: whoever it is, all of the set is replaced.
-    pub(crate) members: Vec<(Object, Option<Vec<AddressPort>>, Vec<AddressPort>)>,
-    /// Elements to add, after everything else.
-    pub(crate) added: Vec<Element>,
-    /// Ports whose maps have to be looked through.
-    pub(crate) reviews: Vec<Review>,
-}
-
-/// The maps of a port have to be looked through: with the change, and once more after it, since a packet on its way may
-/// be found to be remembered before, and be remembered after.
+/// A port that remembers its clients, as it was programmed.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Review {
-    /// The port's position in its plan.
-    pub(crate) port: usize,
-    /// The maps that may remember something.
-    pub(crate) sources: Vec<Object>,
+pub(crate) struct Numbers {
+    /// Its number; 0 is nobody's.
+    pub(crate) id: u16,
+    /// Its backends, in order, and the lower halves of their numbers; 0 is nobody's.
+    members: Arc<[(AddressPort, u16)]>,
+    last: u16,
 }
 
-impl Change {
-    /// What has to change so that `next` has affinity as planned where `previous` is in force.
-    pub(crate) fn between(
-        previous: Option<&Arc<Plan>>,
-        next: Option<&Arc<Plan>>,
+impl Numbers {
+    /// Numbers for a port: those that it has, else those that the kernel was found to hold, else others. `None` where it
+    /// remembers nobody.
+    pub(crate) fn new(
+        port: &PortPlan,
+        old: Option<&Self>,
         kernel: &impl Kernel,
-    ) -> Self {
-        let mut change = Self::default();
-        for (i, port) in ports(next) {
-            let old = previous.and_then(|plan| Some((plan, find(plan, port)?)));
-            if old.is_none_or(|(_, old)| old != port) {
-                let old = old.and_then(|(plan, old)| Port::new(plan, old));
-                let new = next.and_then(|plan| Port::new(plan, port));
-                change.port(old.as_ref(), new.as_ref().map(|new| (i, new)), kernel);
-            }
+        ids: &mut Ids,
+    ) -> Option<Self> {
+        if !remembers(port) {
+            return None;
         }
-        for (_, port) in ports(previous) {
-            if next.and_then(|plan| find(plan, port)).is_none_or(|port| port.affinity.is_none()) {
-                let old = previous.and_then(|plan| Port::new(plan, port));
-                change.port(old.as_ref(), None, kernel);
-            }
+        if let Some(old) = old {
+            return Some(old.with(port));
         }
-        // A removed chain must not be named by anything, nor a removed map by a chain.
-        change.dropped.sort();
-        change
-    }
-
-    fn port(&mut self, old: Option<&Port<'_>>, new: Option<(usize, &Port<'_>)>, kernel: &impl Kernel) {
-        let elements = |port: Option<&Port<'_>>| port.map(Port::elements).unwrap_or_default();
-        let objects = |port: Option<&Port<'_>>| port.map(Port::objects).unwrap_or_default();
-        let position = new.map(|(i, _)| i);
-        let new = new.map(|(_, port)| port);
-        let (old_elements, new_elements) = (elements(old), elements(new));
-        self.removed.extend(
-            old_elements
-                .iter()
-                .filter(|(place, data)| new_elements.get(place) != Some(data))
-                .map(|(p, _)| *p),
-        );
-        self.added.extend(
-            new_elements
-                .into_iter()
-                .filter(|(place, data)| old_elements.get(place) != Some(data))
-                .map(|(place, data)| Element { place, data: Some(data), comment: None }),
-        );
-        let (old_objects, new_objects) = (objects(old), objects(new));
-        self.dropped.extend(old_objects.difference(&new_objects).cloned());
-        self.created.extend(new_objects.difference(&old_objects).cloned());
-        let Some((position, new)) = position.zip(new) else { return };
-        let written = old.map(Port::chains).unwrap_or_default();
-        for chain in new.chains().into_iter().filter(|chain| !written.contains(chain)) {
-            let (object, rules) = chain;
-            let chain = Chain { name: object.to_string(), base: None, rules };
-            self.rules.push((object, chain));
-        }
-        // Members of both sets count the same connections, if they begin to count at the same time.
-        let anew = kernel.counts() && old.is_some_and(|old| old.uses != new.uses);
-        for scope in new.scopes() {
-            let members = new.members_set(scope);
-            let backends = new.members(scope);
-            let known = old.filter(|old| old.uses.contains(&scope)).map(|old| old.members(scope));
-            let known = known.or_else(|| kernel.members(&members).map(<[_]>::to_vec));
-            if kernel.is_outdated(&members) {
-                let learn = new.object(Kind::Learn);
-                self.replaced.extend(kernel.holds_object(&learn).then_some(learn));
-                self.replaced.push(members.clone());
-                self.members.push((members, Some(Vec::new()), backends));
-            } else if known.is_some() && anew || known.is_none() && kernel.holds_object(&members) {
-                self.members.push((members, None, backends));
-            } else {
-                let known = known.unwrap_or_default();
-                let only = |these: &[_], those: &[_]| only_in(these, those).copied().collect::<Vec<_>>();
-                let (left, joined) = (only(&known, &backends), only(&backends, &known));
-                if !(left.is_empty() && joined.is_empty()) {
-                    self.members.push((members, Some(left), joined));
-                }
-            }
-        }
-        let sources = sources(old, new, kernel);
-        if !sources.is_empty() {
-            self.reviews.push(Review { port: position, sources });
-        }
-    }
-}
-
-/// The maps whose entries one change of a port concerns: those that exist, if a remembered backend may have gone, an
-/// entry may have to live for another time, or one map's entries may have got a meaning for the other.
-fn sources(old: Option<&Port<'_>>, new: &Port<'_>, kernel: &impl Kernel) -> Vec<Object> {
-    let Some(old) = old else {
-        let both = [Scope::Cluster, Scope::Local].into_iter();
-        let targets: BTreeSet<_> = new.scopes().flat_map(|scope| new.targets(scope)).collect();
-        let maps = both.flat_map(|scope| targets.iter().map(move |target| new.map(scope, *target)));
-        return maps.filter(|map| kernel.holds_object(map)).collect();
-    };
-    let concerned = |scope| {
-        let (left, joined) = difference(old.backends(scope), new.backends(scope));
-        !left.is_empty() || (new.is_mixed() && !joined.is_empty())
-    };
-    let maps: Vec<_> = old.scopes().flat_map(|scope| old.maps(scope)).collect();
-    // A map of an earlier run, of a set that this one has not used until now.
-    let found = new.scopes().flat_map(|scope| new.maps(scope));
-    let found: Vec<_> = found.filter(|map| !maps.contains(map) && kernel.holds_object(map)).collect();
-    if old.timeout != new.timeout || old.uses != new.uses || new.scopes().any(concerned) || !found.is_empty()
-    {
-        [maps, found].concat()
-    } else {
-        Vec::new()
-    }
-}
-
-/// The addresses that are only in the first, and only in the second, of two sorted sets.
-fn difference(old: &[Backend], new: &[Backend]) -> (Vec<AddressPort>, Vec<AddressPort>) {
-    let only = |these: &[Backend], those: &[Backend]| {
-        let is_there = |backend: &&Backend| {
-            those.binary_search_by(|candidate| candidate.address.cmp(&backend.address)).is_ok()
+        let found = port.frontends.iter().find_map(|frontend| kernel.id(&ids_at(port, frontend)));
+        let found = found.and_then(|id| ids.take_found(port.family, id));
+        let Some(id) = found else {
+            let id = ids.take(port.family)?;
+            return Some(Self { id, members: [].into(), last: 0 }.with(port));
         };
-        these.iter().filter(|backend| !is_there(backend)).map(|backend| backend.address).collect()
+        let mut members = BTreeMap::new();
+        let mut numbers = BTreeSet::new();
+        for (place, data) in kernel.below(backends_of(port.family, id)) {
+            let number = data.and_then(Data::to_id).filter(|member| member >> 16 == u32::from(id));
+            let number = number.map(|member| member as u16).filter(|number| *number != 0);
+            if let Some((backend, number)) = place.key.to_backend().zip(number)
+                && numbers.insert(number)
+            {
+                members.insert(backend, number);
+            }
+        }
+        let last = numbers.last().copied().unwrap_or_default();
+        Some(Self { id, members: members.into_iter().collect(), last }.with(port))
+    }
+
+    /// The same for another plan of the port: who stays keeps its number.
+    fn with(&self, port: &PortPlan) -> Self {
+        let mut taken: BTreeSet<u16> = self.members.iter().map(|(_, number)| *number).collect();
+        let mut last = self.last;
+        let mut old = self.members.iter().peekable();
+        let mut members = Vec::with_capacity(port.backends.len());
+        for backend in all_backends(port) {
+            while old.next_if(|(candidate, _)| *candidate < backend).is_some() {}
+            let number = old.next_if(|(candidate, _)| *candidate == backend).map(|(_, number)| *number);
+            let number = number.or_else(|| {
+                let free = |number: &u16| !taken.contains(number);
+                last = (last.checked_add(1).unwrap_or(1)..=u16::MAX).chain(1..=last).find(free)?;
+                taken.insert(last);
+                Some(last)
+            });
+            members.extend(number.map(|number| (backend, number)));
+        }
+        Self { id: self.id, members: members.into(), last }
+    }
+
+    /// The number of a member.
+    fn member(&self, backend: AddressPort) -> Option<u32> {
+        let i = self.members.binary_search_by(|(candidate, _)| candidate.cmp(&backend)).ok()?;
+        Some(self.port() | u32::from(self.members[i].1))
+    }
+
+    /// The number of the port, as the kernel has it.
+    fn port(&self) -> u32 {
+        u32::from(self.id) << 16
+    }
+
+    /// The elements that count its connections.
+    pub(crate) fn counters(&self, family: Family) -> impl Iterator<Item = Place> {
+        let all = backends_of(family, self.id);
+        self.members
+            .iter()
+            .map(move |(backend, _)| Place { key: all.key.with_backend(backend.socket()), ..all })
+    }
+}
+
+/// The beginning of the keys of a port's backends.
+pub(crate) fn backends_of(family: Family, id: u16) -> Place {
+    Place { family, set: Set::AffinityBackends, key: Key::id(u32::from(id) << 16) }
+}
+
+/// Whether a port has affinity and somebody to lead its clients to.
+pub(crate) fn remembers(port: &PortPlan) -> bool {
+    port.affinity.is_some() && port.frontends.iter().any(leads)
+}
+
+/// Whether a frontend leads anybody anywhere.
+fn leads(frontend: &Frontend) -> bool {
+    frontend.verdict != Verdict::Reject
+}
+
+/// The sets of frontends with affinity that a frontend of this port is in.
+pub(super) fn named(port: &PortPlan, frontend: &Frontend) -> &'static [Set] {
+    if !remembers(port) || !leads(frontend) {
+        return &[];
+    }
+    match (frontend.at, frontend.kind, frontend.verdict) {
+        (FrontendAddress::NodePort(_), ..) => &[Set::NpAffinity],
+        (FrontendAddress::Vip(_), FrontendKind::ClusterIp, Verdict::Local) => {
+            &[Set::Affinity, Set::AffinityLocalOnly]
+        }
+        (FrontendAddress::Vip(_), ..) => &[Set::Affinity],
+    }
+}
+
+/// Where a frontend leads to the number of its port.
+fn ids_at(port: &PortPlan, frontend: &Frontend) -> Place {
+    let (family, protocol): (Family, Protocol) = (port.family, port.protocol);
+    let (set, key) = match frontend.at {
+        FrontendAddress::Vip(address) => (Set::AffinityIds, Key::vip(address.socket(), protocol)),
+        FrontendAddress::NodePort(port) => (Set::NpAffinityIds, Key::nodeport(port, protocol)),
     };
-    (only(old, new), only(new, old))
+    Place { family, set, key }
 }
 
-fn ports(plan: Option<&Arc<Plan>>) -> impl Iterator<Item = (usize, &PortPlan)> {
-    let ports = plan.map(|plan| &*plan.ports).unwrap_or_default();
-    ports.iter().enumerate().filter(|(_, port)| port.affinity.is_some())
+/// The backends of both endpoint sets, in order.
+fn all_backends(port: &PortPlan) -> Vec<AddressPort> {
+    let backends = port.backends.iter().chain(&port.local_backends);
+    let mut all: Vec<_> = backends.map(|backend| backend.address).collect();
+    all.sort_unstable();
+    all.dedup();
+    all
 }
 
-/// The same port in another plan of the Service: ports are sorted by what makes them the same.
-pub(crate) fn find<'a>(plan: &'a Plan, port: &PortPlan) -> Option<&'a PortPlan> {
-    let identity = |port: &'a PortPlan| (port.family, port.protocol, &*port.name);
-    let order = |candidate: &'a PortPlan| identity(candidate).cmp(&(port.family, port.protocol, &port.name));
-    Some(&plan.ports[plan.ports.binary_search_by(order).ok()?])
+/// A port and its numbers.
+#[derive(Clone, Copy)]
+pub(super) struct Port<'a> {
+    pub(super) plan: &'a PortPlan,
+    pub(super) numbers: &'a Numbers,
+}
+
+/// Adds to `out` what leads from one port with affinity to another, or from none, or to none. Both have the same number.
+pub(super) fn lower(
+    old: Option<Port<'_>>,
+    new: Option<Port<'_>>,
+    comment: &Arc<str>,
+    kernel: &impl Kernel,
+    out: &mut Lowered,
+) {
+    let (before, after) = (old.map(Port::singles), new.map(Port::singles));
+    let (before, after) = (before.unwrap_or_default(), after.unwrap_or_default());
+    out.removed.extend(before.iter().filter(|(place, data)| after.get(place) != Some(data)).map(|(p, _)| *p));
+    let mut add = |place, data| out.added.push(Element { place, data, comment: Some(Arc::clone(comment)) });
+    after.iter().filter(|(p, data)| before.get(p) != Some(data)).for_each(|(p, data)| add(*p, *data));
+    if let Some(old) = old {
+        let kept = new.map(|new| new.numbers);
+        for (backend, member) in old.members() {
+            if kept.and_then(|kept| kept.member(backend)) != Some(member) {
+                out.removed.extend([old.backend_at(backend), old.at(Set::AffinityMembers, member)]);
+            }
+        }
+    }
+    if let Some(new) = new {
+        let kept = old.map(|old| old.numbers);
+        for (backend, member) in new.members() {
+            if kept.and_then(|kept| kept.member(backend)) != Some(member) {
+                add(new.backend_at(backend), Some(Data::id(member)));
+                add(new.at(Set::AffinityMembers, member), Some(Data::backend(backend.socket())));
+            }
+        }
+    }
+    for set in [Set::AffinityCluster, Set::AffinityLocal] {
+        let (before, after) = (old.map(|old| old.scope(set)), new.map(|new| new.scope(set)));
+        let (before, after) = (before.unwrap_or_default(), after.unwrap_or_default());
+        let place = |port: Option<Port<'_>>, member: &u32| port.map(|port| port.at(set, *member));
+        out.removed.extend(only_in(&before, &after).filter_map(|member| place(old, member)));
+        let joined = only_in(&after, &before).filter_map(|member| place(new, member));
+        joined.for_each(|place| add(place, None));
+    }
+    let timeout = |port: Port<'_>| Some(Shared::Timeout(port.plan.family, port.plan.affinity?));
+    out.shared.lost.extend(old.and_then(timeout));
+    out.shared.gained.extend(new.and_then(timeout));
+    if let Some(new) = new.filter(|_| old.is_none()) {
+        new.clear_found(kernel, out);
+    }
+}
+
+impl Port<'_> {
+    /// Its elements that do not depend on its backends.
+    fn singles(self) -> BTreeMap<Place, Option<Data>> {
+        let id = self.numbers.port();
+        let of_frontends = self.plan.frontends.iter().filter(|frontend| leads(frontend));
+        let mut singles: BTreeMap<_, _> =
+            of_frontends.map(|frontend| (ids_at(self.plan, frontend), Some(Data::id(id)))).collect();
+        if let Some(timeout) = self.plan.affinity {
+            let timeouts = self.at(Set::AffinityTimeouts, id);
+            singles.insert(Place { key: timeouts.key.slot(timeout.get()), ..timeouts }, None);
+        }
+        singles
+    }
+
+    /// A number in one of the sets.
+    fn at(self, set: Set, id: u32) -> Place {
+        Place { family: self.plan.family, set, key: Key::id(id) }
+    }
+
+    fn backend_at(self, backend: AddressPort) -> Place {
+        let all = backends_of(self.plan.family, self.numbers.id);
+        Place { key: all.key.with_backend(backend.socket()), ..all }
+    }
+
+    /// Its backends, and their numbers.
+    fn members(&self) -> impl Iterator<Item = (AddressPort, u32)> {
+        let port = self.numbers.port();
+        self.numbers.members.iter().map(move |(backend, number)| (*backend, port | u32::from(*number)))
+    }
+
+    /// The sorted numbers of those in an endpoint set.
+    fn scope(self, set: Set) -> Vec<u32> {
+        let backends: &[Backend] = match set {
+            Set::AffinityLocal => &self.plan.local_backends,
+            _ => &self.plan.backends,
+        };
+        let mut members: Vec<_> =
+            backends.iter().filter_map(|backend| self.numbers.member(backend.address)).collect();
+        members.sort_unstable();
+        members
+    }
+
+    /// Removes what the kernel was found to hold of the port and that it does not have: other timeouts, and members that
+    /// left.
+    fn clear_found(self, kernel: &impl Kernel, out: &mut Lowered) {
+        let singles = self.singles();
+        let timeouts = kernel.below(self.at(Set::AffinityTimeouts, self.numbers.port()));
+        out.removed.extend(timeouts.map(|(place, _)| place).filter(|place| !singles.contains_key(place)));
+        let scopes = [Set::AffinityCluster, Set::AffinityLocal].map(|set| (set, self.scope(set)));
+        let mut stale = BTreeSet::new();
+        for (place, data) in kernel.below(backends_of(self.plan.family, self.numbers.id)) {
+            let backend = place.key.to_backend();
+            let is_ours = backend.is_some_and(|backend| self.numbers.member(backend).is_some());
+            if !is_ours {
+                stale.insert(place);
+            }
+            let Some(member) = data.and_then(Data::to_id) else { continue };
+            if !is_ours {
+                stale.insert(self.at(Set::AffinityMembers, member));
+            }
+            let left = scopes.iter().filter(|(_, members)| members.binary_search(&member).is_err());
+            stale.extend(left.map(|(set, _)| self.at(*set, member)));
+        }
+        let is_held = |place: &Place| kernel.holds(place);
+        out.removed.extend(stale.into_iter().filter(is_held));
+    }
 }
 
 #[cfg(test)]

@@ -1,11 +1,14 @@
-//! Tests of session affinity's objects: what a change makes of them, and which maps it has looked through.
+//! Tests of session affinity's elements: which of them a change costs, and whose a number is.
 
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 
 use super::super::kernel::Empty;
+use super::super::lower::{Applied, Lowered, lower};
 use super::super::observe::Found;
 use super::*;
 use crate::model::input::ServiceKey;
+use crate::model::plan::Plan;
 
 fn backend(n: u8) -> Backend {
     Backend { address: SocketAddr::from(([10, 1, 0, n], 8080)).into(), local: false }
@@ -24,170 +27,170 @@ fn port(timeout: u32, verdicts: [Verdict; 2], cluster: &[u8], local: &[u8]) -> P
 }
 
 fn plan(port: PortPlan) -> Arc<Plan> {
-    let service = ServiceKey::new("default", "web");
-    Arc::new(Plan::new(service, [port]))
+    Arc::new(Plan::new(ServiceKey::new("default", "web"), [port]))
 }
 
 fn single(timeout: u32, backends: &[u8]) -> Arc<Plan> {
-    plan(port(timeout, [Verdict::Cluster; 2], backends, &[]))
+    let verdict = if backends.is_empty() { Verdict::Reject } else { Verdict::Cluster };
+    plan(port(timeout, [verdict; 2], backends, &[]))
 }
 
 fn mixed(timeout: u32, cluster: &[u8], local: &[u8]) -> Arc<Plan> {
     plan(port(timeout, [Verdict::Cluster, Verdict::Local], cluster, local))
 }
 
-fn change(previous: Option<&Arc<Plan>>, next: Option<&Arc<Plan>>) -> Change {
-    Change::between(previous, next, &Empty::default())
+/// One Service, as programmed.
+#[derive(Default)]
+struct Node {
+    applied: Option<Applied>,
+    ids: Ids,
+    elements: BTreeMap<Place, Element>,
 }
 
-fn names(objects: &[Object]) -> Vec<String> {
-    objects.iter().map(Object::to_string).collect()
-}
+impl Node {
+    fn apply(&mut self, next: Option<&Arc<Plan>>) -> Lowered {
+        let lowered = lower(self.applied.as_ref(), next, &Empty::default(), &mut self.ids);
+        self.take(lowered)
+    }
 
-fn sources(change: &Change) -> Vec<String> {
-    change.reviews.iter().flat_map(|review| names(&review.sources)).collect()
+    fn take(&mut self, lowered: Lowered) -> Lowered {
+        for place in &lowered.removed {
+            assert!(self.elements.remove(place).is_some(), "{place}");
+        }
+        for element in &lowered.added {
+            assert!(self.elements.insert(element.place, element.clone()).is_none(), "{}", element.place);
+        }
+        self.applied.clone_from(&lowered.applied);
+        lowered
+    }
+
+    /// The elements of affinity, as an operator reads them.
+    fn affinity(&self) -> Vec<String> {
+        let is_it = |element: &&Element| element.place.set.name().contains("affinity");
+        let print = |element: &Element| match &element.data {
+            Some(data) => format!("{} {data:?}", element.place),
+            None => element.place.to_string(),
+        };
+        self.elements.values().filter(is_it).map(print).collect()
+    }
+
+    /// The number of each member.
+    fn members(&self) -> BTreeMap<u8, u32> {
+        let number = |element: &Element| {
+            let [.., last] = element.place.key.to_backend()?.ip.to_string().bytes().collect::<Vec<_>>()[..]
+            else {
+                return None;
+            };
+            Some((last - b'0', element.data?.to_id()?))
+        };
+        let backends = self.elements.values().filter(|element| element.place.set == Set::AffinityBackends);
+        backends.filter_map(number).collect()
+    }
 }
 
 #[test]
-fn a_port_with_one_set_has_two_chains_and_a_map() {
-    let change = change(None, Some(&single(10, &[1, 2])));
-    let names = names(&change.created);
-    let expected = [
-        "aff/default/web/tcp/http",
-        "aff-learn/default/web/tcp/http",
-        "aff/default/web/tcp/http/8080",
-        "aff-members/default/web/tcp/http",
-    ];
-    assert_eq!(names, expected);
-    assert_eq!(change.rules.iter().map(|(_, chain)| chain.rules.len()).sum::<usize>(), 2);
-    let elements: Vec<_> =
-        change.added.iter().map(|e| format!("{} {:?}", e.place, e.data.as_ref().unwrap())).collect();
+fn a_port_is_a_number_and_its_members_are_others() {
+    let mut node = Node::default();
+    node.apply(Some(&mixed(10, &[1, 2], &[2, 3])));
     assert_eq!(
-        elements,
+        node.affinity(),
         [
-            "aff { 10.96.0.1 . 6 . 80 } jump aff/default/web/tcp/http",
-            "aff-learn { 10.96.0.1 . 6 . 80 } goto aff-learn/default/web/tcp/http",
-            "np-aff { 6 . 30080 } jump aff/default/web/tcp/http",
-            "np-aff-learn { 6 . 30080 } goto aff-learn/default/web/tcp/http",
+            "affinity { 10.96.0.1 . 6 . 80 }",
+            "affinity-ids { 10.96.0.1 . 6 . 80 } 1:0",
+            "np-affinity { 6 . 30080 }",
+            "np-affinity-ids { 6 . 30080 } 1:0",
+            "affinity-timeouts { 1:0 . 10 }",
+            "affinity-backends { 1:0 . 10.1.0.1 . 8080 } 1:1",
+            "affinity-backends { 1:0 . 10.1.0.2 . 8080 } 1:2",
+            "affinity-backends { 1:0 . 10.1.0.3 . 8080 } 1:3",
+            "affinity-members { 1:1 } 10.1.0.1:8080",
+            "affinity-members { 1:2 } 10.1.0.2:8080",
+            "affinity-members { 1:3 } 10.1.0.3:8080",
+            "affinity-cluster { 1:1 }",
+            "affinity-cluster { 1:2 }",
+            "affinity-local { 1:2 }",
+            "affinity-local { 1:3 }",
         ]
     );
-    assert_eq!(change.members[0].2, [1, 2].map(|n| backend(n).address));
-    assert!(change.reviews.is_empty());
+    node.apply(None);
+    assert!(node.elements.is_empty());
 }
 
 #[test]
-fn rules_do_not_depend_on_endpoints() {
-    let backends: Vec<_> = (0..250).collect();
-    let (before, after) = (single(10, &backends), single(10, &backends[1..]));
-    let change = change(Some(&before), Some(&after));
-    assert_eq!(sources(&change), ["aff/default/web/tcp/http/8080"]);
-    assert_eq!(change.members[0].1.as_deref(), Some(&[backend(0).address][..]));
-    assert_eq!(Change { reviews: vec![], members: vec![], ..change }, Change::default());
-    let more = super::Change::between(Some(&after), Some(&before), &Empty::default());
-    assert_eq!(more.members[0].2, [backend(0).address]);
-    assert_eq!(
-        Change { members: vec![], ..more },
-        Change::default(),
-        "nobody is remembered wrongly because of a new endpoint"
-    );
+fn a_vip_of_internal_policy_local_has_the_local_set_alone() {
+    let mut node = Node::default();
+    node.apply(Some(&plan(port(10, [Verdict::Local, Verdict::Cluster], &[1, 2], &[2]))));
+    assert!(node.affinity().contains(&"affinity-local-only { 10.96.0.1 . 6 . 80 }".to_owned()));
+    node.apply(Some(&single(10, &[1, 2])));
+    assert!(!node.affinity().iter().any(|element| element.starts_with("affinity-local")));
 }
 
 #[test]
-fn a_port_with_both_sets_learns_by_membership() {
-    let first = mixed(10, &[1, 2], &[1]);
-    let made = change(None, Some(&first));
-    assert_eq!(made.created.len(), 2 + 2 + 2 + 1);
-    assert_eq!(made.members.len(), 2);
-    let places: Vec<_> = made.added.iter().map(|e| e.place.to_string()).collect();
-    assert!(places.contains(&"np-aff-local { 6 . 30080 }".to_owned()), "{places:?}");
-    let joined = change(Some(&first), Some(&mixed(10, &[1, 2, 3], &[1])));
-    assert_eq!(joined.members.len(), 1);
-    assert_eq!(joined.members[0].1.as_deref(), Some(&[][..]));
-    assert_eq!(joined.members[0].2, [backend(3).address]);
-    assert!(joined.rules.is_empty() && joined.created.is_empty());
-    assert_eq!(sources(&joined).len(), 2, "what the other map knows may count here from now on");
-}
-
-#[test]
-fn another_timeout_rewrites_what_learns_and_nothing_else() {
-    let change = change(Some(&single(10, &[1])), Some(&single(20, &[1])));
-    assert_eq!(change.rules.len(), 1);
-    assert_eq!(change.rules[0].1.name, "aff-learn/default/web/tcp/http");
-    assert_eq!(sources(&change), ["aff/default/web/tcp/http/8080"]);
-    assert_eq!(Change { rules: vec![], reviews: vec![], ..change }, Change::default());
-}
-
-#[test]
-fn off_takes_everything_away_and_without_affinity_there_is_nothing() {
-    let (on, off) = (single(10, &[1]), single(0, &[1]));
-    let made = change(Some(&off), Some(&on));
-    let gone = change(Some(&on), Some(&off));
-    assert_eq!(gone, change(Some(&on), None));
-    assert_eq!(gone.dropped.iter().collect::<BTreeSet<_>>(), made.created.iter().collect());
-    assert_eq!(gone.removed.len(), made.added.len());
-    assert!(gone.dropped.is_sorted_by_key(|object| !object.kind.is_chain()), "maps after the chains");
-    assert_eq!(change(None, Some(&off)), Change::default());
-    let none_left = plan(port(10, [Verdict::Reject; 2], &[], &[]));
-    assert_eq!(change(Some(&on), Some(&none_left)), gone);
-}
-
-#[test]
-fn a_policy_that_changes_keeps_the_map_of_the_set_that_stays() {
-    let (one, both) = (single(10, &[1, 2]), mixed(10, &[1, 2], &[1]));
-    let to_both = change(Some(&one), Some(&both));
-    assert!(to_both.dropped.is_empty() && to_both.removed.is_empty());
-    assert_eq!(sources(&to_both), ["aff/default/web/tcp/http/8080"]);
-    assert_eq!(to_both.members.len(), 1, "of the set that is new");
-    let back = change(Some(&both), Some(&one));
-    assert!(!names(&back.dropped).contains(&"aff/default/web/tcp/http/8080".to_owned()));
-    assert_eq!(back.dropped.len(), to_both.created.len());
-}
-
-#[test]
-fn names_are_such_as_nft_takes_and_keep_their_identity() {
-    let name = |port: &str| {
-        let mut plan = Plan::clone(&single(10, &[1]));
-        plan.service = ServiceKey::new(&"n".repeat(63), &"s".repeat(63));
-        plan.ports[0].name = port.into();
-        let change = change(None, Some(&Arc::new(plan)));
-        change.created.iter().map(|object| object.name().len()).max().unwrap();
-        (change.created[0].to_string(), change.created.iter().map(|o| o.name().len()).max().unwrap())
+fn a_change_costs_what_changes() {
+    let mut node = Node::default();
+    let many: Vec<_> = (1..=200).collect();
+    node.apply(Some(&single(10, &many)));
+    let is_affinity = |set: Set| set.name().contains("affinity");
+    let cost = |lowered: &Lowered| {
+        let removed = lowered.removed.iter().filter(|place| is_affinity(place.set)).count();
+        let added = lowered.added.iter().filter(|element| is_affinity(element.place.set)).count();
+        (removed, added)
     };
-    let (long, len) = name(&"p".repeat(63));
-    assert!(len <= 255 && long.ends_with(&"p".repeat(63)), "{long}");
-    let (odd, other) = (name("a\"b"), name("a\u{e4}b"));
-    assert_ne!(odd.0, other.0);
-    assert!(odd.0.chars().all(|c| c.is_ascii_alphanumeric() || "/-_.".contains(c)), "{odd:?}");
-    let object = Object::named(&long, Family::V4, true).unwrap();
-    assert_eq!((object.kind, object.to_string()), (Kind::Consult(Scope::Cluster), long));
-    let map = "aff-local/default/web/tcp/http/8080";
-    let object = Object::named(map, Family::V4, false).unwrap();
-    assert_eq!((object.kind, &*object.to_string()), (Kind::Map(Scope::Local, 8080), map));
-    assert_eq!(Object::named("vip-pick", Family::V4, true), None);
+    assert_eq!(cost(&node.apply(Some(&single(10, &many[1..])))), (3, 0));
+    assert_eq!(cost(&node.apply(Some(&single(10, &many)))), (0, 3));
+    assert_eq!(cost(&node.apply(Some(&single(20, &many)))), (1, 1));
+    assert_eq!(cost(&node.apply(Some(&single(20, &many)))), (0, 0));
+    assert_eq!(cost(&node.apply(Some(&mixed(20, &many, &[7])))), (0, 1));
 }
 
 #[test]
-fn each_port_that_backends_listen_on_has_its_map() {
-    let mut several = Plan::clone(&single(10, &[1, 2, 3]));
-    several.ports[0].backends[1].address.port = 9090;
-    let several = Arc::new(several);
-    let made = change(Some(&single(10, &[1, 2, 3])), Some(&several));
-    assert_eq!(names(&made.created), ["aff/default/web/tcp/http/9090"]);
-    assert_eq!(made.rules.iter().map(|(_, chain)| chain.rules.len()).collect::<Vec<_>>(), [2, 2]);
-    assert!(made.added.is_empty());
-    let back = change(Some(&several), Some(&single(10, &[1, 2, 3])));
-    assert_eq!(names(&back.dropped), ["aff/default/web/tcp/http/9090"]);
+fn a_number_stays_with_its_backend_and_is_not_given_away_at_once() {
+    let mut node = Node::default();
+    node.apply(Some(&single(10, &[1, 2, 3])));
+    node.apply(Some(&single(10, &[1, 3])));
+    node.apply(Some(&single(10, &[1, 3, 4])));
+    assert_eq!(node.members(), BTreeMap::from([(1, 0x1_0001), (3, 0x1_0003), (4, 0x1_0004)]));
+    node.apply(Some(&single(10, &[])));
+    assert!(node.affinity().is_empty(), "{:?}", node.affinity());
+    let numbers = Numbers { id: 1, members: [(backend(1).address, u16::MAX)].into(), last: u16::MAX };
+    let next = numbers.with(&port(10, [Verdict::Cluster; 2], &[1, 2], &[]));
+    assert_eq!(next.members.iter().map(|(_, number)| *number).collect::<Vec<_>>(), [u16::MAX, 1]);
 }
 
 #[test]
-fn a_map_of_an_earlier_run_is_looked_through_when_it_is_taken_over() {
-    let old = single(10, &[1]);
-    let map = change(None, Some(&mixed(10, &[1], &[1])));
-    let map = map.created.iter().find(|object| object.kind == Kind::Map(Scope::Local, 8080)).unwrap();
-    let found = Found::holding([].iter(), [map].into_iter());
-    for (previous, next) in [(None, mixed(10, &[1], &[1])), (Some(&old), mixed(10, &[1], &[1]))] {
-        let change = Change::between(previous, Some(&next), &found);
-        assert!(sources(&change).contains(&map.to_string()), "{change:?}");
+fn a_restart_finds_the_numbers_again_and_clears_what_left_meanwhile() {
+    let mut node = Node::default();
+    node.apply(Some(&single(10, &[1, 2])));
+    node.apply(Some(&single(10, &[2, 3])));
+    let before = node.members();
+    let found = Found::holding(node.elements.values());
+    let mut ids = Ids::default();
+    ids.keep(Family::V4, 1);
+    let next = single(20, &[3, 4]);
+    let mut lowered = lower(None, Some(&next), &found, &mut ids);
+    lowered.added.retain(|element| !found.has(element));
+    let other = lowered.added.iter().map(|element| element.place).filter(|place| found.holds(place));
+    lowered.removed.extend(other.collect::<Vec<_>>());
+    node.take(lowered);
+    assert_eq!(node.members(), BTreeMap::from([(3, before[&3]), (4, 0x1_0004)]));
+    let timeouts: Vec<_> =
+        node.affinity().into_iter().filter(|element| element.starts_with("affinity-timeouts")).collect();
+    assert_eq!(timeouts, ["affinity-timeouts { 1:0 . 20 }"]);
+    // Another port does not get the number that one has, nor one that the kernel holds.
+    assert_eq!(ids.take(Family::V4), Some(2));
+    assert_eq!(ids.take_found(Family::V4, 1), None);
+}
+
+#[test]
+fn numbers_go_round() {
+    let mut ids = Ids::default();
+    assert_eq!((ids.take(Family::V4), ids.take(Family::V4)), (Some(1), Some(2)));
+    ids.release([(Family::V4, 1)].into_iter());
+    assert_eq!(ids.take(Family::V4), Some(3), "what is free again comes last");
+    ids.last = u16::MAX;
+    assert_eq!(ids.take(Family::V4), Some(1));
+    for _ in 0..u16::MAX - 3 {
+        assert!(ids.take(Family::V4).is_some());
     }
-    assert!(Change::between(None, Some(&old), &found).reviews[0].sources == [map.clone()], "for its clients");
+    assert_eq!(ids.take(Family::V4), None);
 }

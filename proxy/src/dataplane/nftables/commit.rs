@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use super::affinity::Ids;
 use super::element::{Element, Place};
 use super::failure::{Failure, Owner, TOO_LARGE, blame, disagrees, failure};
 use super::kernel::{Empty, Kernel};
@@ -14,7 +15,7 @@ use super::message::Transaction;
 use super::netlink::CommitError;
 use super::observe::Found;
 use super::readings::Readings;
-use super::remembered::Edits;
+use super::rules::Policy;
 use super::schema::Set;
 use super::shared::Shared;
 use super::tables::{node_elements, rewrite};
@@ -32,24 +33,10 @@ const TAKEN_OVER_TOGETHER: usize = 200;
 /// From how many Services on a batch is written without notifications.
 const BULK: usize = 500;
 
-impl Staged<'_> {
-    /// How many elements of session affinity it removes and adds, beside those of the frontends.
-    fn affinity_count(&self) -> (usize, usize) {
-        let members = self.lowered.affinity.members.iter();
-        let members =
-            members.map(|(_, left, joined)| left.as_ref().map_or((0, 0), |left| (left.len(), joined.len())));
-        let entries = self.edits.iter().map(Edits::count);
-        members.chain(entries).fold((0, 0), |sum, count| (sum.0 + count.0, sum.1 + count.1))
-    }
-}
-
-/// A Service on its way: what it should be, and what that means for the kernel.
+/// A Service on its way, and what its change means for the kernel.
 struct Staged<'a> {
     key: &'a ServiceKey,
-    plan: Option<&'a Arc<Plan>>,
     lowered: Lowered,
-    /// What its maps of session affinity forget, and remember anew.
-    edits: Vec<Edits>,
 }
 
 impl Nftables {
@@ -68,7 +55,6 @@ impl Nftables {
         // After the Services: with the ServiceCIDRs in force, an address that has none yet is dropped, and a client
         // whose first packet is dropped waits a second.
         self.commit_node(batch.node.as_ref(), batch.sweep, outcome)?;
-        self.recheck(outcome)?;
         if batch.sweep { self.sweep(outcome) } else { Ok(()) }
     }
 
@@ -109,7 +95,8 @@ impl Nftables {
         for (family, policy) in &mut tables {
             // Where no pod CIDRs are owned yet, those that were found count.
             if let Some(places) = owned.get(&(*family, Set::PodCidrs)) {
-                let old = std::mem::replace(policy, self.settings.policy(!places.is_empty()));
+                let new = self.settings.policy(!places.is_empty(), policy.timeouts.clone());
+                let old = std::mem::replace(policy, new);
                 rewrite(&mut transaction, *family, &old, policy, Owner::Node);
             }
         }
@@ -170,9 +157,8 @@ impl Nftables {
                 outcome.asked += asked.map_err(NftablesError::ReadBack)?;
             }
             for (key, plan) in services {
-                let staged = self.stage(key, plan.as_ref())?;
-                let (removed, added) = staged.affinity_count();
-                elements += staged.lowered.removed.len() + staged.lowered.added.len() + removed + added;
+                let staged = self.stage(key, plan.as_ref());
+                elements += staged.lowered.removed.len() + staged.lowered.added.len();
                 part.push(staged);
                 if elements >= ELEMENTS_PER_PART {
                     self.commit_part(std::mem::take(&mut part), outcome)?;
@@ -188,17 +174,22 @@ impl Nftables {
     }
 
     /// What a Service means for the kernel.
-    fn stage<'a>(&mut self, key: &'a ServiceKey, plan: Option<&'a Arc<Plan>>) -> Result<Staged<'a>, Failure> {
+    fn stage<'a>(&mut self, key: &'a ServiceKey, plan: Option<&Arc<Plan>>) -> Staged<'a> {
         let previous = self.applied.get(key);
         let lowered = match self.state.found() {
-            Some(found) => lower(previous, plan, found),
-            None => lower(previous, plan, &Empty { counts: self.settings.count_connections }),
+            Some(found) => lower(previous, plan, found, &mut self.ids),
+            None => {
+                let nothing = Empty { counts: self.settings.count_connections };
+                lower(previous, plan, &nothing, &mut self.ids)
+            }
         };
-        let edits = match plan {
-            Some(plan) => self.review(plan, &lowered.affinity)?,
-            None => Vec::new(),
-        };
-        Ok(Staged { key, plan, lowered, edits })
+        Staged { key, lowered }
+    }
+
+    /// A Service is now as the first says, and not as the second: the numbers of ports that are no more are free.
+    fn release_ids(ids: &mut Ids, is: Option<&Applied>, is_not: Option<&Applied>) {
+        let kept: BTreeSet<_> = is.into_iter().flat_map(Applied::ids).collect();
+        ids.release(is_not.into_iter().flat_map(Applied::ids).filter(|id| !kept.contains(id)));
     }
 
     /// One transaction of Services; those that the kernel refuses are left out, and the others sent again.
@@ -233,6 +224,8 @@ impl Nftables {
                 position += 1;
                 if let Some(words) = words {
                     outcome.failed.push((staged.key.clone(), words.clone()));
+                    let previous = self.applied.get(staged.key);
+                    Self::release_ids(&mut self.ids, previous, staged.lowered.applied.as_ref());
                 }
                 words.is_none()
             });
@@ -250,27 +243,25 @@ impl Nftables {
         outcome: &mut Outcome,
     ) -> Result<Readings, (CommitError, Vec<Option<Owner>>)> {
         let owner = |position| if apart { Owner::Service(position) } else { Owner::Part };
-        let (lost, gained) = self.shared.preview(&shared_delta(part));
+        let shared = shared_delta(part);
+        let (lost, gained) = self.shared.preview(&shared);
         let (clear, gained) = self.against_found(&gained);
         let mut removals = BTreeMap::from([(Owner::Node, [lost, clear].concat())]);
         let mut additions = BTreeMap::from([(Owner::Node, gained)]);
-        let mut affinity = (0, 0);
         for (position, staged) in part.iter().enumerate() {
             let (clear, add) = self.against_found(&staged.lowered.added);
             let places = removals.entry(owner(position)).or_default();
             places.extend(staged.lowered.removed.iter().copied().chain(clear));
             additions.entry(owner(position)).or_default().extend(add);
-            let count = staged.affinity_count();
-            affinity = (affinity.0 + count.0, affinity.1 + count.1);
         }
-        let removed = affinity.0 + removals.values().map(Vec::len).sum::<usize>();
-        let added = affinity.1 + additions.values().map(Vec::len).sum::<usize>();
+        let removed = removals.values().map(Vec::len).sum::<usize>();
+        let added = additions.values().map(Vec::len).sum::<usize>();
         let mut transaction = self.netlink.begin();
         for (owner, places) in removals {
             transaction.remove_all(&places, owner);
         }
-        for (position, staged) in part.iter().enumerate() {
-            transaction.affinity(&staged.lowered.affinity, &staged.edits, Owner::Service(position));
+        for (family, old, new) in self.policies(&shared) {
+            rewrite(&mut transaction, family, old, &new, Owner::Ruleset);
         }
         for (owner, elements) in additions {
             transaction.add_all(elements, owner);
@@ -294,24 +285,20 @@ impl Nftables {
 
     /// A part is committed, with which these elements went: it is what is programmed now.
     fn take_over(&mut self, part: Vec<Staged<'_>>, gone: &Readings) {
-        self.shared.commit(&shared_delta(&part));
-        for Staged { key, plan, lowered, .. } in part {
-            let reviews = &lowered.affinity.reviews;
-            self.recheck
-                .extend(plan.iter().flat_map(|plan| reviews.iter().map(|r| (Arc::clone(plan), r.port))));
+        let shared = shared_delta(&part);
+        let policies: Vec<_> = self.policies(&shared).map(|(family, _, new)| (family, new)).collect();
+        self.tables.extend(policies);
+        self.shared.commit(&shared);
+        for Staged { key, lowered, .. } in part {
             if let Some(found) = self.state.found_mut() {
-                let affinity = &lowered.affinity;
-                affinity
-                    .dropped
-                    .iter()
-                    .chain(&affinity.created)
-                    .for_each(|object| found.settle_object(object));
                 lowered.removed.iter().for_each(|place| found.settle(place));
                 lowered.added.iter().for_each(|element| found.settle(&element.place));
-                lowered.shared.gained.iter().for_each(|shared| found.settle(&shared.place()));
+                let gained = lowered.shared.gained.iter().filter_map(|shared| shared.place());
+                gained.for_each(|place| found.settle(&place));
             }
-            let previous = self.applied.get(key).map(Applied::plan);
-            self.carried.change(key, previous.map(AsRef::as_ref), plan.map(AsRef::as_ref), gone);
+            let (previous, next) = (self.applied.get(key), lowered.applied.as_ref());
+            self.carried.change(key, previous, next, gone);
+            Self::release_ids(&mut self.ids, next, previous);
             match lowered.applied {
                 Some(applied) => self.applied.insert(key.clone(), applied),
                 None => self.applied.remove(key),
@@ -331,14 +318,38 @@ impl Nftables {
             self.send(&mut transaction, part.len(), 0, outcome).map_err(failure)?;
         }
         outcome.swept.extend(stale.iter().filter_map(Place::frontend));
-        let stale = self.state.found().map(Found::objects).unwrap_or_default();
-        let mut transaction = self.netlink.begin();
-        stale.iter().for_each(|object| transaction.drop_object(object, Owner::Node));
-        self.send(&mut transaction, 0, 0, outcome).map_err(failure)?;
         self.remove_strange(outcome)?;
         self.state = State::Exact;
+        self.ids.keep_no_longer();
+        self.forget_timeouts(outcome)?;
         // With full nodes: what came in the order of its keys has left them half empty.
         self.applied = std::mem::take(&mut self.applied).into_iter().collect();
+        Ok(())
+    }
+
+    /// The policies that change when Services have lost and gained these. Until the sources have synced, timeouts stay that
+    /// ports may have which nobody has claimed.
+    fn policies(&self, delta: &BTreeMap<Shared, i64>) -> impl Iterator<Item = (Family, &Policy, Policy)> {
+        self.tables.iter().filter_map(move |(family, policy)| {
+            let mut timeouts = self.shared.timeouts(*family, delta);
+            if self.state.found().is_some() {
+                timeouts.extend(&policy.timeouts);
+            }
+            let new = Policy { timeouts, ..policy.clone() };
+            (*policy != new).then_some((*family, policy, new))
+        })
+    }
+
+    /// Takes away the chains of timeouts that no port has any more.
+    fn forget_timeouts(&mut self, outcome: &mut Outcome) -> Result<(), Failure> {
+        let policies: Vec<_> =
+            self.policies(&BTreeMap::new()).map(|(family, old, new)| (family, old.clone(), new)).collect();
+        let mut transaction = self.netlink.begin();
+        for (family, old, new) in &policies {
+            rewrite(&mut transaction, *family, old, new, Owner::Ruleset);
+        }
+        self.send(&mut transaction, 0, 0, outcome).map_err(failure)?;
+        self.tables.extend(policies.into_iter().map(|(family, _, new)| (family, new)));
         Ok(())
     }
 

@@ -4,17 +4,17 @@
 //! that goes had counted is kept here for as long as its backend stays. Never decides whether anything counts.
 //!
 //! A connection is counted where it draws its backend: a chain of type nat sees its first packet alone. Clients of a port
-//! with session affinity may be led back without a draw, but where they were led is looked up among the members: there
-//! these count. A port that uses both endpoint sets has members of each, and a connection to a backend of both is
-//! counted twice.
+//! with session affinity may be led back without a draw, but where they were led is looked up among the port's backends:
+//! there these count.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::affinity::{Port, find};
+use super::affinity::backends_of;
 use super::element::{Key, Place};
-use super::lower::{Applied, Target};
+use super::lower::{Applied, Target, position};
 use super::readings::Readings;
+use super::schema::Set;
 use crate::dataplane::Counts;
 use crate::model::input::{Family, Protocol, ServiceKey};
 use crate::model::plan::{AddressPort, Plan, PortPlan};
@@ -32,8 +32,8 @@ impl Carried {
     pub(crate) fn change(
         &mut self,
         service: &ServiceKey,
-        old: Option<&Plan>,
-        new: Option<&Plan>,
+        old: Option<&Applied>,
+        new: Option<&Applied>,
         gone: &Readings,
     ) {
         let mut before = self.0.remove(service).unwrap_or_default();
@@ -43,8 +43,8 @@ impl Carried {
         let Some(new) = new else { return };
         let old = old.unwrap_or(new);
         let mut after = BTreeMap::new();
-        for port in &new.ports {
-            let Some(was) = counterpart(old, port) else { continue };
+        for port in &new.plan().ports {
+            let Some(was) = counterpart(old.plan(), port) else { continue };
             let mut counts = before.remove(&key(was)).unwrap_or_default();
             counts.add(&of(old, was, gone));
             counts.connections.retain(|backend, connections| *connections > 0 && has(port, *backend));
@@ -58,55 +58,44 @@ impl Carried {
     }
 
     /// All that a port counted, with these readings of its elements; `applied` is what is programmed.
-    pub(crate) fn total(&self, applied: &Plan, port: &PortPlan, readings: &Readings) -> Counts {
+    pub(crate) fn total(&self, applied: &Applied, port: &PortPlan, readings: &Readings) -> Counts {
         let mut counts = Counts::default();
         let backends = port.backends.iter().chain(&port.local_backends);
         counts.connections.extend(backends.map(|backend| (backend.address, 0)));
-        if let Some(port) = find(applied, port) {
+        let plan = applied.plan();
+        if let Some(port) = position(plan, port).map(|i| &plan.ports[i]) {
             counts.add(&of(applied, port, readings));
-            let carried = self.0.get(&applied.service).and_then(|ports| ports.get(&key(port)));
+            let carried = self.0.get(&plan.service).and_then(|ports| ports.get(&key(port)));
             carried.into_iter().for_each(|carried| counts.add(carried));
         }
         counts
     }
 }
 
-/// The elements that count what a Service's frontends meet: their keys, by table and name of the set.
-pub(crate) fn counters(applied: &Applied) -> BTreeMap<(Family, Arc<str>), Vec<Key>> {
+/// The elements that count what a Service's frontends meet: their keys, by table and set.
+pub(crate) fn counters(applied: &Applied) -> BTreeMap<(Family, Set), Vec<Key>> {
     let mut counters: BTreeMap<_, Vec<_>> = BTreeMap::new();
     for Place { family, set, key } in applied.counters() {
-        counters.entry((family, set.name().into())).or_default().push(key);
-    }
-    let plan = applied.plan();
-    for port in plan.ports.iter().filter_map(|port| Port::new(plan, port)) {
-        for scope in port.scopes() {
-            let set = port.members_set(scope);
-            let members = port.members(scope).into_iter().map(|member| Key::backend(member.socket()));
-            counters.entry((set.family, set.name())).or_default().extend(members);
-        }
+        counters.entry((family, set)).or_default().push(key);
     }
     counters
 }
 
-/// What these readings say of a port of this plan.
-fn of(plan: &Plan, port: &PortPlan, readings: &Readings) -> Counts {
+/// What these readings say of a port that is or was programmed.
+fn of(applied: &Applied, port: &PortPlan, readings: &Readings) -> Counts {
     let mut counts = Counts::default();
-    if let Some(affinity) = Port::new(plan, port) {
-        for set in affinity.scopes().map(|scope| affinity.members_set(scope)) {
-            for (backend, connections) in readings.members(&set) {
-                let counted = counts.connections.entry(backend).or_default();
-                *counted = connections.max(*counted);
-            }
-        }
-    }
+    let mut places = Vec::new();
+    let id = applied.id(port);
+    places.extend(id.map(|id| backends_of(port.family, id)));
     for frontend in &port.frontends {
         let at = Target::new(port, frontend);
         counts.refused += readings.at(&at.refusals);
-        if port.affinity.is_none() {
-            for (backend, connections) in at.slots.iter().flat_map(|slots| readings.below(slots.all)) {
-                *counts.connections.entry(backend).or_default() += connections;
-            }
+        if id.is_none() {
+            places.extend(at.slots.map(|slots| slots.all));
         }
+    }
+    for (backend, connections) in places.into_iter().flat_map(|place| readings.below(place)) {
+        *counts.connections.entry(backend).or_default() += connections;
     }
     counts
 }
@@ -117,7 +106,7 @@ fn counterpart<'a>(plan: &'a Plan, port: &PortPlan) -> Option<&'a PortPlan> {
         (candidate.family, candidate.protocol) == (port.family, port.protocol)
             && candidate.frontends.iter().any(|a| port.frontends.iter().any(|b| a.at == b.at))
     };
-    find(plan, port).or_else(|| plan.ports.iter().find(shares))
+    position(plan, port).map(|i| &plan.ports[i]).or_else(|| plan.ports.iter().find(shares))
 }
 
 fn key(port: &PortPlan) -> PortKey {

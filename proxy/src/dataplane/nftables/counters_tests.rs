@@ -3,11 +3,10 @@
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
 
+use super::super::affinity::Ids;
 use super::super::element::Data;
 use super::super::kernel::Empty;
 use super::super::lower::lower;
-use super::super::object::Object;
-use super::super::schema::Set;
 use super::*;
 use crate::model::plan::{Backend, Frontend, FrontendAddress, FrontendKind, Verdict};
 
@@ -53,54 +52,40 @@ fn plan(name: &str, affinity: bool, cluster: &[u8], local: &[u8]) -> Arc<Plan> {
 struct Node {
     applied: Option<Applied>,
     carried: Carried,
+    ids: Ids,
     elements: BTreeMap<Place, (Option<AddressPort>, u64)>,
-    members: BTreeMap<Object, BTreeMap<AddressPort, u64>>,
 }
 
 impl Node {
     /// Commits a plan; the elements that go tell what they had counted.
     fn apply(&mut self, next: Option<Arc<Plan>>) {
-        let lowered = lower(self.applied.as_ref(), next.as_ref(), &Empty { counts: true });
+        let lowered = lower(self.applied.as_ref(), next.as_ref(), &Empty { counts: true }, &mut self.ids);
         let mut gone = Readings::default();
         for place in lowered.removed.iter().filter(|place| place.set.counts()) {
             let (backend, packets) = self.elements.remove(place).unwrap();
             gone.put(*place, backend, packets);
         }
         for element in lowered.added.iter().filter(|element| element.place.set.counts()) {
-            let backend = element.data.as_ref().and_then(Data::to_backend).map(AddressPort::from);
+            let of_data = element.data.and_then(Data::to_backend).map(AddressPort::from);
+            let backend = of_data.or_else(|| element.place.key.to_backend());
             assert!(self.elements.insert(element.place, (backend, 0)).is_none());
         }
-        for object in &lowered.affinity.dropped {
-            for (member, packets) in self.members.remove(object).into_iter().flatten() {
-                gone.put_member(object, member, packets);
-            }
-        }
-        for (object, left, joined) in &lowered.affinity.members {
-            let members = self.members.entry(object.clone()).or_default();
-            match left {
-                Some(left) => left.iter().for_each(|left| assert!(members.remove(left).is_some())),
-                None => std::mem::take(members)
-                    .into_iter()
-                    .for_each(|(member, packets)| gone.put_member(object, member, packets)),
-            }
-            joined.iter().for_each(|joined| assert!(members.insert(*joined, 0).is_none()));
-        }
-        let old = self.applied.as_ref().map(Applied::plan);
         let service = ServiceKey::new("default", "web");
-        self.carried.change(&service, old.map(AsRef::as_ref), next.as_deref(), &gone);
+        self.carried.change(&service, self.applied.as_ref(), lowered.applied.as_ref(), &gone);
         self.applied = lowered.applied;
     }
 
     /// New connections to a backend, by the cluster IP: so many drawn, and so many led back.
     fn connect(&mut self, backend: u8, drawn: u64, back: u64) {
-        let slots = self
-            .elements
-            .iter_mut()
-            .filter(|(place, (to, _))| place.set == Set::Endpoints && *to == Some(address(backend)));
-        let (_, (_, count)) = slots.into_iter().next().unwrap();
-        *count += drawn;
-        let members = self.members.values_mut().filter_map(|members| members.get_mut(&address(backend)));
-        members.for_each(|count| *count += drawn + back);
+        let mut counts = |set: Set, connections: u64| {
+            let is_it = |(place, (to, _)): &(&Place, &mut (Option<AddressPort>, u64))| {
+                place.set == set && *to == Some(address(backend))
+            };
+            let found = self.elements.iter_mut().find(is_it);
+            found.map(|(_, (_, count))| *count += connections)
+        };
+        counts(Set::Endpoints, drawn).unwrap();
+        counts(Set::AffinityBackends, drawn + back);
     }
 
     fn refuse(&mut self) {
@@ -112,24 +97,15 @@ impl Node {
     fn status(&self) -> (Vec<u64>, u64) {
         let applied = self.applied.as_ref().unwrap();
         let mut readings = Readings::default();
-        for ((_, set), keys) in counters(applied) {
+        for ((family, set), keys) in counters(applied) {
             for key in keys {
-                match Set::named(&set) {
-                    Some(set) => {
-                        let place = Place { family: Family::V4, set, key };
-                        let (backend, packets) = self.elements[&place];
-                        readings.put(place, backend, packets);
-                    }
-                    None => {
-                        let object = Object::named(&set, Family::V4, false).unwrap();
-                        let member = key.to_backend().unwrap();
-                        readings.put_member(&object, member, self.members[&object][&member]);
-                    }
-                }
+                let place = Place { family, set, key };
+                let (backend, packets) = self.elements[&place];
+                readings.put(place, backend, packets);
             }
         }
         let plan = applied.plan();
-        let counts = self.carried.total(plan, &plan.ports[0], &readings);
+        let counts = self.carried.total(applied, &plan.ports[0], &readings);
         (counts.connections.into_values().collect(), counts.refused)
     }
 }

@@ -12,8 +12,8 @@ use super::schema::{Field, Set, address_len};
 use crate::model::input::{Family, Protocol};
 use crate::model::plan::{AddressPort, FrontendAddress};
 
-/// The longest key: IPv6 address, protocol, port, IPv6 address.
-const KEY_MAX: usize = 40;
+/// The longest key: IPv6 address, protocol, port, IPv6 address; behind it the last address, where it is a range.
+const KEY_MAX: usize = 56;
 /// The longest data: IPv6 address, port.
 const DATA_MAX: usize = 20;
 /// The longest comment that nft takes back is 128 bytes (`NFTNL_UDATA_COMMENT_MAXLEN`), its NUL included.
@@ -22,23 +22,20 @@ const COMMENT_MAX: usize = 127;
 /// The key of an element.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Key {
+    /// The key; in a range, the first key, and behind it the last component of the last key.
     bytes: [u8; KEY_MAX],
     len: u8,
-    /// It stands for every key that differs from it in its last so many bits alone.
-    free_bits: u8,
+    /// How long the last component of the last key is; 0: the key is no range.
+    end_len: u8,
     /// It is where a range ends: the first address behind it (`NFT_SET_ELEM_INTERVAL_END`).
     pub(crate) interval_end: bool,
 }
 
-/// What a key maps to.
-#[derive(Clone, PartialEq, Eq)]
-pub(crate) enum Data {
-    /// A backend: address and port, so many bytes of them.
-    Backend([u8; DATA_MAX], u8),
-    /// `jump` to a chain.
-    Jump(Arc<str>),
-    /// `goto` a chain.
-    Goto(Arc<str>),
+/// What a key maps to: a backend, or a number of a port with session affinity.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Data {
+    bytes: [u8; DATA_MAX],
+    len: u8,
 }
 
 /// Where an element lives.
@@ -64,20 +61,24 @@ pub(crate) struct Element {
 }
 
 impl Key {
-    /// From what the kernel says: the key, and where it is a range the last key of it. `None` where it is longer than
-    /// any key of ours. A range that is no network can only be somebody else's doing; it is known, and removed, by
-    /// its first key.
-    pub(crate) fn from_kernel(bytes: &[u8], last: Option<&[u8]>, interval_end: bool) -> Option<Self> {
+    /// The key that the kernel reports; `last` is the last key of an element that is a range. `None` where the key is
+    /// longer than any key of ours, or the range is none of `tail` bytes, the length of the last component.
+    pub(crate) fn from_kernel(
+        bytes: &[u8],
+        last: Option<&[u8]>,
+        tail: usize,
+        interval_end: bool,
+    ) -> Option<Self> {
         let mut key = Self { len: u8::try_from(bytes.len()).ok()?, interval_end, ..Self::empty() };
         key.bytes.get_mut(..bytes.len())?.copy_from_slice(bytes);
-        if let Some(last) = last {
-            key.free_bits = (0..=128).find(|bits| key.range(*bits).last().as_bytes() == last).unwrap_or(0);
-        }
-        Some(key)
+        let Some(last) = last else { return Some(key) };
+        let (head, end) = last.split_at_checked(last.len().checked_sub(tail)?)?;
+        (last.len() == bytes.len() && bytes.starts_with(head)).then_some(())?;
+        key.up_to(end)
     }
 
     fn empty() -> Self {
-        Self { bytes: [0; KEY_MAX], len: 0, free_bits: 0, interval_end: false }
+        Self { bytes: [0; KEY_MAX], len: 0, end_len: 0, interval_end: false }
     }
 
     /// Appends a component, padded with zeros to a multiple of four bytes.
@@ -105,11 +106,6 @@ impl Key {
         Self::address(address).push_address(address)
     }
 
-    /// (address, port).
-    pub(crate) fn backend(backend: SocketAddr) -> Self {
-        Self::address(backend.ip()).push(&backend.port().to_be_bytes())
-    }
-
     /// (address, protocol, port).
     pub(crate) fn vip(address: SocketAddr, protocol: Protocol) -> Self {
         Self::address(address.ip()).push(&[protocol.number()]).push(&address.port().to_be_bytes())
@@ -125,35 +121,42 @@ impl Key {
         self.push(&slot.to_ne_bytes())
     }
 
-    /// The same VIP with the network of its clients behind it, as `ranges` has it.
+    /// The same VIP with the network of its clients behind it, as `ranges` has it. An element of a set with ranges has a
+    /// last key also where it is one address: nft takes an element without one for the start of a range, which ends at
+    /// the next element.
     pub(crate) fn clients(self, network: IpNetwork) -> Self {
-        let bits = match network {
-            IpNetwork::V4(_) => 32,
-            IpNetwork::V6(_) => 128,
-        };
-        self.push_address(network.network()).range(bits - network.prefix())
-    }
-
-    fn range(mut self, free_bits: u8) -> Self {
-        self.free_bits = free_bits;
-        self
-    }
-
-    /// The last of the keys that it stands for.
-    pub(crate) fn last(self) -> Self {
-        let mut last = self.range(0);
-        let mut left = self.free_bits;
-        for byte in last.bytes[..usize::from(self.len)].iter_mut().rev() {
-            let here = left.min(8);
-            *byte |= 0xffu8.checked_shr(u32::from(8 - here)).unwrap_or(0);
-            left -= here;
+        let first = self.push_address(network.network());
+        match network.broadcast() {
+            IpAddr::V4(last) => first.up_to(&last.octets()),
+            IpAddr::V6(last) => first.up_to(&last.octets()),
         }
-        last
+        .unwrap_or(first)
     }
 
-    /// Whether it stands for more than one key.
-    pub(crate) fn is_range(&self) -> bool {
-        self.free_bits > 0
+    /// The range from this key to the one that ends with these bytes; `None` where they are too many.
+    fn up_to(mut self, end: &[u8]) -> Option<Self> {
+        let behind = usize::from(self.len);
+        self.bytes.get_mut(behind..behind + end.len())?.copy_from_slice(end);
+        self.end_len = u8::try_from(end.len()).ok()?;
+        Some(self)
+    }
+
+    /// A number of a port with session affinity, or of one of its members.
+    pub(crate) fn id(id: u32) -> Self {
+        Self::empty().push(&id.to_ne_bytes())
+    }
+
+    /// The same number with a backend behind it.
+    pub(crate) fn with_backend(self, backend: SocketAddr) -> Self {
+        self.push_address(backend.ip()).push(&backend.port().to_be_bytes())
+    }
+
+    /// The last of the keys that it stands for; `None`: it stands for itself alone.
+    pub(crate) fn last(&self) -> Option<Vec<u8>> {
+        let (len, end_len) = (usize::from(self.len), usize::from(self.end_len));
+        let end = self.bytes.get(len..len + end_len).filter(|end| !end.is_empty())?;
+        let head = self.as_bytes().get(..len - end_len)?;
+        Some([head, end].concat())
     }
 
     /// Whether its first components are those of the other.
@@ -161,9 +164,9 @@ impl Key {
         self.as_bytes().starts_with(other.as_bytes())
     }
 
-    /// The backend that it is, where it is one.
+    /// The backend behind a number.
     pub(crate) fn to_backend(self) -> Option<AddressPort> {
-        Data::from_kernel(self.as_bytes())?.to_backend().map(AddressPort::from)
+        Data::from_kernel(self.as_bytes().get(size_of::<u32>()..)?)?.to_backend().map(AddressPort::from)
     }
 
     /// The bytes, padding included.
@@ -175,22 +178,30 @@ impl Key {
 impl Data {
     /// A backend's address and port.
     pub(crate) fn backend(backend: SocketAddr) -> Self {
-        let key = Key::backend(backend);
+        Self::of(Key::empty().with_backend(backend))
+    }
+
+    /// A number of a port with session affinity, or of one of its members.
+    pub(crate) fn id(id: u32) -> Self {
+        Self::of(Key::id(id))
+    }
+
+    fn of(key: Key) -> Self {
         let mut bytes = [0; DATA_MAX];
         bytes[..usize::from(key.len)].copy_from_slice(key.as_bytes());
-        Self::Backend(bytes, key.len)
+        Self { bytes, len: key.len }
     }
 
     /// From what the kernel says; `None` where it is longer than any data of ours.
     pub(crate) fn from_kernel(bytes: &[u8]) -> Option<Self> {
         let mut held = [0; DATA_MAX];
         held.get_mut(..bytes.len())?.copy_from_slice(bytes);
-        Some(Self::Backend(held, u8::try_from(bytes.len()).ok()?))
+        Some(Self { bytes: held, len: u8::try_from(bytes.len()).ok()? })
     }
 
     /// The backend that it says.
-    pub(crate) fn to_backend(&self) -> Option<SocketAddr> {
-        let (address, port): (IpAddr, &[u8]) = match self.as_bytes()? {
+    pub(crate) fn to_backend(self) -> Option<SocketAddr> {
+        let (address, port): (IpAddr, &[u8]) = match self.as_bytes() {
             [a, b, c, d, port @ ..] if port.len() == 4 => (Ipv4Addr::new(*a, *b, *c, *d).into(), port),
             bytes => {
                 let (address, port) = bytes.split_first_chunk::<16>()?;
@@ -201,20 +212,14 @@ impl Data {
         Some(SocketAddr::new(address, u16::from_be_bytes(*port)))
     }
 
-    /// The address, where it says nothing else.
-    pub(crate) fn to_address(&self) -> Option<IpAddr> {
-        let bytes = self.as_bytes()?;
-        let v4 = || Some(Ipv4Addr::from(<[u8; 4]>::try_from(bytes).ok()?).into());
-        let v6 = || Some(Ipv6Addr::from(<[u8; 16]>::try_from(bytes).ok()?).into());
-        v4().or_else(v6)
+    /// The number that it says.
+    pub(crate) fn to_id(self) -> Option<u32> {
+        Some(u32::from_ne_bytes(self.as_bytes().try_into().ok()?))
     }
 
-    /// The bytes of a backend, padding included; `None` for a verdict.
-    pub(crate) fn as_bytes(&self) -> Option<&[u8]> {
-        match self {
-            Self::Backend(bytes, len) => bytes.get(..usize::from(*len)),
-            Self::Jump(_) | Self::Goto(_) => None,
-        }
+    /// The bytes, padding included.
+    pub(crate) fn as_bytes(&self) -> &[u8] {
+        &self.bytes[..usize::from(self.len)]
     }
 }
 
@@ -252,8 +257,9 @@ impl fmt::Debug for Key {
         for byte in self.as_bytes() {
             write!(f, "{byte:02x}")?;
         }
-        if self.is_range() {
-            write!(f, " + {} bits", self.free_bits)?;
+        if let Some(last) = self.last() {
+            f.write_str("-")?;
+            last.iter().try_for_each(|byte| write!(f, "{byte:02x}"))?;
         }
         if self.interval_end { f.write_str(" end") } else { Ok(()) }
     }
@@ -261,13 +267,17 @@ impl fmt::Debug for Key {
 
 impl fmt::Debug for Data {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match (self, self.to_backend()) {
-            (_, Some(backend)) => fmt::Display::fmt(&backend, f),
-            (Self::Backend(bytes, _), None) => fmt::Debug::fmt(bytes, f),
-            (Self::Jump(chain), _) => write!(f, "jump {chain}"),
-            (Self::Goto(chain), _) => write!(f, "goto {chain}"),
+        match (self.to_backend(), self.to_id()) {
+            (Some(backend), _) => fmt::Display::fmt(&backend, f),
+            (None, Some(id)) => fmt_id(id, f),
+            (None, None) => fmt::Debug::fmt(self.as_bytes(), f),
         }
     }
+}
+
+/// As nft prints a number of the type `classid`.
+fn fmt_id(id: u32, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    write!(f, "{:x}:{:x}", id >> 16, id & 0xffff)
 }
 
 impl fmt::Display for Place {
@@ -282,21 +292,49 @@ impl fmt::Display for Place {
                 f.write_str(" . ")?;
             }
             match (field, component) {
-                (Field::Address, [a, b, c, d]) => write!(f, "{}", Ipv4Addr::new(*a, *b, *c, *d))?,
-                (Field::Address, bytes) => match <[u8; 16]>::try_from(bytes) {
-                    Ok(octets) => write!(f, "{}", Ipv6Addr::from(octets))?,
-                    Err(_) => write!(f, "{bytes:?}")?,
-                },
+                (Field::Address, bytes) => fmt_address(bytes, f)?,
+                (Field::Id, [a, b, c, d]) => fmt_id(u32::from_ne_bytes([*a, *b, *c, *d]), f)?,
                 (Field::Protocol, [number, ..]) => write!(f, "{number}")?,
                 (Field::Port, [high, low, ..]) => write!(f, "{}", u16::from_be_bytes([*high, *low]))?,
                 (Field::Slot, [a, b, c, d]) => write!(f, "{}", u32::from_ne_bytes([*a, *b, *c, *d]))?,
                 (_, bytes) => write!(f, "{bytes:?}")?,
             }
         }
-        if self.key.is_range() {
-            write!(f, "/{}", address_len(self.family) * 8 - usize::from(self.key.free_bits))?;
+        if let Some(last) = self.key.last() {
+            let [first, last] = [self.key.as_bytes(), &last].map(|key| {
+                let address = key.len().saturating_sub(address_len(self.family));
+                &key[address..]
+            });
+            fmt_end(first, last, f)?;
         }
         f.write_str(" }")
+    }
+}
+
+/// What follows the first address of a range: nothing behind a single address, the length of a network's prefix, or the last
+/// address.
+fn fmt_end(first: &[u8], last: &[u8], f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    let Some((first, end)) = to_address(first).zip(to_address(last)) else { return Ok(()) };
+    let network = |prefix: &u8| {
+        IpNetwork::new(first, *prefix).is_ok_and(|net| net.network() == first && net.broadcast() == end)
+    };
+    match (0..=128).find(network) {
+        _ if first == end => Ok(()),
+        Some(prefix) => write!(f, "/{prefix}"),
+        None => write!(f, "-{end}"),
+    }
+}
+
+fn to_address(bytes: &[u8]) -> Option<IpAddr> {
+    let v4 = || Some(Ipv4Addr::from(<[u8; 4]>::try_from(bytes).ok()?).into());
+    let v6 = || Some(Ipv6Addr::from(<[u8; 16]>::try_from(bytes).ok()?).into());
+    v4().or_else(v6)
+}
+
+fn fmt_address(bytes: &[u8], f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    match to_address(bytes) {
+        Some(address) => write!(f, "{address}"),
+        None => write!(f, "{bytes:?}"),
     }
 }
 
@@ -394,21 +432,38 @@ mod tests {
     #[test]
     fn a_network_of_clients_reads_back() {
         let cases = [
-            ("203.0.113.1:80", "10.0.0.0/9", "ranges { 203.0.113.1 . 6 . 80 . 10.0.0.0/9 }", "0a7fffff"),
-            ("203.0.113.1:80", "10.0.0.1/32", "ranges { 203.0.113.1 . 6 . 80 . 10.0.0.1 }", "0a000001"),
-            ("203.0.113.1:80", "0.0.0.0/0", "ranges { 203.0.113.1 . 6 . 80 . 0.0.0.0/0 }", "ffffffff"),
-            ("[fd00::1]:80", "fd01::/127", "ranges { fd00::1 . 6 . 80 . fd01::/127 }", "00000001"),
-            ("[fd00::1]:80", "::/0", "ranges { fd00::1 . 6 . 80 . ::/0 }", "ffffffff"),
+            ("203.0.113.1:80", "10.0.0.0/9", "10.0.0.0/9", "0a7fffff"),
+            ("203.0.113.1:80", "10.0.0.1/32", "10.0.0.1", "0a000001"),
+            ("203.0.113.1:80", "0.0.0.0/0", "0.0.0.0/0", "ffffffff"),
+            ("[fd00::1]:80", "fd01::/127", "fd01::/127", "00000001"),
+            ("[fd00::1]:80", "::/0", "::/0", "ffffffff"),
         ];
-        for (vip, network, text, last) in cases {
+        for (vip, network, text, end) in cases {
             let vip: SocketAddr = vip.parse().unwrap();
             let key = Key::vip(vip, Protocol::Tcp).clients(network.parse().unwrap());
-            let place = Place { family: Family::of(vip.ip()), set: Set::Ranges, key };
-            assert_eq!(place.to_string(), text);
-            let end = key.last();
-            assert!(format!("{end:?}").ends_with(last), "{end:?}");
-            assert_eq!(Key::from_kernel(key.as_bytes(), Some(end.as_bytes()), false), Some(key));
+            let family = Family::of(vip.ip());
+            let place = Place { family, set: Set::Ranges, key };
+            assert_eq!(place.to_string(), format!("ranges {{ {} . 6 . 80 . {text} }}", vip.ip()));
+            let last = key.last().unwrap();
+            assert!(format!("{key:?}").ends_with(end), "{key:?}");
+            let tail = address_len(family);
+            assert_eq!(Key::from_kernel(key.as_bytes(), Some(&last), tail, false), Some(key));
         }
+    }
+
+    #[test]
+    fn a_range_that_is_no_network_is_known_by_both_its_ends() {
+        let key = Key::vip("203.0.113.1:80".parse().unwrap(), Protocol::Tcp);
+        let [first, last] =
+            ["198.51.100.7/32", "203.0.113.200/32"].map(|net| key.clients(net.parse().unwrap()));
+        let odd = Key::from_kernel(first.as_bytes(), Some(last.as_bytes()), 4, false).unwrap();
+        assert_eq!(odd.last().as_deref(), Some(last.as_bytes()));
+        assert_ne!(odd, first);
+        let place = Place { family: Family::V4, set: Set::Ranges, key: odd };
+        assert_eq!(place.to_string(), "ranges { 203.0.113.1 . 6 . 80 . 198.51.100.7-203.0.113.200 }");
+        let half = Key::from_kernel(first.as_bytes(), None, 4, false).unwrap();
+        assert_ne!(half, first, "an element without an end is another element");
+        assert_eq!(Key::from_kernel(&[0; 60], None, 4, false), None);
     }
 
     #[test]

@@ -5,7 +5,6 @@
 use std::ffi::{CStr, CString};
 use std::num::NonZeroU32;
 use std::ptr::NonNull;
-use std::sync::Arc;
 
 use nftnl::expr::Expression;
 use nftnl::nftnl_sys::{self as sys, libc};
@@ -34,8 +33,6 @@ impl Reg {
 pub(crate) enum LookupIn {
     /// A set or map of the table.
     Table(Set),
-    /// A set or map of one Service port.
-    Named(Arc<str>),
     /// The anonymous set `{ tcp, udp, sctp }` that the rule brings with it.
     Protocols,
 }
@@ -49,6 +46,10 @@ pub(crate) enum Expr {
     DestinationPort { reg: Reg },
     /// Loads the name of the interface that the packet came in through (`iifname`); empty for what this host sends.
     InInterface { reg: Reg },
+    /// Loads the number of the interface that the packet came in through (`iif`); 0 where there is none.
+    InInterfaceNumber { reg: Reg },
+    /// Loads the name of the interface that the packet goes out by (`oifname`).
+    OutInterface { reg: Reg },
     /// Loads what kind of address the source is to this host (`fib saddr type`).
     SourceType { reg: Reg },
     /// Loads the transport protocol (`meta l4proto`).
@@ -65,10 +66,16 @@ pub(crate) enum Expr {
     Lookup { set: LookupIn, key: Reg, data: Option<Reg>, invert: bool },
     /// Loads these bytes.
     Immediate { bytes: Vec<u8>, reg: Reg },
-    /// Searches a verdict map and does what it says; without a match the rule ends here.
-    VerdictMap { map: Set, key: Reg },
-    /// Puts what is in these registers into a map, or makes it live for its timeout again if the key is there.
-    Update { map: Arc<str>, key: Reg, data: Reg, timeout: NonZeroU32 },
+    /// Puts what is in these registers into a map, or makes it live for its timeout in seconds again if the key is there.
+    Update { map: Set, key: Reg, data: Reg, timeout: NonZeroU32 },
+    /// Takes what is under this key out of a map. The kernel wants a register with data here too.
+    Delete { map: Set, key: Reg, data: Reg },
+    /// Loads the packet's priority (`meta priority`).
+    Priority { reg: Reg },
+    /// Sets the packet's priority to what is in the register.
+    SetPriority { reg: Reg },
+    /// `jhash` of so many bytes from a register on, modulo the largest number.
+    Hash { source: Reg, len: u32, reg: Reg },
     /// Loads a word of the connection's state.
     Connection { word: ConnectionWord, reg: Reg },
     /// Keeps these bits of the register.
@@ -127,6 +134,12 @@ const FIB_SOURCE: u32 = 1;
 const DIRECTION_ORIGINAL: u8 = 0;
 /// `NF_NAT_RANGE_PROTO_RANDOM_FULLY`.
 const RANDOM_FULLY: u32 = 1 << 4;
+/// `NFT_DYNSET_OP_DELETE`.
+const DYNSET_DELETE: u32 = 2;
+/// `NFT_HASH_JENKINS`.
+const HASH_JENKINS: u32 = 0;
+/// Any number will do: two clients with one hash are led to one backend, which each of them may draw.
+const HASH_SEED: u32 = 0x6b6c;
 /// `NFT_LOOKUP_F_INV`.
 const LOOKUP_INVERT: u32 = 1;
 
@@ -208,6 +221,8 @@ impl Expr {
             }
             Self::DestinationPort { reg } => payload(libc::NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2, *reg),
             Self::InInterface { reg } => meta(libc::NFT_META_IIFNAME, *reg),
+            Self::InInterfaceNumber { reg } => meta(libc::NFT_META_IIF, *reg),
+            Self::OutInterface { reg } => meta(libc::NFT_META_OIFNAME, *reg),
             Self::SourceType { reg } => Builder::new(c"fib")
                 .u32(sys::NFTNL_EXPR_FIB_RESULT, FIB_ADDRESS_TYPE)
                 .u32(sys::NFTNL_EXPR_FIB_FLAGS, FIB_SOURCE)
@@ -228,21 +243,28 @@ impl Expr {
                 .u32(sys::NFTNL_EXPR_NG_DREG, reg.raw()),
             Self::Lookup { set, key, data, invert } => match set {
                 LookupIn::Table(set) => lookup(&c_name(set.name()), *key, *data, *invert),
-                LookupIn::Named(name) => lookup(&c_name(name), *key, *data, *invert),
                 LookupIn::Protocols => lookup(ANONYMOUS_SET, *key, *data, *invert)
                     .u32(sys::NFTNL_EXPR_LOOKUP_SET_ID, anonymous_set),
             },
             Self::Immediate { bytes, reg } => Builder::new(c"immediate")
                 .u32(sys::NFTNL_EXPR_IMM_DREG, reg.raw())
                 .bytes(sys::NFTNL_EXPR_IMM_DATA, bytes),
-            Self::VerdictMap { map, key } => lookup(&c_name(map.name()), *key, None, false)
-                .u32(sys::NFTNL_EXPR_LOOKUP_DREG, libc::NFT_REG_VERDICT as u32),
-            Self::Update { map, key, data, timeout } => Builder::new(c"dynset")
-                .u32(sys::NFTNL_EXPR_DYNSET_OP, libc::NFT_DYNSET_OP_UPDATE as u32)
-                .text(sys::NFTNL_EXPR_DYNSET_SET_NAME, &c_name(map))
-                .u32(sys::NFTNL_EXPR_DYNSET_SREG_KEY, key.raw())
-                .u32(sys::NFTNL_EXPR_DYNSET_SREG_DATA, data.raw())
-                .u64(sys::NFTNL_EXPR_DYNSET_TIMEOUT, u64::from(timeout.get()) * 1000),
+            Self::Priority { reg } => meta(libc::NFT_META_PRIORITY, *reg),
+            Self::SetPriority { reg } => Builder::new(c"meta")
+                .u32(sys::NFTNL_EXPR_META_KEY, libc::NFT_META_PRIORITY as u32)
+                .u32(sys::NFTNL_EXPR_META_SREG, reg.raw()),
+            Self::Hash { source, len, reg } => Builder::new(c"hash")
+                .u32(sys::NFTNL_EXPR_HASH_SREG, source.raw())
+                .u32(sys::NFTNL_EXPR_HASH_DREG, reg.raw())
+                .u32(sys::NFTNL_EXPR_HASH_LEN, *len)
+                .u32(sys::NFTNL_EXPR_HASH_MODULUS, u32::MAX)
+                .u32(sys::NFTNL_EXPR_HASH_SEED, HASH_SEED)
+                .u32(sys::NFTNL_EXPR_HASH_TYPE, HASH_JENKINS),
+            Self::Update { map, key, data, timeout } => {
+                dynset(libc::NFT_DYNSET_OP_UPDATE as u32, *map, *key, *data)
+                    .u64(sys::NFTNL_EXPR_DYNSET_TIMEOUT, u64::from(timeout.get()) * 1000)
+            }
+            Self::Delete { map, key, data } => dynset(DYNSET_DELETE, *map, *key, *data),
             Self::Connection { word: ConnectionWord::State, reg } => connection(libc::NFT_CT_STATE, *reg),
             Self::Connection { word: ConnectionWord::Status, reg } => connection(libc::NFT_CT_STATUS, *reg),
             Self::Mask { reg, bits } => Builder::new(c"bitwise")
@@ -302,6 +324,14 @@ fn lookup(set: &CStr, key: Reg, data: Option<Reg>, invert: bool) -> Builder {
         lookup = lookup.u32(sys::NFTNL_EXPR_LOOKUP_DREG, data.raw());
     }
     if invert { lookup.u32(sys::NFTNL_EXPR_LOOKUP_FLAGS, LOOKUP_INVERT) } else { lookup }
+}
+
+fn dynset(operation: u32, map: Set, key: Reg, data: Reg) -> Builder {
+    Builder::new(c"dynset")
+        .u32(sys::NFTNL_EXPR_DYNSET_OP, operation)
+        .text(sys::NFTNL_EXPR_DYNSET_SET_NAME, &c_name(map.name()))
+        .u32(sys::NFTNL_EXPR_DYNSET_SREG_KEY, key.raw())
+        .u32(sys::NFTNL_EXPR_DYNSET_SREG_DATA, data.raw())
 }
 
 fn immediate(verdict: &Verdict) -> Builder {

@@ -75,7 +75,8 @@ mod tests {
     use crate::model::input::Family;
 
     fn fingerprints(family: Family, masquerade_all: bool, scratch: &mut Scratch) -> Vec<u64> {
-        let policy = Policy { detection: Detection::PodCidrs, masquerade_all };
+        let timeouts = [std::num::NonZeroU32::MIN].into();
+        let policy = Policy { detection: Detection::PodCidrs, masquerade_all, timeouts };
         let mut fingerprints = Vec::new();
         for spec in chains(family, &policy) {
             let table = table(family);

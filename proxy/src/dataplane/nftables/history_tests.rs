@@ -7,19 +7,17 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
-use super::affinity::Change;
+use super::affinity::Ids;
 use super::commit::frontends;
-use super::element::{Data, Element, Place};
+use super::element::{Data, Element, Key, Place};
 use super::kernel::{Empty, Kernel};
 use super::lower::{Applied, Lowered, lower};
-use super::object::Object;
 use super::observe::{Each, Found, LookUp};
-use super::rules::Chain;
 use super::schema::Set;
 use super::shared::{Shared, SharedCounts};
 use crate::dataplane::history::{Random, World, each_seed, fresh, settings};
 use crate::model::input::{Family, ServiceKey};
-use crate::model::plan::{AddressPort, Plan};
+use crate::model::plan::Plan;
 use crate::model::planner::Planner;
 
 const CASES: u64 = 2_000;
@@ -69,6 +67,7 @@ struct Node {
     counts: bool,
     applied: BTreeMap<ServiceKey, Applied>,
     shared: SharedCounts,
+    ids: Ids,
     kernel: Model,
 }
 
@@ -78,14 +77,17 @@ impl Node {
         let lowered: Vec<_> = services
             .iter()
             .map(|(key, plan)| {
-                (key, lower(self.applied.get(key), plan.as_ref(), &Empty { counts: self.counts }))
+                let nothing = Empty { counts: self.counts };
+                (key, lower(self.applied.get(key), plan.as_ref(), &nothing, &mut self.ids))
             })
             .collect();
         let (lost, gained) = self.settle(lowered.iter().map(|(_, lowered)| lowered));
         self.kernel.remove(lost.iter().chain(lowered.iter().flat_map(|(_, lowered)| &lowered.removed)));
-        lowered.iter().for_each(|(_, lowered)| self.kernel.change_objects(&lowered.affinity));
         self.kernel.add(lowered.iter().flat_map(|(_, lowered)| &lowered.added).chain(&gained));
         for (key, lowered) in lowered {
+            let (old, new) = (self.applied.get(key), lowered.applied.as_ref());
+            let kept: Vec<_> = new.into_iter().flat_map(Applied::ids).collect();
+            self.ids.release(old.into_iter().flat_map(Applied::ids).filter(|id| !kept.contains(id)));
             match lowered.applied {
                 Some(applied) => self.applied.insert(key.clone(), applied),
                 None => self.applied.remove(key),
@@ -95,11 +97,15 @@ impl Node {
 
     /// Takes over what is in the kernel, as after a restart; tells how many elements and objects come or go.
     fn adopt(&mut self, planner: &Planner) -> usize {
-        (self.applied, self.shared) = Default::default();
+        (self.applied, self.shared, self.ids) = Default::default();
         let elements = self.kernel.elements();
-        let mut found = Found::listed(elements.iter(), self.kernel.objects.keys());
+        let mut found = Found::listed(elements.iter());
+        for element in &elements {
+            found.id(&element.place).into_iter().for_each(|id| self.ids.keep(element.place.family, id));
+        }
         found.look_up(&mut self.kernel, planner.plans().flat_map(|plan| frontends(plan))).unwrap();
-        let lowered: Vec<_> = planner.plans().map(|plan| lower(None, Some(plan), &found)).collect();
+        let lowered: Vec<_> =
+            planner.plans().map(|plan| lower(None, Some(plan), &found, &mut self.ids)).collect();
         let (_, gained) = self.settle(lowered.iter());
         let mut removed: Vec<Place> =
             lowered.iter().flat_map(|lowered| lowered.removed.iter().copied()).collect();
@@ -107,18 +113,15 @@ impl Node {
         let added: Vec<&Element> = wanted.iter().copied().filter(|element| !found.has(element)).collect();
         removed.extend(added.iter().map(|element| element.place).filter(|place| found.holds(place)));
         self.kernel.remove(removed.iter());
-        lowered.iter().for_each(|lowered| self.kernel.change_objects(&lowered.affinity));
         self.kernel.add(added.iter().copied());
 
         removed.iter().for_each(|place| found.settle(place));
         wanted.iter().for_each(|element| found.settle(&element.place));
-        let objects = lowered.iter().flat_map(|lowered| &lowered.affinity.created);
-        objects.for_each(|object| found.settle_object(object));
         found.look_up_rest(&mut self.kernel).unwrap();
-        let (stale, stale_objects) = (found.places(), found.objects());
+        let stale = found.places();
         self.kernel.remove(stale.iter());
-        stale_objects.iter().for_each(|object| self.kernel.drop_object(object));
-        let changed = removed.len() + added.len() + stale.len() + stale_objects.len();
+        self.ids.keep_no_longer();
+        let changed = removed.len() + added.len() + stale.len();
         for (plan, lowered) in planner.plans().zip(lowered) {
             self.applied.extend(lowered.applied.map(|applied| (plan.service.clone(), applied)));
         }
@@ -142,14 +145,6 @@ impl Node {
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Model {
     elements: BTreeMap<Place, Commented<Option<Data>>>,
-    objects: BTreeMap<Object, Content>,
-}
-
-/// What a chain, map or set of a port with affinity holds; the map holds what only packets put there.
-#[derive(Clone, Debug, Default, PartialEq)]
-struct Content {
-    rules: Option<Chain>,
-    members: BTreeSet<AddressPort>,
 }
 
 type Commented<T> = (T, Option<Arc<str>>);
@@ -157,20 +152,27 @@ type Commented<T> = (T, Option<Arc<str>>);
 /// The slot map, the key but for the slot, and whether it is the Local set.
 type EndpointSet = (Family, Set, Vec<u8>);
 
-/// What the kernel holds when the order of slots says nothing: the other elements, the backends of each endpoint set,
-/// the objects.
+/// What the kernel holds when the order of slots and the numbers of affinity say nothing: the other elements, the backends
+/// of each endpoint set, the port that a frontend with affinity leads to.
 #[derive(Debug, Default, PartialEq)]
 struct Meaning {
     others: BTreeMap<Place, Commented<Option<Data>>>,
     backends: BTreeMap<EndpointSet, BTreeSet<Commented<SocketAddr>>>,
-    objects: BTreeMap<Object, Content>,
+    ports: BTreeMap<Place, AffinityPort>,
+}
+
+/// A port with affinity: its timeouts, its backends, and whether they are in the Cluster set and in the Local set.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct AffinityPort {
+    timeouts: BTreeSet<Vec<u8>>,
+    members: BTreeSet<(SocketAddr, [bool; 2])>,
 }
 
 impl LookUp for Model {
     fn look_up(&mut self, places: &[Place], each: &mut Each<'_>) -> Result<(), Errno> {
         for place in places {
             if let Some((data, comment)) = self.elements.get(place) {
-                each(place, data.clone(), comment.as_deref().map(str::as_bytes));
+                each(place, *data, comment.as_deref().map(str::as_bytes));
             }
         }
         Ok(())
@@ -190,74 +192,79 @@ impl Model {
                 let held =
                     self.elements.keys().filter(|held| (held.family, held.set) == (place.family, place.set));
                 for held in held {
-                    let (a, b) = ((held.key, held.key.last()), (place.key, place.key.last()));
-                    let apart = a.1.as_bytes() < b.0.as_bytes() || b.1.as_bytes() < a.0.as_bytes();
+                    let (a, b) = (held.key.last().unwrap(), place.key.last().unwrap());
+                    let apart = *a < *place.key.as_bytes() || *b < *held.key.as_bytes();
                     assert!(apart, "{held} and {place} overlap");
                 }
             }
-            let before = self.elements.insert(*place, (data.clone(), comment.clone()));
+            let before = self.elements.insert(*place, (*data, comment.clone()));
             assert!(before.is_none(), "{place} is there already");
-        }
-    }
-
-    fn change_objects(&mut self, change: &Change) {
-        let (chains, sets): (Vec<_>, Vec<_>) =
-            change.dropped.iter().partition(|object| object.kind.is_chain());
-        chains.into_iter().for_each(|object| self.drop_object(object));
-        for object in &change.created {
-            self.objects.entry(object.clone()).or_default();
-        }
-        for (object, rules) in &change.rules {
-            self.objects.get_mut(object).expect("a chain is created before its rules").rules =
-                Some(rules.clone());
-        }
-        sets.into_iter().for_each(|object| self.drop_object(object));
-        for (object, left, joined) in &change.members {
-            let members =
-                &mut self.objects.get_mut(object).expect("a set is created before its members").members;
-            match left {
-                Some(left) => {
-                    left.iter().for_each(|left| assert!(members.remove(left), "{left:?} is no member"));
-                }
-                None => members.clear(),
-            }
-            joined.iter().for_each(|joined| assert!(members.insert(*joined), "{joined:?} is a member"));
-        }
-    }
-
-    /// Removes an object that nothing names any more.
-    fn drop_object(&mut self, object: &Object) {
-        assert!(self.objects.remove(object).is_some(), "{object} is not there");
-        let name = object.name();
-        for (place, (data, _)) in self.elements.iter().filter(|(place, _)| place.family == object.family) {
-            let target = match data {
-                Some(Data::Jump(target) | Data::Goto(target)) => Some(target),
-                Some(Data::Backend(..)) | None => None,
-            };
-            assert!(!object.kind.is_chain() || target != Some(&name), "{place} leads to {object}");
-        }
-        let named = format!("{:?}", &*name);
-        for (chain, content) in self.objects.iter().filter(|(other, _)| other.family == object.family) {
-            let rules = format!("{:?}", content.rules.as_ref().map(|chain| &chain.rules));
-            assert!(object.kind.is_chain() || !rules.contains(&named), "{chain} names {object}");
         }
     }
 
     fn elements(&self) -> Vec<Element> {
         let element = |(place, (data, comment)): (&Place, &Commented<Option<Data>>)| Element {
             place: *place,
-            data: data.clone(),
+            data: *data,
             comment: comment.clone(),
         };
         self.elements.iter().map(element).collect()
     }
 
+    /// The ports with affinity by their numbers. Each number leads to one backend and back.
+    fn ports(&self) -> BTreeMap<(Family, u32), AffinityPort> {
+        let mut ports: BTreeMap<_, AffinityPort> = BTreeMap::new();
+        for (place, (data, _)) in &self.elements {
+            let at = |set, member| Place { set, key: Key::id(member), ..*place };
+            let is_there = |set, member| self.elements.contains_key(&at(set, member));
+            let bytes = place.key.as_bytes();
+            let number = || u32::from_ne_bytes(*bytes.first_chunk().unwrap());
+            match place.set {
+                Set::AffinityTimeouts => {
+                    let port = ports.entry((place.family, number())).or_default();
+                    assert!(port.timeouts.insert(bytes[4..].to_vec()) && port.timeouts.len() == 1, "{place}");
+                }
+                Set::AffinityBackends => {
+                    let (member, backend) = (data.unwrap().to_id().unwrap(), place.key.to_backend().unwrap());
+                    let back = self.elements[&at(Set::AffinityMembers, member)].0.and_then(Data::to_backend);
+                    assert_eq!((back, member >> 16 << 16), (Some(backend.socket()), number()), "{place}");
+                    assert_ne!(member & 0xffff, 0, "{place}");
+                    let sets = [Set::AffinityCluster, Set::AffinityLocal].map(|set| is_there(set, member));
+                    let port = ports.entry((place.family, number())).or_default();
+                    port.members.insert((backend.socket(), sets));
+                }
+                _ => {}
+            }
+        }
+        let count = |set| self.elements.keys().filter(|place| place.set == set).count();
+        assert_eq!(count(Set::AffinityBackends), count(Set::AffinityMembers));
+        let scopes: usize =
+            ports.values().flat_map(|port| &port.members).flat_map(|(_, sets)| sets).filter(|s| **s).count();
+        assert_eq!(scopes, count(Set::AffinityCluster) + count(Set::AffinityLocal), "a member that is none");
+        ports
+    }
+
     fn meaning(&self) -> Meaning {
-        let mut meaning = Meaning { objects: self.objects.clone(), ..Meaning::default() };
+        let (mut meaning, ports) = (Meaning::default(), self.ports());
+        let mut led = BTreeSet::new();
         let mut slots: BTreeMap<_, BTreeSet<u32>> = BTreeMap::new();
         for (place, (data, comment)) in &self.elements {
-            let Some(backend) = data.as_ref().and_then(Data::to_backend) else {
-                meaning.others.insert(*place, (data.clone(), comment.clone()));
+            match place.set {
+                Set::AffinityIds | Set::NpAffinityIds => {
+                    let number = (place.family, data.unwrap().to_id().unwrap());
+                    led.insert(number);
+                    meaning.ports.insert(*place, ports[&number].clone());
+                    continue;
+                }
+                Set::AffinityTimeouts
+                | Set::AffinityBackends
+                | Set::AffinityMembers
+                | Set::AffinityCluster
+                | Set::AffinityLocal => continue,
+                _ => {}
+            }
+            let Some(backend) = data.and_then(Data::to_backend) else {
+                meaning.others.insert(*place, (*data, comment.clone()));
                 continue;
             };
             let (frontend, slot) = place.key.as_bytes().split_last_chunk().unwrap();
@@ -269,6 +276,7 @@ impl Model {
         for (key, slots) in slots {
             assert!(slots.iter().copied().eq(0..slots.len() as u32), "the slots of {key:?} have a gap");
         }
+        assert!(ports.keys().eq(&led), "no frontend leads to a port, or to none");
         meaning
     }
 }

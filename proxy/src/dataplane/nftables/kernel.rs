@@ -4,31 +4,27 @@
 
 use std::net::SocketAddr;
 
-use super::element::Place;
-use super::object::Object;
-use crate::model::plan::AddressPort;
+use super::element::{Data, Place};
 
 /// What the kernel was found to hold and nobody has claimed, when Services are taken over from an earlier run.
 pub(crate) trait Kernel {
     /// Whether there is something at this place.
     fn holds(&self, place: &Place) -> bool;
-    /// The backend at this place of a slot map, if there is one.
-    fn backend(&self, place: &Place) -> Option<SocketAddr>;
-    /// What there is in `ranges` of the VIP with this place's family and key.
-    fn ranges(&self, vip: Place) -> impl Iterator<Item = Place>;
-    /// Whether there is this chain, map or set of a port with affinity.
-    fn holds_object(&self, object: &Object) -> bool;
-    /// Who is in this set of members; `None`: it is not there, or nobody has looked.
-    fn members(&self, _set: &Object) -> Option<&[AddressPort]> {
-        None
-    }
-    /// Whether there is this set of members, and it has to be made anew since it counts and should not, or the reverse.
-    fn is_outdated(&self, _set: &Object) -> bool {
-        false
-    }
+    /// What the element at this place leads to, if there is one and it leads anywhere.
+    fn data(&self, place: &Place) -> Option<Data>;
+    /// What there is in this place's set whose keys begin with its key; of the sets that are searched so.
+    fn below(&self, place: Place) -> impl Iterator<Item = (Place, Option<Data>)>;
     /// Whether elements count: those whose counters begin to mean something else are written anew.
     fn counts(&self) -> bool {
         false
+    }
+    /// The backend at this place of a slot map, if there is one.
+    fn backend(&self, place: &Place) -> Option<SocketAddr> {
+        self.data(place)?.to_backend()
+    }
+    /// The number of the port with session affinity that this place leads to.
+    fn id(&self, place: &Place) -> Option<u16> {
+        u16::try_from(self.data(place)?.to_id()? >> 16).ok().filter(|id| *id != 0)
     }
 }
 
@@ -44,15 +40,11 @@ impl Kernel for Empty {
         false
     }
 
-    fn backend(&self, _: &Place) -> Option<SocketAddr> {
+    fn data(&self, _: &Place) -> Option<Data> {
         None
     }
 
-    fn holds_object(&self, _: &Object) -> bool {
-        false
-    }
-
-    fn ranges(&self, _: Place) -> impl Iterator<Item = Place> {
+    fn below(&self, _: Place) -> impl Iterator<Item = (Place, Option<Data>)> {
         std::iter::empty()
     }
 

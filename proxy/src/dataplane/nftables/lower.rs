@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
 
-use super::affinity;
+use super::affinity::{self, Ids, Numbers};
 use super::element::{Data, Element, Key, Place, comment};
 use super::kernel::Kernel;
 use super::schema::{CLASSES, MAX_SLOTS, NODEPORT_SLOTS, Set, SlotSets, VIP_SLOTS};
@@ -26,6 +26,8 @@ pub(crate) struct Applied {
     plan: Arc<Plan>,
     /// The slots of all ports, one port after the other.
     slots: Box<[u16]>,
+    /// By position of the port in the plan: the numbers of those with session affinity.
+    numbers: BTreeMap<usize, Numbers>,
 }
 
 /// What one Service's change does to the kernel.
@@ -39,8 +41,6 @@ pub(crate) struct Lowered {
     pub(crate) added: Vec<Element>,
     /// Elements that other Services may want too.
     pub(crate) shared: SharedChange,
-    /// What happens to the objects of ports with affinity, between the removals and the additions.
-    pub(crate) affinity: affinity::Change,
 }
 
 impl Applied {
@@ -49,8 +49,17 @@ impl Applied {
         &self.plan
     }
 
-    /// The elements that count its new connections and refusals, but for ports with session affinity, whose members
-    /// count.
+    /// The numbers of its ports with session affinity.
+    pub(crate) fn ids(&self) -> impl Iterator<Item = (Family, u16)> {
+        self.numbers.iter().map(|(index, numbers)| (self.plan.ports[*index].family, numbers.id))
+    }
+
+    /// The number of one of its ports, where it has session affinity.
+    pub(crate) fn id(&self, port: &PortPlan) -> Option<u16> {
+        self.numbers.get(&position(&self.plan, port)?).map(|numbers| numbers.id)
+    }
+
+    /// The elements that count its new connections and refusals.
     pub(crate) fn counters(&self) -> Vec<Place> {
         let mut places = Vec::new();
         for port in self.ports() {
@@ -58,12 +67,13 @@ impl Applied {
                 let at = Target::new(port.plan, frontend);
                 let shape = Shape::new(frontend, port.plan, port.slots);
                 places.extend(shape.is_in(at.refusals.set).then_some(at.refusals));
-                if port.plan.affinity.is_none() {
+                if port.numbers.is_none() {
                     let sets = at.slots.into_iter().zip(shape.endpoints);
                     places
                         .extend(sets.flat_map(|(slots, order)| (0..order.len()).map(move |i| slots.slot(i))));
                 }
             }
+            places.extend(port.numbers.into_iter().flat_map(|numbers| numbers.counters(port.plan.family)));
         }
         places
     }
@@ -73,7 +83,7 @@ impl Applied {
         self.plan.ports.iter().enumerate().map(move |(index, plan)| {
             let slots;
             (slots, rest) = rest.split_at(SETS.map(|set| set.of(plan).len()).iter().sum());
-            AppliedPort { index, plan, slots: Slots(slots) }
+            AppliedPort { index, plan, slots: Slots(slots), numbers: self.numbers.get(&index) }
         })
     }
 }
@@ -85,10 +95,17 @@ struct AppliedPort<'a> {
     index: usize,
     plan: &'a PortPlan,
     slots: Slots<'a>,
+    numbers: Option<&'a Numbers>,
 }
 
-/// What has to change so that `next` is programmed where `previous` was.
-pub(crate) fn lower(previous: Option<&Applied>, next: Option<&Arc<Plan>>, kernel: &impl Kernel) -> Lowered {
+/// What has to change so that `next` is programmed where `previous` was. New ports with session affinity take their number
+/// of `ids`; whoever commits the change or does not releases those that are no more.
+pub(crate) fn lower(
+    previous: Option<&Applied>,
+    next: Option<&Arc<Plan>>,
+    kernel: &impl Kernel,
+    ids: &mut Ids,
+) -> Lowered {
     let mut lowered = Lowered::default();
     // What was programmed and has no counterpart in `next`: ports by position, frontends by what tells them apart.
     let mut ports: BTreeMap<_, _> =
@@ -107,7 +124,7 @@ pub(crate) fn lower(previous: Option<&Applied>, next: Option<&Arc<Plan>>, kernel
             let comment = comment(&plan.port_name(port));
             // With affinity the members count, also those whom nobody draws.
             let counts_otherwise = |old: &PortPlan, new: &PortPlan| {
-                kernel.counts() && old.affinity.is_some() != new.affinity.is_some()
+                kernel.counts() && affinity::remembers(old) != affinity::remembers(new)
             };
             for frontend in &port.frontends {
                 let before = frontends.remove(&identity(port, frontend));
@@ -135,7 +152,8 @@ pub(crate) fn lower(previous: Option<&Applied>, next: Option<&Arc<Plan>>, kernel
             lowered.shared.between(counterpart.map(|old| old.plan), Some(port));
             slots.extend(order);
         }
-        lowered.applied = Some(Applied { plan: Arc::clone(plan), slots: slots.into() });
+        let numbers = BTreeMap::new();
+        lowered.applied = Some(Applied { plan: Arc::clone(plan), slots: slots.into(), numbers });
     }
     for (port, frontend) in frontends.into_values() {
         let change = Change { at: Target::new(port.plan, frontend), comment: &"".into(), kernel };
@@ -144,11 +162,46 @@ pub(crate) fn lower(previous: Option<&Applied>, next: Option<&Arc<Plan>>, kernel
     for port in ports.into_values() {
         lowered.shared.between(Some(port.plan), None);
     }
-    let mut change = affinity::Change::between(previous.map(Applied::plan), next, kernel);
-    lowered.removed.append(&mut change.removed);
-    lowered.added.append(&mut change.added);
-    lowered.affinity = change;
+    affinity(previous, &mut lowered, kernel, ids);
     lowered
+}
+
+/// What has to change of the ports with session affinity. A port of another name is another port, which remembers nobody.
+fn affinity(previous: Option<&Applied>, lowered: &mut Lowered, kernel: &impl Kernel, ids: &mut Ids) {
+    let mut old: BTreeMap<_, _> = previous
+        .into_iter()
+        .flat_map(Applied::ports)
+        .filter_map(|port| {
+            Some((port_identity(port.plan), affinity::Port { plan: port.plan, numbers: port.numbers? }))
+        })
+        .collect();
+    let mut applied = lowered.applied.take();
+    if let Some(applied) = &mut applied {
+        for (index, plan) in applied.plan.ports.iter().enumerate() {
+            let old = old.remove(&port_identity(plan));
+            if let Some(old) = old.filter(|old| old.plan == plan) {
+                applied.numbers.insert(index, old.numbers.clone());
+                continue;
+            }
+            let numbers = Numbers::new(plan, old.map(|old| old.numbers), kernel, ids);
+            let new = numbers.as_ref().map(|numbers| affinity::Port { plan, numbers });
+            let comment = comment(&applied.plan.port_name(plan));
+            affinity::lower(old, new, &comment, kernel, lowered);
+            applied.numbers.extend(numbers.map(|numbers| (index, numbers)));
+        }
+    }
+    old.into_values().for_each(|old| affinity::lower(Some(old), None, &"".into(), kernel, lowered));
+    lowered.applied = applied;
+}
+
+/// What tells one port of a Service from another: a plan's ports are sorted by it.
+fn port_identity(port: &PortPlan) -> (Family, Protocol, &str) {
+    (port.family, port.protocol, &port.name)
+}
+
+/// Where the same port is in another plan of the Service.
+pub(crate) fn position(plan: &Plan, port: &PortPlan) -> Option<usize> {
+    plan.ports.binary_search_by(|candidate| port_identity(candidate).cmp(&port_identity(port))).ok()
 }
 
 /// What tells one frontend of a Service from another.
@@ -288,7 +341,7 @@ impl Order<'_> {
 }
 
 /// The sets that name frontends. Each kind of frontend uses some of them.
-const NAMING: [Set; 8] = [
+const NAMING: [Set; 11] = [
     Set::Vips,
     Set::VipsLocal,
     Set::VipsMasq,
@@ -297,6 +350,9 @@ const NAMING: [Set; 8] = [
     Set::NpsLocal,
     Set::NpsReject,
     Set::Ranged,
+    Set::Affinity,
+    Set::AffinityLocalOnly,
+    Set::NpAffinity,
 ];
 
 /// The sets that name a frontend, and its endpoint sets in each of [`Target::slots`].
@@ -323,8 +379,10 @@ pub(crate) fn sizes(port: &PortPlan, frontend: &Frontend) -> [Option<usize>; 2] 
 /// What a frontend is in the kernel; the default: nothing.
 #[derive(Clone, Copy, Default)]
 struct Shape<'a> {
-    /// The sets that name it, `ranged` apart.
+    /// The sets that name it, `ranged` and those below apart.
     named: &'static [Set],
+    /// Those that name it for its session affinity.
+    affinity: &'static [Set],
     /// Its endpoint sets, in each of [`Target::slots`].
     endpoints: [Order<'a>; 2],
     /// Who may dial it; `None`: everybody.
@@ -336,11 +394,12 @@ impl<'a> Shape<'a> {
         let (named, sets) = layout(frontend);
         let endpoints = sets.map(|set| set.map(|set| slots.of(port, set)).unwrap_or_default());
         let ranges = port.source_ranges.as_deref().filter(|_| frontend.kind == FrontendKind::LoadBalancer);
-        Self { named, endpoints, ranges }
+        Self { named, affinity: affinity::named(port, frontend), endpoints, ranges }
     }
 
     fn is_in(&self, set: Set) -> bool {
-        self.named.contains(&set) || (set == Set::Ranged && self.ranges.is_some())
+        let is_named = self.named.contains(&set) || self.affinity.contains(&set);
+        is_named || (set == Set::Ranged && self.ranges.is_some())
     }
 }
 
@@ -465,7 +524,7 @@ impl<K: Kernel> Change<'_, K> {
     fn ranges(&self, old: &[IpNetwork], new: &[IpNetwork], out: &mut Lowered) {
         let all = self.at.named(Set::Ranges);
         let place = |network: &IpNetwork| Place { key: all.key.clients(*network), ..all };
-        let stale = self.kernel.ranges(all);
+        let stale = self.kernel.below(all).map(|(place, _)| place);
         out.removed.extend(stale.filter(|held| new.iter().all(|network| place(network) != *held)));
         out.removed.extend(only_in(old, new).map(place));
         for network in only_in(new, old) {

@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 
 use super::super::kernel::Empty;
-use super::super::object::Object;
 use super::*;
 
 fn backend(n: u16) -> Backend {
@@ -32,6 +31,11 @@ fn plan(backends: impl IntoIterator<Item = Backend>, nodeport: bool) -> Arc<Plan
     Arc::new(Plan::new(service, [port]))
 }
 
+/// As if there were no other Service.
+fn lower_alone(previous: Option<&Applied>, next: Option<&Arc<Plan>>, kernel: &impl Kernel) -> Lowered {
+    lower(previous, next, kernel, &mut Ids::default())
+}
+
 /// A model of the kernel: applies what is lowered, and refuses what the kernel refuses.
 #[derive(Default)]
 struct Model(BTreeMap<Place, Option<Data>>);
@@ -41,17 +45,14 @@ impl Kernel for Model {
         self.0.contains_key(place)
     }
 
-    fn backend(&self, place: &Place) -> Option<SocketAddr> {
-        self.0.get(place)?.as_ref()?.to_backend()
+    fn data(&self, place: &Place) -> Option<Data> {
+        *self.0.get(place)?
     }
 
-    fn ranges(&self, vip: Place) -> impl Iterator<Item = Place> {
-        let of_vip = move |place: &&Place| place.set == Set::Ranges && place.key.starts_with(&vip.key);
-        self.0.keys().filter(of_vip).copied()
-    }
-
-    fn holds_object(&self, _: &Object) -> bool {
-        false
+    fn below(&self, place: Place) -> impl Iterator<Item = (Place, Option<Data>)> {
+        let is_below =
+            move |held: &(&Place, _)| held.0.set == place.set && held.0.key.starts_with(&place.key);
+        self.0.iter().filter(is_below).map(|(place, data)| (*place, *data))
     }
 }
 
@@ -61,7 +62,7 @@ impl Model {
             assert!(self.0.remove(place).is_some(), "{place} is not there");
         }
         for element in &lowered.added {
-            let before = self.0.insert(element.place, element.data.clone());
+            let before = self.0.insert(element.place, element.data);
             assert!(before.is_none(), "{} is there already", element.place);
         }
     }
@@ -72,7 +73,7 @@ impl Model {
         let place = |set, key| Place { family: Family::V4, set, key };
         let slots: Vec<_> = (0u32..)
             .map_while(|slot| self.0.get(&place(Set::Endpoints, key.slot(slot))))
-            .map(|data| data.as_ref().and_then(Data::to_backend).unwrap())
+            .map(|data| data.and_then(Data::to_backend).unwrap())
             .collect();
         let all = self.0.keys().filter(|place| place.set == Set::Endpoints).count();
         assert_eq!(all, slots.len(), "the slots have a gap");
@@ -142,7 +143,7 @@ fn each_kind_of_frontend_has_its_sets() {
     let (all, near) = ([1, 2, 3].map(backend), [backend(2)]);
     let verdicts = [Verdict::Local, Verdict::Local, Verdict::Cluster, Verdict::Local].map(Some);
     let lowered =
-        lower(None, Some(&everywhere(verdicts, all, near, Some(&["10.0.0.0/8"]))), &Empty::default());
+        lower_alone(None, Some(&everywhere(verdicts, all, near, Some(&["10.0.0.0/8"]))), &Empty::default());
     let places = |address: &str| named(&lowered, &format!(" {address} ")).join("\n");
     // The cluster IP has the Local set in its first slots.
     assert_eq!(
@@ -176,11 +177,11 @@ fn a_policy_changes_in_place() {
     let verdicts = |external| [Verdict::Cluster, external, external, external].map(Some);
     let cluster = everywhere(verdicts(Verdict::Cluster), all, [], None);
     let local = everywhere(verdicts(Verdict::Local), all, near, None);
-    let first = lower(None, Some(&cluster), &Empty::default()).applied.unwrap();
-    let lowered = lower(Some(&first), Some(&local), &Empty::default());
+    let first = lower_alone(None, Some(&cluster), &Empty::default()).applied.unwrap();
+    let lowered = lower_alone(Some(&first), Some(&local), &Empty::default());
     // Of two VIPs and a NodePort: one local slot and one name each; the VIPs are always masqueraded no more.
     assert_eq!((lowered.added.len(), lowered.removed.len()), (6, 2), "{lowered:?}");
-    let back = lower(lowered.applied.as_ref(), Some(&cluster), &Empty::default());
+    let back = lower_alone(lowered.applied.as_ref(), Some(&cluster), &Empty::default());
     assert_eq!((back.added.len(), back.removed.len()), (2, 6), "{back:?}");
 }
 
@@ -191,9 +192,9 @@ fn only_the_ranges_that_change_are_written() {
         everywhere(verdicts, [backend(1)], [], Some(ranges))
     };
     let first = service(&["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"]);
-    let first = lower(None, Some(&first), &Empty::default()).applied.unwrap();
+    let first = lower_alone(None, Some(&first), &Empty::default()).applied.unwrap();
     let next = service(&["10.0.0.0/9", "172.16.0.0/12", "192.168.0.0/16"]);
-    let lowered = lower(Some(&first), Some(&next), &Empty::default());
+    let lowered = lower_alone(Some(&first), Some(&next), &Empty::default());
     let removed: Vec<_> = lowered.removed.iter().map(ToString::to_string).collect();
     assert_eq!(removed, ["ranges { 203.0.113.1 . 6 . 80 . 10.0.0.0/8 }"]);
     assert_eq!(named(&lowered, "203"), ["ranges { 203.0.113.1 . 6 . 80 . 10.0.0.0/9 }"]);
@@ -204,15 +205,15 @@ fn what_an_earlier_run_left_of_a_frontend_goes_when_it_is_claimed() {
     let verdicts = [Verdict::Local, Verdict::Local, Verdict::Local, Verdict::Local].map(Some);
     let before = everywhere(verdicts, (0..9).map(backend), (0..3).map(backend), Some(&["10.0.0.0/8"]));
     let mut kernel = Model::default();
-    kernel.apply(&lower(None, Some(&before), &Empty::default()));
+    kernel.apply(&lower_alone(None, Some(&before), &Empty::default()));
     let verdicts = [Verdict::Cluster, Verdict::Cluster, Verdict::Reject, Verdict::Cluster].map(Some);
     let after = everywhere(verdicts, (2..5).map(backend), [], Some(&["10.0.0.0/9"]));
-    let lowered = lower(None, Some(&after), &kernel);
+    let lowered = lower_alone(None, Some(&after), &kernel);
     // What is there already is not written again: the commit sees to that.
     assert!(lowered.removed.iter().all(|place| kernel.0.remove(place).is_some()));
-    kernel.0.extend(lowered.added.iter().map(|element| (element.place, element.data.clone())));
+    kernel.0.extend(lowered.added.iter().map(|element| (element.place, element.data)));
     let mut fresh = Model::default();
-    fresh.apply(&lower(None, Some(&after), &Empty::default()));
+    fresh.apply(&lower_alone(None, Some(&after), &Empty::default()));
     assert_eq!(meaning(&kernel), meaning(&fresh));
 }
 
@@ -240,10 +241,10 @@ fn any_history_ends_where_a_fresh_start_does() {
             Arc::make_mut(&mut next).ports[0].name = "renamed".into();
         }
         let next = (random(20) > 0).then_some(next);
-        let lowered = lower(applied.as_ref(), next.as_ref(), &Empty::default());
+        let lowered = lower_alone(applied.as_ref(), next.as_ref(), &Empty::default());
         kernel.apply(&lowered);
         let mut fresh = Model::default();
-        fresh.apply(&lower(None, next.as_ref(), &Empty::default()));
+        fresh.apply(&lower_alone(None, next.as_ref(), &Empty::default()));
         assert_eq!(meaning(&kernel), meaning(&fresh), "step {step}");
         assert_eq!(kernel.0.len(), fresh.0.len(), "step {step}");
         applied = lowered.applied;
@@ -252,22 +253,23 @@ fn any_history_ends_where_a_fresh_start_does() {
 
 #[test]
 fn one_change_costs_a_few_elements_at_any_size() {
-    let first = lower(None, Some(&plan((0..5000).map(backend), false)), &Empty::default()).applied.unwrap();
+    let first =
+        lower_alone(None, Some(&plan((0..5000).map(backend), false)), &Empty::default()).applied.unwrap();
     let replaced = plan((1..5000).chain([6000]).map(backend), false);
-    let lowered = lower(Some(&first), Some(&replaced), &Empty::default());
+    let lowered = lower_alone(Some(&first), Some(&replaced), &Empty::default());
     assert_eq!((lowered.removed.len(), lowered.added.len()), (1, 1));
     let fewer = plan((1..5000).map(backend), false);
-    let lowered = lower(Some(&first), Some(&fewer), &Empty::default());
+    let lowered = lower_alone(Some(&first), Some(&fewer), &Empty::default());
     assert_eq!((lowered.removed.len(), lowered.added.len()), (2, 1), "the last takes the gap");
     let more = plan((0..5001).map(backend), false);
-    let lowered = lower(Some(&first), Some(&more), &Empty::default());
+    let lowered = lower_alone(Some(&first), Some(&more), &Empty::default());
     assert_eq!((lowered.removed.len(), lowered.added.len()), (0, 1));
 }
 
 #[test]
 fn an_equal_plan_costs_nothing() {
-    let first = lower(None, Some(&plan((0..9).map(backend), true)), &Empty::default()).applied.unwrap();
-    let lowered = lower(Some(&first), Some(&plan((0..9).map(backend), true)), &Empty::default());
+    let first = lower_alone(None, Some(&plan((0..9).map(backend), true)), &Empty::default()).applied.unwrap();
+    let lowered = lower_alone(Some(&first), Some(&plan((0..9).map(backend), true)), &Empty::default());
     assert!(lowered.removed.is_empty() && lowered.added.is_empty());
     assert!(lowered.shared.lost.is_empty() && lowered.shared.gained.is_empty());
 }
@@ -289,7 +291,7 @@ fn slots_are_dense_through_any_history() {
     for _ in 0..2000 {
         let wanted: Vec<_> = (0..20).filter(|_| random(2) == 0).map(backend).collect();
         let next = (random(20) != 0).then(|| plan(wanted.iter().copied(), random(2) == 0));
-        let lowered = lower(applied.as_ref(), next.as_ref(), &Empty::default());
+        let lowered = lower_alone(applied.as_ref(), next.as_ref(), &Empty::default());
         kernel.apply(&lowered);
         let mut backends = kernel.backends();
         backends.sort();
@@ -303,18 +305,18 @@ fn slots_are_dense_through_any_history() {
 #[test]
 fn a_service_that_goes_leaves_nothing() {
     let mut kernel = Model::default();
-    let first = lower(None, Some(&plan((0..7).map(backend), true)), &Empty::default());
+    let first = lower_alone(None, Some(&plan((0..7).map(backend), true)), &Empty::default());
     kernel.apply(&first);
-    kernel.apply(&lower(first.applied.as_ref(), None, &Empty::default()));
+    kernel.apply(&lower_alone(first.applied.as_ref(), None, &Empty::default()));
     assert!(kernel.0.is_empty());
 }
 
 #[test]
 fn a_renamed_port_gets_its_new_comment() {
-    let first = lower(None, Some(&plan([backend(1)], false)), &Empty::default()).applied.unwrap();
+    let first = lower_alone(None, Some(&plan([backend(1)], false)), &Empty::default()).applied.unwrap();
     let mut renamed = Plan::clone(&plan([backend(1)], false));
     renamed.ports[0].name = "web".into();
-    let lowered = lower(Some(&first), Some(&Arc::new(renamed)), &Empty::default());
+    let lowered = lower_alone(Some(&first), Some(&Arc::new(renamed)), &Empty::default());
     assert_eq!(lowered.removed.len(), lowered.added.len());
     assert!(lowered.added.iter().all(|element| element.comment.as_deref() == Some("default/web:web")));
 }
@@ -324,24 +326,20 @@ fn slots_found_in_the_kernel_are_kept() {
     struct Held;
     impl Kernel for Held {
         fn holds(&self, place: &Place) -> bool {
-            self.backend(place).is_some()
+            self.data(place).is_some()
         }
 
-        fn ranges(&self, _: Place) -> impl Iterator<Item = Place> {
+        fn below(&self, _: Place) -> impl Iterator<Item = (Place, Option<Data>)> {
             std::iter::empty()
         }
 
-        fn backend(&self, place: &Place) -> Option<SocketAddr> {
+        fn data(&self, place: &Place) -> Option<Data> {
             let key = Key::vip("10.96.0.1:80".parse().unwrap(), Protocol::Tcp);
-            let held = [3, 9, 1, 2].map(address);
+            let held = [3, 9, 1, 2].map(|n| Data::backend(address(n)));
             (0..4).find(|slot| place.key == key.slot(*slot)).map(|slot| held[slot as usize])
         }
-
-        fn holds_object(&self, _: &Object) -> bool {
-            false
-        }
     }
-    let lowered = lower(None, Some(&plan([1, 2, 3].map(backend), false)), &Held);
+    let lowered = lower_alone(None, Some(&plan([1, 2, 3].map(backend), false)), &Held);
     let applied = lowered.applied.unwrap();
     let order = Slots(&applied.slots).of(&applied.plan.ports[0], EndpointSet::Cluster);
     let backends: Vec<_> = (0..).map_while(|slot| order.at(slot)).map(AddressPort::socket).collect();

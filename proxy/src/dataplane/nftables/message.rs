@@ -6,7 +6,6 @@ use std::collections::BTreeMap;
 use std::ffi::CStr;
 use std::ptr::NonNull;
 use std::slice;
-use std::time::Duration;
 
 use mnl::mnl_sys::mnl_attr_put_strz;
 use nftnl::nftnl_sys::{self as sys, libc};
@@ -137,8 +136,9 @@ impl<Owner: Copy> Transaction<Owner> {
         if let Some(data) = set.data() {
             raw.u32(sys::NFTNL_SET_DATA_TYPE, type_of(data, family));
             raw.u32(sys::NFTNL_SET_DATA_LEN, len_of(data, family) as u32);
-        } else if set.has_verdicts() {
-            raw.u32(sys::NFTNL_SET_DATA_TYPE, libc::NFT_DATA_VERDICT);
+        }
+        if let Some(size) = set.size() {
+            raw.u32(sys::NFTNL_SET_DESC_SIZE, size);
         }
         if set.has_ranges() {
             let lengths: Vec<_> = set.key().iter().map(|field| field.len(family) as u8).collect();
@@ -224,7 +224,7 @@ impl<Owner: Copy> Transaction<Owner> {
         let raw = RawSet::new(set.name(), family);
         for element in elements {
             let added = RawElement::of(&element.place.key);
-            if let Some(data) = &element.data {
+            if let Some(data) = element.data {
                 added.data(data);
             }
             if let Some(comment) = &element.comment {
@@ -497,8 +497,8 @@ impl RawElement {
 
     pub(super) fn of(key: &Key) -> Self {
         let element = Self::new(key.as_bytes());
-        if key.is_range() {
-            element.bytes(sys::NFTNL_SET_ELEM_KEY_END, key.last().as_bytes());
+        if let Some(last) = key.last() {
+            element.bytes(sys::NFTNL_SET_ELEM_KEY_END, &last);
         }
         if key.interval_end {
             // SAFETY: the element is valid.
@@ -526,33 +526,8 @@ impl RawElement {
     }
 
     /// What it maps to.
-    pub(super) fn data(&self, data: &Data) {
-        let (code, chain) = match data {
-            Data::Jump(chain) => (libc::NFT_JUMP, chain),
-            Data::Goto(chain) => (libc::NFT_GOTO, chain),
-            Data::Backend(..) => {
-                return self.bytes(sys::NFTNL_SET_ELEM_DATA, data.as_bytes().unwrap_or_default());
-            }
-        };
-        let element = self.0.as_ptr();
-        // SAFETY: the element is valid; libnftnl copies the string.
-        unsafe {
-            sys::nftnl_set_elem_set_u32(element, sys::NFTNL_SET_ELEM_VERDICT as u16, code as u32);
-            sys::nftnl_set_elem_set_str(element, sys::NFTNL_SET_ELEM_CHAIN as u16, c_name(chain).as_ptr());
-        }
-    }
-
-    /// How long it lives when added, and from now.
-    pub(super) fn lifetime(&self, timeout: Duration, expires: Duration) {
-        let milliseconds = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
-        // SAFETY: the element is valid.
-        unsafe {
-            let set = |attribute: u32, value| {
-                sys::nftnl_set_elem_set_u64(self.0.as_ptr(), attribute as u16, value);
-            };
-            set(sys::NFTNL_SET_ELEM_TIMEOUT, milliseconds(timeout));
-            set(sys::NFTNL_SET_ELEM_EXPIRATION, milliseconds(expires));
-        }
+    fn data(&self, data: Data) {
+        self.bytes(sys::NFTNL_SET_ELEM_DATA, data.as_bytes());
     }
 
     /// At most 127 bytes, as [`super::element::comment`] makes them.

@@ -10,8 +10,7 @@
 //! | `fingerprint` | what tells that a chain is right as it is |
 //! | `tables` | which families have a table; the constant part as messages |
 //! | `element`, `lower`, `shared` | a Service's part: elements, and what a change adds and removes (pure) |
-//! | `affinity`, `object`, `dynamic` | session affinity: a port's own chains and maps (pure), and their messages |
-//! | `remembered`, `recall` | what these maps remember: what to change (pure), and reading them |
+//! | `affinity`, `affinity_rules` | session affinity: the numbers of ports and members, and the rules (pure) |
 //! | `readings`, `counters` | what elements have counted, and whose that is (pure) |
 //! | `message`, `bulk`, `parse`, `netlink` | transactions as netlink messages, what the kernel says, the socket, refusals |
 //! | `failure` | what it means that a transaction failed |
@@ -21,10 +20,10 @@
 //! | `commit` | one batch: parts, refusals, retries |
 
 mod affinity;
+mod affinity_rules;
 mod bulk;
 mod commit;
 mod counters;
-mod dynamic;
 mod element;
 mod expr;
 mod failure;
@@ -37,14 +36,11 @@ mod mark;
 mod message;
 mod monitor;
 mod netlink;
-mod object;
 mod observe;
 mod parse;
 mod picks;
 mod probe;
 mod readings;
-mod recall;
-mod remembered;
 mod rules;
 mod schema;
 mod scratch;
@@ -53,13 +49,14 @@ mod tables;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::num::NonZeroU32;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 
 use nftnl::MsgType;
 use nix::errno::Errno;
 use tracing::{debug, info};
 
+use self::affinity::Ids;
 use self::counters::Carried;
 use self::element::Place;
 use self::failure::{Failure, Owner, fatal};
@@ -92,14 +89,15 @@ pub struct Settings {
 
 impl Settings {
     /// What the rules of one family depend on; `pod_cidrs`: whether its set of them has any.
-    fn policy(&self, pod_cidrs: bool) -> Policy {
+    /// `timeouts`: those of session affinity, in seconds.
+    fn policy(&self, pod_cidrs: bool, timeouts: BTreeSet<NonZeroU32>) -> Policy {
         let detection = match &self.detector {
             Detector::PodCidrs if pod_cidrs => Detection::PodCidrs,
             Detector::None | Detector::PodCidrs => Detection::None,
             Detector::Interface(name) => Detection::Interface(name.clone()),
             Detector::InterfacePrefix(prefix) => Detection::InterfacePrefix(prefix.clone()),
         };
-        Policy { detection, masquerade_all: self.masquerade_all }
+        Policy { detection, masquerade_all: self.masquerade_all, timeouts }
     }
 }
 
@@ -148,9 +146,8 @@ pub struct Nftables {
     shared: SharedCounts,
     carried: Carried,
     node: NodePlan,
-    /// Ports with affinity whose maps are to be looked through once more: a packet that was led to a backend before
-    /// that left may be remembered after.
-    recheck: Vec<(Arc<Plan>, usize)>,
+    /// The numbers of ports with session affinity.
+    ids: Ids,
     /// Where the node's own elements are, as programmed.
     node_places: BTreeMap<(Family, Set), BTreeSet<Place>>,
     /// The tables that are in place, and what their rules are written for.
@@ -204,7 +201,7 @@ impl Nftables {
             shared: SharedCounts::default(),
             carried: Carried::default(),
             node: NodePlan::default(),
-            recheck: Vec::new(),
+            ids: Ids::default(),
             node_places: BTreeMap::new(),
             tables: BTreeMap::new(),
             refused: BTreeMap::new(),
@@ -228,15 +225,16 @@ impl Nftables {
         let mut readings = Readings::default();
         for ((family, set), keys) in counters::counters(applied) {
             for keys in keys.chunks(ELEMENTS_PER_MESSAGE) {
-                let read =
-                    self.netlink.read(family, Wanted::These(&set, keys), |message| readings.take(message));
+                let read = self
+                    .netlink
+                    .read(family, Wanted::These(set.name(), keys), |message| readings.take(message));
                 if let Err(error) = read {
-                    debug!(service = %plan.service, set = &*set, %error, "counters cannot be read");
+                    debug!(service = %plan.service, set = set.name(), %error, "counters cannot be read");
                     return None;
                 }
             }
         }
-        let total = |port| self.carried.total(applied.plan(), port, &readings);
+        let total = |port| self.carried.total(applied, port, &readings);
         Some(plan.ports.iter().map(total).collect())
     }
 

@@ -6,7 +6,6 @@ use std::ffi::CStr;
 use std::fmt;
 use std::io;
 use std::os::fd::{BorrowedFd, RawFd};
-use std::time::Duration;
 
 use nftnl::Chain;
 use nftnl::nftnl_sys::libc;
@@ -390,18 +389,6 @@ fn refusal(message: &[u8]) -> Option<Refusal> {
     Some(Refusal { seq: header.seq, errno: Errno::from_raw(-code), text })
 }
 
-/// Waits until every packet that was on its way through the ruleset before is through.
-pub(crate) fn grace_period() {
-    /// `MEMBARRIER_CMD_GLOBAL`: an RCU grace period, and a hook's chains run inside of one read-side section.
-    const GLOBAL: libc::c_int = 1;
-    /// Where the kernel does not offer it (`nohz_full`): far longer than a packet takes.
-    const LONG: Duration = Duration::from_millis(50);
-    // SAFETY: takes numbers only.
-    let result = unsafe { libc::syscall(libc::SYS_membarrier, GLOBAL, 0, 0) };
-    if result < 0 {
-        std::thread::sleep(LONG);
-    }
-}
 fn bytes_of(words: &mut [u64]) -> &mut [u8] {
     // SAFETY: any bytes make valid `u64`s and the other way round; the length is the same memory's.
     unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast(), size_of_val(words)) }

@@ -7,7 +7,6 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::{BuildHasher, RandomState};
-use std::net::SocketAddr;
 
 use nftnl::nftnl_sys::libc;
 use nix::errno::Errno;
@@ -17,13 +16,11 @@ use super::element::{Data, Element, Place};
 use super::kernel::Kernel;
 use super::message::Wanted;
 use super::netlink::Netlink;
-use super::object::{Kind, Object};
 use super::parse::{SetInfo, parse_elements, parse_set};
 use super::picks::Picks;
-use super::remembered::Entry;
 use super::schema::{Set, len_of};
 use crate::model::input::Family;
-use crate::model::plan::{AddressPort, Frontend, PortPlan};
+use crate::model::plan::{Frontend, PortPlan};
 
 /// How often a dump is begun again because the set changed under it.
 const ATTEMPTS: usize = 20;
@@ -32,14 +29,8 @@ const ATTEMPTS: usize = 20;
 #[derive(Debug, Default)]
 pub(crate) struct Found {
     elements: HashMap<Place, Held>,
-    /// Those of `ranges`, in order: what is there of a VIP must be known to write another range of it.
-    ranges: BTreeSet<Place>,
-    /// The objects of ports with affinity, likewise.
-    objects: BTreeSet<Object>,
-    /// Of these, the sets of members whose content was read: where elements count.
-    members: BTreeMap<Object, Vec<AddressPort>>,
-    /// Of these, the sets of members that count and should not, or the reverse.
-    outdated_members: BTreeSet<Object>,
+    /// Those of the sets that are searched by prefix, in order.
+    ordered: BTreeSet<Place>,
     /// What has to be made anew of each table since its elements count and should not, or the reverse.
     outdated: BTreeMap<Family, Outdated>,
     /// What each table has that is no Service's.
@@ -84,7 +75,7 @@ impl LookUp for Copying<'_> {
         let sets = &mut self.outdated.sets;
         self.netlink.look_up(places, &mut |place, data, comment| {
             if let Some((_, copies)) = sets.iter_mut().find(|(set, _)| *set == place.set) {
-                copies.push(Element::copied(*place, data.clone(), comment));
+                copies.push(Element::copied(*place, data, comment));
             }
             each(place, data, comment);
         })
@@ -140,26 +131,20 @@ pub(crate) enum TableState {
 impl Found {
     /// As if these had been read.
     #[cfg(test)]
-    pub(crate) fn holding<'a>(
-        elements: impl Iterator<Item = &'a Element>,
-        objects: impl Iterator<Item = &'a Object>,
-    ) -> Self {
-        let mut found = Self { objects: objects.cloned().collect(), ..Self::default() };
+    pub(crate) fn holding<'a>(elements: impl Iterator<Item = &'a Element>) -> Self {
+        let mut found = Self::default();
         for Element { place, data, comment } in elements {
-            found.put(*place, data.clone(), comment.as_deref().map(str::as_bytes));
+            found.put(*place, *data, comment.as_deref().map(str::as_bytes));
         }
         found
     }
 
     /// As if all but the maps of slots had been read.
     #[cfg(test)]
-    pub(crate) fn listed<'a>(
-        elements: impl Iterator<Item = &'a Element>,
-        objects: impl Iterator<Item = &'a Object>,
-    ) -> Self {
+    pub(crate) fn listed<'a>(elements: impl Iterator<Item = &'a Element>) -> Self {
         let maps = Set::ALL.into_iter().filter(|set| set.has_slots());
         let unlisted = maps.flat_map(|set| Family::ALL.map(|family| (family, set))).collect();
-        Self { unlisted, ..Self::holding(elements.filter(|element| !element.place.set.has_slots()), objects) }
+        Self { unlisted, ..Self::holding(elements.filter(|element| !element.place.set.has_slots())) }
     }
 
     /// Reads one family's table, and adds its elements.
@@ -190,32 +175,17 @@ impl Found {
         {
             return Ok(TableState::Foreign);
         }
-        let named = |info: &SetInfo| Object::named(&info.name, family, false);
-        if infos.iter().any(|info| named(info).is_some_and(|object| !object.fits(info))) {
-            return Ok(TableState::Foreign);
-        }
-        self.objects.extend(infos.iter().filter_map(named));
-        let object = |name: &String| Object::named(name, family, true);
         let chains = again(|| netlink.chains(family))?;
-        self.objects.extend(chains.iter().filter_map(object));
-        let chains: Vec<_> = chains.into_iter().filter(|name| object(name).is_none()).collect();
         let mut outdated = Outdated::default();
         for info in &infos {
             if let Some(set) = Set::named(&info.name) {
                 let mut copies = counts_wrongly(set, info).then(Vec::new);
                 if set.has_slots() && depth == Depth::Reachable {
                     self.unlisted.insert((family, set));
-                } else {
+                } else if !set.is_filled_by_packets() {
                     self.read_set(netlink, family, set, copies.as_mut())?;
                 }
                 outdated.sets.extend(copies.map(|copies| (set, copies)));
-            } else if let Some(object) = named(info).filter(|object| matches!(object.kind, Kind::Members(_)))
-            {
-                if info.counts != self.counting {
-                    self.outdated_members.insert(object);
-                } else if self.counting {
-                    self.members.insert(object.clone(), members(netlink, &object)?);
-                }
             }
         }
         if !outdated.sets.is_empty() {
@@ -228,7 +198,7 @@ impl Found {
         let is_strange = |info: &&SetInfo| {
             // What has no name of its own goes with the rule that it is in.
             let is_anonymous = info.flags & libc::NFT_SET_ANONYMOUS as u32 != 0;
-            Set::named(&info.name).is_none() && named(info).is_none() && !is_anonymous
+            Set::named(&info.name).is_none() && !is_anonymous
         };
         let strange_sets = infos.iter().filter(is_strange).map(|info| info.name.clone()).collect();
         self.fixtures.insert(family, Fixtures { chains, strange_sets });
@@ -253,7 +223,7 @@ impl Found {
                     Some(key) => {
                         let place = Place { family, set, key };
                         if let Some(copies) = &mut copies {
-                            copies.push(Element::copied(place, element.data.clone(), element.comment));
+                            copies.push(Element::copied(place, element.data, element.comment));
                         }
                         self.count += 1;
                         self.put(place, element.data, element.comment);
@@ -267,8 +237,8 @@ impl Found {
     fn put(&mut self, place: Place, data: Option<Data>, comment: Option<&[u8]>) {
         let comment = self.hasher.hash_one(comment);
         self.elements.insert(place, Held { data, comment });
-        if place.set.has_ranges() {
-            self.ranges.insert(place);
+        if place.set.is_searched_by_prefix() {
+            self.ordered.insert(place);
         }
     }
 
@@ -314,10 +284,7 @@ impl Found {
     /// As if a family had no table.
     pub(crate) fn forget(&mut self, family: Family) {
         self.elements.retain(|place, _| place.family != family);
-        self.ranges.retain(|place| place.family != family);
-        self.objects.retain(|object| object.family != family);
-        self.members.retain(|object, _| object.family != family);
-        self.outdated_members.retain(|object| object.family != family);
+        self.ordered.retain(|place| place.family != family);
         self.fixtures.remove(&family);
         self.unlisted.retain(|(of, _)| *of != family);
     }
@@ -343,21 +310,9 @@ impl Found {
     /// Somebody applied owns this place from now on.
     pub(crate) fn settle(&mut self, place: &Place) {
         self.elements.remove(place);
-        if place.set.has_ranges() {
-            self.ranges.remove(place);
+        if place.set.is_searched_by_prefix() {
+            self.ordered.remove(place);
         }
-    }
-
-    /// Somebody applied owns this object from now on, or it is gone.
-    pub(crate) fn settle_object(&mut self, object: &Object) {
-        self.objects.remove(object);
-        self.members.remove(object);
-        self.outdated_members.remove(object);
-    }
-
-    /// The objects that nobody has claimed, in an order in which they can be removed.
-    pub(crate) fn objects(&self) -> Vec<Object> {
-        self.objects.iter().cloned().collect()
     }
 
     /// The places of one set that nobody has claimed.
@@ -378,71 +333,26 @@ impl Kernel for Found {
         self.elements.contains_key(place)
     }
 
-    fn backend(&self, place: &Place) -> Option<SocketAddr> {
-        self.elements.get(place)?.data.as_ref()?.to_backend()
+    fn data(&self, place: &Place) -> Option<Data> {
+        self.elements.get(place)?.data
     }
 
-    fn holds_object(&self, object: &Object) -> bool {
-        self.objects.contains(object)
-    }
-
-    fn members(&self, set: &Object) -> Option<&[AddressPort]> {
-        self.members.get(set).map(Vec::as_slice)
-    }
-
-    fn is_outdated(&self, set: &Object) -> bool {
-        self.outdated_members.contains(set)
+    fn below(&self, place: Place) -> impl Iterator<Item = (Place, Option<Data>)> {
+        let is_below = move |held: &&Place| {
+            (held.family, held.set) == (place.family, place.set) && held.key.starts_with(&place.key)
+        };
+        self.ordered.range(place..).take_while(is_below).map(|held| (*held, self.data(held)))
     }
 
     fn counts(&self) -> bool {
         self.counting
-    }
-
-    fn ranges(&self, vip: Place) -> impl Iterator<Item = Place> {
-        let of_vip = move |place: &&Place| place.family == vip.family && place.key.starts_with(&vip.key);
-        self.ranges.range(Place { set: Set::Ranges, ..vip }..).take_while(of_vip).copied()
     }
 }
 
 fn fits(set: Set, family: Family, info: &SetInfo) -> bool {
     info.flags == set.flags()
         && info.key_len as usize == len_of(set.key(), family)
-        && (set.has_verdicts() || info.data_len as usize == set.data().map_or(0, |data| len_of(data, family)))
-}
-
-/// What a map of session affinity remembers.
-///
-/// # Errors
-/// When the kernel cannot be read; `ENOENT` where it has no such map.
-pub(crate) fn entries(netlink: &mut Netlink, map: &Object) -> Result<Vec<Entry>, Errno> {
-    let Kind::Map(_, port) = map.kind else { return Ok(Vec::new()) };
-    let mut entries = BTreeMap::new();
-    again(|| {
-        entries.clear();
-        netlink.read(map.family, Wanted::Elements(&map.name()), |message| {
-            parse_elements(message, |element| {
-                let address = element.data.as_ref().and_then(Data::to_address);
-                if let Some((client, ip)) = element.key.zip(address) {
-                    let (timeout, expires) = (element.timeout, element.expires);
-                    let backend = AddressPort { ip, port };
-                    entries.insert(client, Entry { client, backend, timeout, expires });
-                }
-            });
-        })
-    })?;
-    Ok(entries.into_values().collect())
-}
-
-/// Who is in a set of members, in order.
-fn members(netlink: &mut Netlink, set: &Object) -> Result<Vec<AddressPort>, Errno> {
-    let mut members = BTreeSet::new();
-    again(|| {
-        members.clear();
-        netlink.read(set.family, Wanted::Elements(&set.name()), |message| {
-            parse_elements(message, |element| members.extend(element.key.and_then(|key| key.to_backend())));
-        })
-    })?;
-    Ok(members.into_iter().collect())
+        && info.data_len as usize == set.data().map_or(0, |data| len_of(data, family))
 }
 
 /// Repeats a dump that was interrupted by a change.

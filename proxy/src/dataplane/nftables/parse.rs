@@ -3,13 +3,12 @@
 //! Owns the unsafe calls that parse set messages. Never decides what is asked, nor what it means.
 
 use std::ffi::CStr;
-use std::time::Duration;
 
 use nftnl::nftnl_sys::{self as sys, libc};
 
 use super::element::{Data, Key};
 use super::message::{COMMENT_UDATA, RawSet, protocol_family};
-use super::schema::TABLE;
+use super::schema::{TABLE, address_len};
 use crate::model::input::Family;
 
 /// What the kernel says of a set: its name, flags, and the lengths of its key and data.
@@ -66,10 +65,6 @@ pub(crate) struct Held<'a> {
     pub(crate) data: Option<Data>,
     /// Its comment.
     pub(crate) comment: Option<&'a [u8]>,
-    /// For how long it lives after it was added or refreshed; zero: for ever.
-    pub(crate) timeout: Duration,
-    /// How long from now it lives.
-    pub(crate) expires: Duration,
     /// How many packets have found it; 0 where it does not count.
     pub(crate) packets: u64,
 }
@@ -89,6 +84,8 @@ pub(crate) fn parse_elements(message: &[u8], mut each: impl FnMut(Held<'_>)) {
         let Some(family) = Family::ALL.into_iter().find(is_it) else { return };
         let set = sys::nftnl_set_get_str(raw.as_ptr(), sys::NFTNL_SET_NAME as u16);
         let set = if set.is_null() { "" } else { CStr::from_ptr(set).to_str().unwrap_or_default() };
+        // Only addresses come in ranges.
+        let tail = address_len(family);
         let elements = sys::nftnl_set_elems_iter_create(raw.as_ptr());
         if elements.is_null() {
             return;
@@ -108,21 +105,9 @@ pub(crate) fn parse_elements(message: &[u8], mut each: impl FnMut(Held<'_>)) {
             let flags = flags.map_or(0, |flags| u32::from_ne_bytes(*flags));
             let end = flags & libc::NFT_SET_ELEM_INTERVAL_END as u32 != 0;
             let last = get(sys::NFTNL_SET_ELEM_KEY_END);
-            let key = get(sys::NFTNL_SET_ELEM_KEY).and_then(|key| Key::from_kernel(key, last, end));
-            let verdict = || {
-                let code = get(sys::NFTNL_SET_ELEM_VERDICT)?.first_chunk().map(|c| i32::from_ne_bytes(*c))?;
-                let chain = sys::nftnl_set_elem_get_str(element, sys::NFTNL_SET_ELEM_CHAIN as u16);
-                let chain = (!chain.is_null()).then(|| CStr::from_ptr(chain).to_string_lossy().into())?;
-                Some(if code == libc::NFT_JUMP { Data::Jump(chain) } else { Data::Goto(chain) })
-            };
-            let data = get(sys::NFTNL_SET_ELEM_DATA).and_then(Data::from_kernel).or_else(verdict);
+            let key = get(sys::NFTNL_SET_ELEM_KEY).and_then(|key| Key::from_kernel(key, last, tail, end));
+            let data = get(sys::NFTNL_SET_ELEM_DATA).and_then(Data::from_kernel);
             let comment = get(sys::NFTNL_SET_ELEM_USERDATA).and_then(comment_of);
-            let duration = |attribute: u32| {
-                let bytes = get(attribute).and_then(|bytes| bytes.first_chunk());
-                bytes.map_or(Duration::ZERO, |bytes| Duration::from_millis(u64::from_ne_bytes(*bytes)))
-            };
-            let (timeout, expires) =
-                (duration(sys::NFTNL_SET_ELEM_TIMEOUT), duration(sys::NFTNL_SET_ELEM_EXPIRATION));
             let mut len = 0u32;
             let counter = sys::nftnl_set_elem_get(element, sys::NFTNL_SET_ELEM_EXPR as u16, &mut len);
             let counter = counter.cast::<sys::nftnl_expr>();
@@ -131,7 +116,7 @@ pub(crate) fn parse_elements(message: &[u8], mut each: impl FnMut(Held<'_>)) {
             } else {
                 sys::nftnl_expr_get_u64(counter, sys::NFTNL_EXPR_CTR_PACKETS as u16)
             };
-            each(Held { family, set, key, data, comment, timeout, expires, packets });
+            each(Held { family, set, key, data, comment, packets });
         }
         sys::nftnl_set_elems_iter_destroy(elements);
     }

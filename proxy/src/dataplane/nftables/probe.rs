@@ -4,6 +4,7 @@
 //! concerned.
 
 use std::collections::BTreeSet;
+use std::num::NonZeroU32;
 
 use super::failure::{Owner, fatal};
 use super::netlink::Netlink;
@@ -24,7 +25,9 @@ const TABLE: &str = "kube-lane-check";
 pub fn try_ruleset(settings: &Settings, family: Family) -> Result<(), NftablesError> {
     let mut netlink = Netlink::open(settings.count_connections)?;
     let mut transaction = netlink.begin::<Owner>().into_tables(TABLE);
-    let chains = chains(family, &settings.policy(true));
+    // As with session affinity, of the timeout that is Kubernetes' default.
+    let timeouts = NonZeroU32::new(10_800).into_iter().collect();
+    let chains = chains(family, &settings.policy(true, timeouts));
     ruleset(&mut transaction, family, &chains, &BTreeSet::new(), &Outdated::default());
     netlink.check(&mut transaction).map_err(|error| fatal(error, NftablesError::Ruleset))
 }

@@ -7,7 +7,6 @@ use std::collections::BTreeMap;
 use nftnl::nftnl_sys::libc;
 
 use super::element::{Data, Place};
-use super::object::{Kind, Object};
 use super::parse::parse_elements;
 use super::schema::Set;
 use crate::dataplane::netlink::Header;
@@ -17,13 +16,12 @@ use crate::model::plan::AddressPort;
 #[derive(Debug, Default)]
 pub(crate) struct Readings {
     elements: BTreeMap<Place, (Option<AddressPort>, u64)>,
-    members: BTreeMap<Object, BTreeMap<AddressPort, u64>>,
 }
 
 impl Readings {
     /// There are none.
     pub(crate) fn is_empty(&self) -> bool {
-        self.elements.is_empty() && self.members.is_empty()
+        self.elements.is_empty()
     }
 
     /// Takes a message of the kernel, if it is about elements.
@@ -37,26 +35,18 @@ impl Readings {
         parse_elements(message, |element| {
             let Some(key) = element.key else { return };
             let (family, packets) = (element.family, element.packets);
-            if let Some(set) = Set::named(element.set) {
-                let backend = element.data.as_ref().and_then(Data::to_backend).map(AddressPort::from);
-                self.put(Place { family, set, key }, backend, packets);
-            } else if let Some(object) = Object::named(element.set, family, false)
-                && matches!(object.kind, Kind::Members(_))
-                && let Some(member) = key.to_backend()
-            {
-                self.put_member(&object, member, packets);
-            }
+            let Some(set) = Set::named(element.set) else { return };
+            let backend = match set {
+                Set::AffinityBackends => key.to_backend(),
+                _ => element.data.and_then(Data::to_backend).map(AddressPort::from),
+            };
+            self.put(Place { family, set, key }, backend, packets);
         });
     }
 
     /// The element at this place leads to this backend, if to any, and was found so often.
     pub(crate) fn put(&mut self, place: Place, backend: Option<AddressPort>, packets: u64) {
         self.elements.insert(place, (backend, packets));
-    }
-
-    /// This member of a set of a port with affinity was found so often.
-    pub(crate) fn put_member(&mut self, set: &Object, member: AddressPort, packets: u64) {
-        self.members.entry(set.clone()).or_default().insert(member, packets);
     }
 
     /// What the element at this place counted.
@@ -71,10 +61,5 @@ impl Readings {
         };
         let held = self.elements.range(place..).take_while(move |(held, _)| below(held));
         held.filter_map(|(_, (backend, packets))| Some((backend.as_ref().copied()?, *packets)))
-    }
-
-    /// The members in this set of a port with affinity, and what they counted.
-    pub(crate) fn members(&self, set: &Object) -> impl Iterator<Item = (AddressPort, u64)> {
-        self.members.get(set).into_iter().flatten().map(|(member, packets)| (*member, *packets))
     }
 }

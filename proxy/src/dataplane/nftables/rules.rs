@@ -15,7 +15,12 @@
 //! Local set that is gone goes on with the Cluster set; what is translated from now on and passed the DNAT before is
 //! refused, as it was until now; and a client of a Local VIP that was led to another node is masqueraded.
 
+use std::collections::BTreeSet;
+use std::num::NonZeroU32;
+
 use nftnl::{ChainType, Hook};
+
+use super::affinity_rules;
 
 use super::expr::{ADDRESS_LOCAL, ConnectionWord, Expr, LookupIn, Reg, STATE_NEW, STATUS_DNAT, Verdict};
 use super::schema::{CLASSES, NODEPORT_SLOTS, Set, SlotSets, VIP_SLOTS, address_len};
@@ -50,6 +55,8 @@ pub(crate) struct Policy {
     pub(crate) detection: Detection,
     /// Masquerade everybody who dials a cluster IP.
     pub(crate) masquerade_all: bool,
+    /// The timeouts of session affinity that there are, in seconds.
+    pub(crate) timeouts: BTreeSet<NonZeroU32>,
 }
 
 /// How this node's pods are told from other clients.
@@ -113,7 +120,7 @@ impl Keys {
     }
 
     /// `ip daddr . meta l4proto . th dport`; the next component goes to the returned register.
-    fn vip(&self) -> (Vec<Expr>, Reg) {
+    pub(super) fn vip(&self) -> (Vec<Expr>, Reg) {
         self.vip_with(|reg| Expr::Protocol { reg })
     }
 
@@ -131,7 +138,7 @@ impl Keys {
     }
 
     /// `meta l4proto . th dport`.
-    fn nodeport(&self) -> (Vec<Expr>, Reg) {
+    pub(super) fn nodeport(&self) -> (Vec<Expr>, Reg) {
         (vec![Expr::Protocol { reg: Reg(0) }, Expr::DestinationPort { reg: Reg(4) }], Reg(8))
     }
 
@@ -144,7 +151,7 @@ impl Keys {
 
     /// `ct original ip daddr . meta l4proto . ct original proto-dst`. The protocol is tested first: without that
     /// nft lists the rule but does not take it back.
-    fn original_vip(&self) -> Vec<Expr> {
+    pub(super) fn original_vip(&self) -> Vec<Expr> {
         let at = self.len();
         vec![
             Expr::Protocol { reg: Reg(0) },
@@ -156,7 +163,7 @@ impl Keys {
     }
 
     /// The same for a NodePort.
-    fn original_nodeport(&self) -> Vec<Expr> {
+    pub(super) fn original_nodeport(&self) -> Vec<Expr> {
         vec![
             Expr::OriginalAddress { v6: self.v6(), reg: Reg(0) },
             is_in(Set::NodeportIps),
@@ -172,37 +179,56 @@ impl Keys {
         vec![self.destination(Reg(0)), self.destination(self.after_address())]
     }
 
-    /// The client is a pod of this node (or, inverted, is not); `None` where that cannot be told.
-    fn pod_client(&self, detection: &Detection, invert: bool) -> Option<Vec<Expr>> {
+    /// The client is a pod of this node, as a packet shows it that comes in; `None` where that cannot be told.
+    fn pod_client(&self, detection: &Detection) -> Option<Vec<Expr>> {
         let reg = Reg(0);
-        let interface = |bytes| Some(vec![Expr::InInterface { reg }, Expr::Compare { reg, bytes, invert }]);
         match detection {
             Detection::None => None,
-            Detection::PodCidrs => Some(vec![
-                self.source(reg),
-                Expr::Lookup { set: LookupIn::Table(Set::PodCidrs), key: reg, data: None, invert },
-            ]),
-            Detection::Interface(name) => {
-                let mut bytes = name.clone().into_bytes();
-                bytes.resize(INTERFACE_NAME, 0);
-                interface(bytes)
-            }
-            Detection::InterfacePrefix(prefix) => {
-                let mut bytes = prefix.clone().into_bytes();
-                bytes.truncate(INTERFACE_NAME);
-                interface(bytes)
+            Detection::PodCidrs => Some(vec![self.source(reg), is_in(Set::PodCidrs)]),
+            Detection::Interface(_) | Detection::InterfacePrefix(_) => {
+                let named = Expr::Compare { reg, bytes: interface(detection), invert: false };
+                Some(vec![Expr::InInterface { reg }, named])
             }
         }
     }
+
+    /// The client is a pod of this node, as a packet shows it that goes from one port of a bridge to another and that this
+    /// host has not sent. There it has no interface that it came in through (`br_netfilter`'s `br_nf_post_routing`): it came
+    /// in through the bridge that it goes out by.
+    fn bridged_pod_client(&self, detection: &Detection) -> Option<Vec<Expr>> {
+        let (reg, invert) = (Reg(0), false);
+        let name = matches!(detection, Detection::Interface(_) | Detection::InterfacePrefix(_))
+            .then(|| interface(detection))?;
+        Some(vec![
+            Expr::InInterfaceNumber { reg },
+            Expr::Compare { reg, bytes: vec![0; 4], invert },
+            Expr::OutInterface { reg },
+            Expr::Compare { reg, bytes: name, invert },
+        ])
+    }
+}
+
+/// What the name of a pod's interface begins with: all of it, padded with zeros, or its first letters.
+fn interface(detection: &Detection) -> Vec<u8> {
+    let (Detection::Interface(name) | Detection::InterfacePrefix(name)) = detection else {
+        return Vec::new();
+    };
+    let mut bytes = name.clone().into_bytes();
+    let len = if matches!(detection, Detection::Interface(_)) { INTERFACE_NAME } else { bytes.len() };
+    bytes.resize(len.min(INTERFACE_NAME), 0);
+    bytes
 }
 
 /// Every chain of the table.
 pub(crate) fn chains(family: Family, policy: &Policy) -> Vec<Chain> {
     let keys = Keys { family };
     let mut chains = Vec::new();
-    let kinds = [("vip", keys.vip(), VIP_SLOTS), ("np", keys.nodeport(), NODEPORT_SLOTS)];
-    for (prefix, key, [cluster, local]) in kinds {
-        let pick = |sets| Pick { keys: &keys, key: key.clone(), sets };
+    let kinds = [
+        ("vip", keys.vip(), VIP_SLOTS, Set::Affinity),
+        ("np", keys.nodeport(), NODEPORT_SLOTS, Set::NpAffinity),
+    ];
+    for (prefix, key, [cluster, local], affinity) in kinds {
+        let pick = |sets| Pick { keys: &keys, key: key.clone(), sets, affinity };
         let drop = vec![Expr::Verdict(Verdict::Drop)];
         pick(cluster).chains(&mut chains, prefix, drop.clone(), drop);
         let empty = then(key.0.clone(), local.named, Verdict::Drop);
@@ -212,7 +238,9 @@ pub(crate) fn chains(family: Family, policy: &Policy) -> Vec<Chain> {
     }
     translation(&mut chains, &keys);
     firewall(&mut chains, &keys);
-    learning(&mut chains, &keys);
+    let learn = [dnatted(), goto("learn")].concat();
+    chains.push(base("nat-input", ChainType::Nat, Hook::In, SNAT_PRIORITY, vec![learn]));
+    affinity_rules::chains(&mut chains, &keys, &policy.timeouts);
     refusals(&mut chains, &keys);
     masquerading(&mut chains, &keys, policy);
     chains
@@ -224,6 +252,8 @@ struct Pick<'a> {
     /// The frontend's key, and the register of the slot behind it.
     key: (Vec<Expr>, Reg),
     sets: SlotSets,
+    /// The frontends with session affinity.
+    affinity: Set,
 }
 
 impl Pick<'_> {
@@ -251,8 +281,7 @@ impl Pick<'_> {
         let rules = climb.chain([goto(&class(1 << (CLASSES - 1)))]).collect();
         let pick = format!("{prefix}-pick");
         chains.push(regular(&pick, rules));
-        let remembered =
-            [self.key.0.clone(), vec![Expr::VerdictMap { map: self.sets.affinity, key: Reg(0) }]].concat();
+        let remembered = then(self.key.0.clone(), self.affinity, Verdict::Jump(format!("{prefix}-affinity")));
         let rounds = vec![jump(&pick); ROUNDS];
         let rules = [vec![remembered], rounds, vec![jump(&class(1)), end]].concat();
         chains.push(regular(&format!("{prefix}-balance"), rules));
@@ -277,7 +306,7 @@ impl Pick<'_> {
 /// `externalTrafficPolicy: Local`: this node's own clients get the Cluster set all the same.
 fn short_circuit(prefix: &str, keys: &Keys, policy: &Policy) -> Chain {
     let cluster = goto(&format!("{prefix}-balance"));
-    let pods = keys.pod_client(&policy.detection, false).map(|pod| [pod, cluster.clone()].concat());
+    let pods = keys.pod_client(&policy.detection).map(|pod| [pod, cluster.clone()].concat());
     let mut rules: Vec<_> = pods.into_iter().collect();
     rules.push([host_client(), cluster].concat());
     rules.push(goto(&format!("{prefix}-local-balance")));
@@ -318,34 +347,6 @@ fn firewall(chains: &mut Vec<Chain>, keys: &Keys) {
     }
 }
 
-/// Where a new connection was led, by the destination that it was opened to, is remembered for the Service ports with
-/// affinity. VIPs come before NodePorts, as in the translation. This is done where the source is decided, which a
-/// connection's first packet alone comes by: `ct state new` holds for the next ones, too, until an answer comes, and a
-/// client that tries a backend again which is gone must not be led there for that.
-fn learning(chains: &mut Vec<Chain>, keys: &Keys) {
-    let search = |mut rule: Vec<Expr>, map| {
-        rule.push(Expr::VerdictMap { map, key: Reg(0) });
-        rule
-    };
-    let on_nodeport_address = vec![Expr::OriginalAddress { v6: keys.v6(), reg: Reg(0) }];
-    chains.push(regular(
-        "learn-np",
-        vec![
-            then(keys.original_vip(), Set::Vips, Verdict::Return),
-            search(keys.original_nodeport(), Set::NpAffLearn),
-        ],
-    ));
-    chains.push(regular(
-        "learn",
-        vec![
-            search(keys.original_vip(), Set::AffLearn),
-            then(on_nodeport_address, Set::NodeportIps, Verdict::Goto("learn-np".into())),
-        ],
-    ));
-    let enter = [dnatted(), goto("learn")].concat();
-    chains.push(base("nat-input", ChainType::Nat, Hook::In, SNAT_PRIORITY, vec![enter]));
-}
-
 /// ICMP for what has no endpoint and for unused ports; drop for unallocated ServiceCIDR addresses.
 fn refusals(chains: &mut Vec<Chain>, keys: &Keys) {
     let reject = || vec![Expr::Reject { v6: keys.v6() }];
@@ -380,15 +381,22 @@ fn masquerading(chains: &mut Vec<Chain>, keys: &Keys, policy: &Policy) {
     chains.push(regular("masq", vec![masquerade(vec![])]));
     let not_local =
         Expr::Lookup { set: LookupIn::Table(Set::Hairpin), key: Reg(0), data: None, invert: true };
-    let accept = vec![Expr::Verdict(Verdict::Accept)];
-    let pods = keys.pod_client(&policy.detection, false).map(|pod| [pod, accept].concat());
-    let mut local = vec![masquerade(host_client())];
-    local.extend(pods);
+    let accept = |client: Vec<Expr>| [client, vec![Expr::Verdict(Verdict::Accept)]].concat();
+    let pod = keys.pod_client(&policy.detection).map(accept);
+    let bridged_pod = keys.bridged_pod_client(&policy.detection).map(accept);
+    let host = masquerade(host_client());
+    let mut local = vec![host.clone()];
+    local.extend(pod.clone().into_iter().chain(bridged_pod.clone()));
     local.push(masquerade([keys.twice_destination(), vec![not_local]].concat()));
     chains.push(regular("masq-etp-local", local));
-    let everybody = policy.masquerade_all.then(Vec::new);
-    let whose = everybody.or_else(|| keys.pod_client(&policy.detection, true));
-    chains.push(regular("masq-cluster-ip", whose.map(masquerade).into_iter().collect()));
+    let cluster_ip = match (policy.masquerade_all, pod, bridged_pod) {
+        (true, ..) => vec![masquerade(vec![])],
+        // Where pods cannot be told from others, nobody is masqueraded.
+        (false, None, _) => vec![],
+        (false, Some(pod), None) => vec![pod, masquerade(vec![])],
+        (false, Some(pod), Some(bridged_pod)) => vec![pod, host, bridged_pod, masquerade(vec![])],
+    };
+    chains.push(regular("masq-cluster-ip", cluster_ip));
     let go = |chain: &str| Verdict::Goto(chain.into());
     let itself = vec![keys.source(Reg(0)), keys.destination(keys.after_address())];
     let original = vec![Expr::OriginalAddress { v6: keys.v6(), reg: Reg(0) }];
@@ -413,7 +421,7 @@ fn host_client() -> Vec<Expr> {
     vec![Expr::SourceType { reg }, Expr::Compare { reg, bytes, invert: false }]
 }
 
-fn regular(name: &str, rules: Vec<Vec<Expr>>) -> Chain {
+pub(super) fn regular(name: &str, rules: Vec<Vec<Expr>>) -> Chain {
     Chain { name: name.into(), base: None, rules }
 }
 
@@ -421,21 +429,21 @@ fn base(name: &str, kind: ChainType, hook: Hook, priority: i32, rules: Vec<Vec<E
     Chain { name: name.into(), base: Some(Base { kind, hook, priority }), rules }
 }
 
-fn is_in(set: Set) -> Expr {
+pub(super) fn is_in(set: Set) -> Expr {
     Expr::Lookup { set: LookupIn::Table(set), key: Reg(0), data: None, invert: false }
 }
 
-fn then(mut rule: Vec<Expr>, set: Set, verdict: Verdict) -> Vec<Expr> {
+pub(super) fn then(mut rule: Vec<Expr>, set: Set, verdict: Verdict) -> Vec<Expr> {
     rule.push(is_in(set));
     rule.push(Expr::Verdict(verdict));
     rule
 }
 
-fn jump(chain: &str) -> Vec<Expr> {
+pub(super) fn jump(chain: &str) -> Vec<Expr> {
     vec![Expr::Verdict(Verdict::Jump(chain.into()))]
 }
 
-fn goto(chain: &str) -> Vec<Expr> {
+pub(super) fn goto(chain: &str) -> Vec<Expr> {
     vec![Expr::Verdict(Verdict::Goto(chain.into()))]
 }
 

@@ -27,7 +27,7 @@ struct Walk {
 
 impl Walk {
     fn new() -> Self {
-        let policy = Policy { detection: Detection::None, masquerade_all: false };
+        let policy = Policy { detection: Detection::None, masquerade_all: false, timeouts: BTreeSet::new() };
         let chains = chains(Family::V4, &policy).into_iter();
         let chains = chains.map(|chain| (chain.name, chain.rules.into())).collect();
         let (slots, more, named) = Default::default();
@@ -87,7 +87,7 @@ impl Walk {
                 }
                 Expr::Verdict(verdict) => return Some(verdict.clone()),
                 // Nobody is remembered; a slot is `led`'s.
-                Expr::VerdictMap { .. } | Expr::Lookup { .. } => return None,
+                Expr::Lookup { .. } => return None,
                 _ => {}
             }
         }

@@ -16,6 +16,9 @@ pub(crate) const CLASSES: u32 = 15;
 /// The largest number of backends that one port spreads over.
 pub(crate) const MAX_SLOTS: usize = 1 << (CLASSES - 1);
 
+/// How many clients of all ports with session affinity one family's table remembers, for each kind of endpoint set.
+pub(crate) const AFFINITY_CLIENTS: u32 = 1 << 20;
+
 /// `NFT_SET_CONCAT`: ranges in a concatenation.
 const NFT_SET_CONCAT: u32 = 0x80;
 
@@ -56,18 +59,30 @@ pub(crate) enum Set {
     Ranged,
     /// (address, protocol, port, client's network): who may.
     Ranges,
-    /// The VIPs with affinity → the chain that leads a client back to its backend.
-    Aff,
-    /// The same before a pick from the Local set of a VIP that has both.
-    AffLocal,
-    /// The VIPs with affinity → the chain that remembers where a client was led.
-    AffLearn,
-    /// `aff` of NodePorts.
-    NpAff,
-    /// `aff-local` of NodePorts.
-    NpAffLocal,
-    /// `aff-learn` of NodePorts.
-    NpAffLearn,
+    /// The VIPs of ports with session affinity.
+    Affinity,
+    /// Those of them that lead all clients to their Local set.
+    AffinityLocalOnly,
+    /// VIP → the number of its port with session affinity.
+    AffinityIds,
+    /// The NodePorts of ports with session affinity.
+    NpAffinity,
+    /// NodePort → the number of its port with session affinity.
+    NpAffinityIds,
+    /// (port's number, seconds): for how long the port remembers a client.
+    AffinityTimeouts,
+    /// (port's number, backend) → the number of this member of the port.
+    AffinityBackends,
+    /// Member → backend.
+    AffinityMembers,
+    /// The members that are in their port's Cluster set.
+    AffinityCluster,
+    /// The members that are in their port's Local set.
+    AffinityLocal,
+    /// (port's number, client) → the member of the Cluster set that the client was led to. Packets fill it.
+    AffinityClients,
+    /// The same for the Local set.
+    AffinityClientsLocal,
     /// The addresses that NodePorts answer on.
     NodeportIps,
     /// Every cluster IP in use: their other ports are refused, and their SNAT follows the detector.
@@ -89,30 +104,18 @@ pub(crate) struct SlotSets {
     pub(crate) slots: Set,
     /// How many there are.
     pub(crate) more: Set,
-    /// Who is led back to a backend, instead of one being drawn from the slots.
-    pub(crate) affinity: Set,
 }
 
 /// Those of VIPs: of the first endpoint set, and of the Local set where clients from outside are led to that.
 pub(crate) const VIP_SLOTS: [SlotSets; 2] = [
-    SlotSets { named: Set::Vips, slots: Set::Endpoints, more: Set::More, affinity: Set::Aff },
-    SlotSets {
-        named: Set::VipsLocal,
-        slots: Set::EndpointsLocal,
-        more: Set::MoreLocal,
-        affinity: Set::AffLocal,
-    },
+    SlotSets { named: Set::Vips, slots: Set::Endpoints, more: Set::More },
+    SlotSets { named: Set::VipsLocal, slots: Set::EndpointsLocal, more: Set::MoreLocal },
 ];
 
 /// Those of NodePorts.
 pub(crate) const NODEPORT_SLOTS: [SlotSets; 2] = [
-    SlotSets { named: Set::Nps, slots: Set::NpEndpoints, more: Set::NpMore, affinity: Set::NpAff },
-    SlotSets {
-        named: Set::NpsLocal,
-        slots: Set::NpEndpointsLocal,
-        more: Set::NpMoreLocal,
-        affinity: Set::NpAffLocal,
-    },
+    SlotSets { named: Set::Nps, slots: Set::NpEndpoints, more: Set::NpMore },
+    SlotSets { named: Set::NpsLocal, slots: Set::NpEndpointsLocal, more: Set::NpMoreLocal },
 ];
 
 /// One component of a key or of a map's data. Each is padded to a multiple of four bytes, as nftables does it.
@@ -124,13 +127,18 @@ pub(crate) enum Field {
     Protocol,
     /// A port, network byte order.
     Port,
-    /// A slot number or 2^i, host byte order (as `numgen` leaves it in its register).
+    /// A slot number, 2^i or a number of seconds, host byte order (as `numgen` leaves it in its register).
     Slot,
+    /// A number of a port with session affinity or of one of its members, host byte order. nft has no type for such
+    /// numbers that a rule can also put in a packet's hands, but `classid`, that of `meta priority`.
+    Id,
+    /// A client: its address, or of an IPv6 address a hash of four bytes.
+    Client,
 }
 
 impl Set {
     /// All of them, in the order in which they are created.
-    pub(crate) const ALL: [Self; 28] = [
+    pub(crate) const ALL: [Self; 34] = [
         Self::Endpoints,
         Self::More,
         Self::EndpointsLocal,
@@ -148,12 +156,18 @@ impl Set {
         Self::NpsReject,
         Self::Ranged,
         Self::Ranges,
-        Self::Aff,
-        Self::AffLocal,
-        Self::AffLearn,
-        Self::NpAff,
-        Self::NpAffLocal,
-        Self::NpAffLearn,
+        Self::Affinity,
+        Self::AffinityLocalOnly,
+        Self::AffinityIds,
+        Self::NpAffinity,
+        Self::NpAffinityIds,
+        Self::AffinityTimeouts,
+        Self::AffinityBackends,
+        Self::AffinityMembers,
+        Self::AffinityCluster,
+        Self::AffinityLocal,
+        Self::AffinityClients,
+        Self::AffinityClientsLocal,
         Self::NodeportIps,
         Self::ClusterIps,
         Self::ServiceCidrs,
@@ -181,12 +195,18 @@ impl Set {
             Self::NpsReject => "nps-reject",
             Self::Ranged => "ranged",
             Self::Ranges => "ranges",
-            Self::Aff => "aff",
-            Self::AffLocal => "aff-local",
-            Self::AffLearn => "aff-learn",
-            Self::NpAff => "np-aff",
-            Self::NpAffLocal => "np-aff-local",
-            Self::NpAffLearn => "np-aff-learn",
+            Self::Affinity => "affinity",
+            Self::AffinityLocalOnly => "affinity-local-only",
+            Self::AffinityIds => "affinity-ids",
+            Self::NpAffinity => "np-affinity",
+            Self::NpAffinityIds => "np-affinity-ids",
+            Self::AffinityTimeouts => "affinity-timeouts",
+            Self::AffinityBackends => "affinity-backends",
+            Self::AffinityMembers => "affinity-members",
+            Self::AffinityCluster => "affinity-cluster",
+            Self::AffinityLocal => "affinity-local",
+            Self::AffinityClients => "affinity-clients",
+            Self::AffinityClientsLocal => "affinity-clients-local",
             Self::NodeportIps => "nodeport-ips",
             Self::ClusterIps => "cluster-ips",
             Self::ServiceCidrs => "service-cidrs",
@@ -202,7 +222,7 @@ impl Set {
 
     /// The components of its key.
     pub(crate) fn key(self) -> &'static [Field] {
-        use Field::{Address, Port, Protocol, Slot};
+        use Field::{Address, Client, Id, Port, Protocol, Slot};
         match self {
             Self::Endpoints | Self::More | Self::EndpointsLocal | Self::MoreLocal => {
                 &[Address, Protocol, Port, Slot]
@@ -215,27 +235,20 @@ impl Set {
             | Self::VipsMasq
             | Self::VipsReject
             | Self::Ranged
-            | Self::Aff
-            | Self::AffLocal
-            | Self::AffLearn => &[Address, Protocol, Port],
-            Self::Nps
-            | Self::NpsLocal
-            | Self::NpsReject
-            | Self::NpAff
-            | Self::NpAffLocal
-            | Self::NpAffLearn => &[Protocol, Port],
+            | Self::Affinity
+            | Self::AffinityLocalOnly
+            | Self::AffinityIds => &[Address, Protocol, Port],
+            Self::Nps | Self::NpsLocal | Self::NpsReject | Self::NpAffinity | Self::NpAffinityIds => {
+                &[Protocol, Port]
+            }
+            Self::AffinityTimeouts => &[Id, Slot],
+            Self::AffinityBackends => &[Id, Address, Port],
+            Self::AffinityMembers | Self::AffinityCluster | Self::AffinityLocal => &[Id],
+            Self::AffinityClients | Self::AffinityClientsLocal => &[Id, Client],
             Self::Ranges => &[Address, Protocol, Port, Address],
             Self::NodeportIps | Self::ClusterIps | Self::ServiceCidrs | Self::PodCidrs => &[Address],
             Self::Hairpin => &[Address, Address],
         }
-    }
-
-    /// Whether it maps to chains.
-    pub(crate) fn has_verdicts(self) -> bool {
-        matches!(
-            self,
-            Self::Aff | Self::AffLocal | Self::AffLearn | Self::NpAff | Self::NpAffLocal | Self::NpAffLearn
-        )
     }
 
     /// Whether it maps slots to backends.
@@ -243,20 +256,41 @@ impl Set {
         matches!(self, Self::Endpoints | Self::EndpointsLocal | Self::NpEndpoints | Self::NpEndpointsLocal)
     }
 
-    /// The components of what it maps to; `None` for a plain set, and for chains.
+    /// The components of what it maps to; `None` for a plain set.
     pub(crate) fn data(self) -> Option<&'static [Field]> {
-        self.holds_backends().then_some(&[Field::Address, Field::Port])
+        match self {
+            _ if self.holds_backends() => Some(&[Field::Address, Field::Port]),
+            Self::AffinityMembers => Some(&[Field::Address, Field::Port]),
+            Self::AffinityIds | Self::NpAffinityIds | Self::AffinityBackends => Some(&[Field::Id]),
+            Self::AffinityClients | Self::AffinityClientsLocal => Some(&[Field::Id]),
+            _ => None,
+        }
     }
 
-    /// Whether its elements can count the packets that find them: a connection's first one, drawing its backend, or one
-    /// that is refused.
+    /// Whether its elements can count the packets that find them: a connection's first one, drawing its backend, led back
+    /// to it, or one that is refused.
     pub(crate) fn counts(self) -> bool {
-        self.holds_backends() || matches!(self, Self::VipsReject | Self::NpsReject)
+        self.holds_backends() || matches!(self, Self::VipsReject | Self::NpsReject | Self::AffinityBackends)
+    }
+
+    /// Whether rules fill it, and not the agent.
+    pub(crate) fn is_filled_by_packets(self) -> bool {
+        matches!(self, Self::AffinityClients | Self::AffinityClientsLocal)
+    }
+
+    /// How many elements it has room for, where rules fill it.
+    pub(crate) fn size(self) -> Option<u32> {
+        self.is_filled_by_packets().then_some(AFFINITY_CLIENTS)
+    }
+
+    /// Whether the elements that begin with one key are asked for together: they are kept in order.
+    pub(crate) fn is_searched_by_prefix(self) -> bool {
+        matches!(self, Self::Ranges | Self::AffinityTimeouts | Self::AffinityBackends)
     }
 
     /// Whether a frontend may have many elements in it: slots, and how many there are.
     pub(crate) fn has_slots(self) -> bool {
-        self.key().contains(&Field::Slot)
+        self.key().contains(&Field::Slot) && self.key().contains(&Field::Port)
     }
 
     /// Whether its elements are the starts and ends of ranges, which depend on each other.
@@ -271,11 +305,13 @@ impl Set {
 
     /// `NFT_SET_*` flags.
     pub(crate) fn flags(self) -> u32 {
-        let map = if self.data().is_some() || self.has_verdicts() { libc::NFT_SET_MAP as u32 } else { 0 };
+        let map = if self.data().is_some() { libc::NFT_SET_MAP as u32 } else { 0 };
         let interval =
             if self.is_interval() || self.has_ranges() { libc::NFT_SET_INTERVAL as u32 } else { 0 };
         let concat = if self.has_ranges() { NFT_SET_CONCAT } else { 0 };
-        map | interval | concat
+        let dynamic =
+            if self.is_filled_by_packets() { (libc::NFT_SET_EVAL | libc::NFT_SET_TIMEOUT) as u32 } else { 0 };
+        map | interval | concat | dynamic
     }
 
     /// What nft needs to print the set: the byte order of its key and, since a slot is an integer of no named type,
@@ -285,7 +321,7 @@ impl Set {
         const DATA_TYPEOF: u8 = 4;
 
         let key = self.key();
-        let mut out = byte_order(key, self.data().is_some() || self.has_verdicts());
+        let mut out = byte_order(key, self.data());
         if let Some(data) = self.data() {
             put(&mut out, KEY_TYPEOF, &concat_typeof(key, family));
             put(&mut out, DATA_TYPEOF, &concat_typeof(data, family));
@@ -305,6 +341,9 @@ impl Field {
             (Self::Protocol, _) => 12,
             (Self::Port, _) => 13,
             (Self::Slot, _) => 4,
+            (Self::Id, _) => 23,
+            (Self::Client, Family::V4) => Self::Address.type_id(family),
+            (Self::Client, Family::V6) => Self::Slot.type_id(family),
         }
     }
 
@@ -314,7 +353,7 @@ impl Field {
             Self::Address => address_len(family),
             Self::Protocol => 1,
             Self::Port => 2,
-            Self::Slot => 4,
+            Self::Slot | Self::Id | Self::Client => 4,
         }
     }
 
@@ -335,6 +374,7 @@ impl Field {
         const TH_DPORT: u32 = 2;
         const IP_DADDR: u32 = 12;
         const IP6_DADDR: u32 = 9;
+        const META_PRIORITY: u32 = 2;
         const META_L4PROTO: u32 = 16;
         const NUMGEN_RANDOM: u32 = 1;
         const NUMGEN_MODULUS: u32 = 2;
@@ -345,6 +385,10 @@ impl Field {
             (Self::Port, _) => (EXPR_PAYLOAD, &[PROTO_TH, TH_DPORT]),
             (Self::Protocol, _) => (EXPR_META, &[META_L4PROTO]),
             (Self::Slot, _) => (EXPR_NUMGEN, &[NUMGEN_RANDOM, NUMGEN_MODULUS, 0]),
+            (Self::Id, _) => (EXPR_META, &[META_PRIORITY]),
+            (Self::Client, Family::V4) => return Self::Address.typeof_udata(family),
+            // nft 1.0.6 cannot say `typeof jhash`. What counts is the type: a number.
+            (Self::Client, Family::V6) => return Self::Slot.typeof_udata(family),
         };
         let mut inner = Vec::new();
         for (i, part) in (0u8..).zip(parts) {
@@ -373,17 +417,22 @@ pub(crate) fn type_of(fields: &[Field], family: Family) -> u32 {
 }
 
 /// The part of what nft needs to print a set that says the byte order of its key, and of its data if it has any.
-pub(crate) fn byte_order(key: &[Field], has_data: bool) -> Vec<u8> {
+fn byte_order(key: &[Field], data: Option<&[Field]>) -> Vec<u8> {
     const KEY_BYTE_ORDER: u8 = 0;
     const DATA_BYTE_ORDER: u8 = 1;
-    const BIG_ENDIAN: u32 = 2;
     const MIXED: u32 = 0;
+    const HOST: u32 = 1;
+    const BIG_ENDIAN: u32 = 2;
 
+    let order = |fields: &[Field]| match fields {
+        [Field::Id] => HOST,
+        [_] => BIG_ENDIAN,
+        _ => MIXED,
+    };
     let mut out = Vec::new();
-    let order = if key.len() == 1 { BIG_ENDIAN } else { MIXED };
-    put(&mut out, KEY_BYTE_ORDER, &order.to_ne_bytes());
-    if has_data {
-        put(&mut out, DATA_BYTE_ORDER, &MIXED.to_ne_bytes());
+    put(&mut out, KEY_BYTE_ORDER, &order(key).to_ne_bytes());
+    if let Some(data) = data {
+        put(&mut out, DATA_BYTE_ORDER, &order(data).to_ne_bytes());
     }
     out
 }
@@ -399,6 +448,9 @@ pub(crate) fn protocols_userdata() -> Vec<u8> {
 
 fn concat_typeof(fields: &[Field], family: Family) -> Vec<u8> {
     const EXPR_CONCAT: u32 = 13;
+    if let [field] = fields {
+        return field.typeof_udata(family);
+    }
     let mut parts = Vec::new();
     for (i, field) in (0u8..).zip(fields) {
         put(&mut parts, i, &field.typeof_udata(family));

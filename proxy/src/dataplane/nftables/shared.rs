@@ -2,8 +2,9 @@
 //!
 //! Pure: counts who wants what. Never knows which Service it was.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::num::NonZeroU32;
 
 use super::element::{Element, Key, Place};
 use super::schema::Set;
@@ -17,19 +18,19 @@ pub(crate) enum Shared {
     ClusterIp(IpAddr),
     /// A local backend, which may dial itself through the Service.
     Hairpin(IpAddr),
+    /// A timeout of session affinity, in seconds: what it stands for is a chain.
+    Timeout(Family, NonZeroU32),
 }
 
 impl Shared {
     /// The element it stands for.
-    pub(crate) fn place(self) -> Place {
-        match self {
-            Self::ClusterIp(address) => {
-                Place { family: Family::of(address), set: Set::ClusterIps, key: Key::address(address) }
-            }
-            Self::Hairpin(address) => {
-                Place { family: Family::of(address), set: Set::Hairpin, key: Key::to_itself(address) }
-            }
-        }
+    pub(crate) fn place(self) -> Option<Place> {
+        let (address, set, key) = match self {
+            Self::ClusterIp(address) => (address, Set::ClusterIps, Key::address(address)),
+            Self::Hairpin(address) => (address, Set::Hairpin, Key::to_itself(address)),
+            Self::Timeout(..) => return None,
+        };
+        Some(Place { family: Family::of(address), set, key })
     }
 }
 
@@ -91,15 +92,30 @@ impl SharedCounts {
         let (mut removed, mut added) = (Vec::new(), Vec::new());
         for (shared, change) in delta {
             let before = i64::from(self.0.get(shared).copied().unwrap_or(0));
+            let Some(place) = shared.place() else { continue };
             match (before > 0, before + change > 0) {
-                (true, false) => removed.push(shared.place()),
-                (false, true) => {
-                    added.push(Element { place: shared.place(), data: None, comment: None });
-                }
+                (true, false) => removed.push(place),
+                (false, true) => added.push(Element { place, data: None, comment: None }),
                 _ => {}
             }
         }
         (removed, added)
+    }
+
+    /// The timeouts of session affinity that there are in a family when Services have lost and gained these.
+    pub(crate) fn timeouts(&self, family: Family, delta: &BTreeMap<Shared, i64>) -> BTreeSet<NonZeroU32> {
+        let all = Shared::Timeout(family, NonZeroU32::MIN)..=Shared::Timeout(family, NonZeroU32::MAX);
+        let known = self.0.range(all.clone()).map(|(shared, _)| shared);
+        let concerned = known.chain(delta.range(all).map(|(shared, _)| shared));
+        let is_wanted = |shared: &&Shared| {
+            let before = i64::from(self.0.get(shared).copied().unwrap_or(0));
+            before + delta.get(shared).copied().unwrap_or(0) > 0
+        };
+        let timeout = |shared: &Shared| match shared {
+            Shared::Timeout(_, timeout) => Some(*timeout),
+            Shared::ClusterIp(_) | Shared::Hairpin(_) => None,
+        };
+        concerned.filter(is_wanted).filter_map(timeout).collect()
     }
 
     /// Takes a committed change over.

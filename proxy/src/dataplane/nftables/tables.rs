@@ -6,15 +6,18 @@
 //! there is a nat chain of it, and connections may outlive the last Service.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroU32;
 
 use nftnl::MsgType;
 use nftnl::nftnl_sys::libc;
 use nix::errno::Errno;
 use tracing::{info, warn};
 
+use super::affinity::Ids;
 use super::element::{Element, Key, Place, ranges};
 use super::expr::c_name;
 use super::failure::{Failure, Owner, failure, fatal, words};
+use super::kernel::Kernel;
 use super::message::{Transaction, table};
 use super::netlink::{CommitError, Netlink};
 use super::observe::{Depth, Fixtures, Found, Outdated, TableState, again};
@@ -38,6 +41,7 @@ impl Nftables {
     ) -> Result<BTreeMap<Family, String>, Failure> {
         self.applied.clear();
         self.shared = SharedCounts::default();
+        self.ids = Ids::default();
         self.node_places.clear();
         self.tables.clear();
         self.expected_generation = Some(self.netlink.generation().map_err(NftablesError::ReadBack)?);
@@ -56,7 +60,12 @@ impl Nftables {
                     "sets are made anew for their counters"
                 );
             }
-            let policy = self.settings.policy(!found.places_in(family, Set::PodCidrs).is_empty());
+            let numbers = [Set::AffinityIds, Set::NpAffinityIds].map(|set| found.places_in(family, set));
+            let ids = numbers.iter().flatten().filter_map(|place| found.id(place));
+            ids.for_each(|id| self.ids.keep(family, id));
+            let timeouts =
+                found.places_in(family, Set::AffinityTimeouts).iter().filter_map(timeout).collect();
+            let policy = self.settings.policy(!found.places_in(family, Set::PodCidrs).is_empty(), timeouts);
             let chains = rules::chains(family, &policy);
             let right = match state {
                 TableState::Foreign => BTreeSet::new(),
@@ -189,7 +198,7 @@ impl Nftables {
             let elements: Vec<_> = first_elements(family, &self.node, batch.node.is_some()).collect();
             let has_pods =
                 elements.iter().any(|(_, set, wanted)| *set == Set::PodCidrs && !wanted.is_empty());
-            let policy = self.settings.policy(has_pods);
+            let policy = self.settings.policy(has_pods, BTreeSet::new());
             let chains = rules::chains(family, &policy);
             let mut transaction = self.netlink.begin();
             ruleset(&mut transaction, family, &chains, &BTreeSet::new(), &Outdated::default());
@@ -311,11 +320,26 @@ pub(super) fn rewrite(
         return;
     }
     let table = table(family);
-    for (old, new) in rules::chains(family, old).iter().zip(&rules::chains(family, new)) {
-        if old != new {
-            transaction.rules(&chain(new, &table), new, family, owner);
+    let by_name = |policy| rules::chains(family, policy).into_iter().map(|spec| (spec.name.clone(), spec));
+    let (mut old, new): (BTreeMap<_, _>, BTreeMap<_, _>) = (by_name(old).collect(), by_name(new).collect());
+    for spec in new.iter().filter(|(name, _)| !old.contains_key(*name)).map(|(_, spec)| spec) {
+        transaction.object(&chain(spec, &table), MsgType::Add, owner);
+    }
+    for (name, spec) in &new {
+        if old.remove(name).as_ref() != Some(spec) {
+            transaction.rules(&chain(spec, &table), spec, family, owner);
         }
     }
+    // Nothing leads there any more.
+    for name in old.keys() {
+        transaction.empty_chain(name, family, owner);
+        transaction.delete_chain(name, family, owner);
+    }
+}
+
+/// The seconds in an element of `affinity-timeouts`.
+fn timeout(place: &Place) -> Option<NonZeroU32> {
+    NonZeroU32::new(u32::from_ne_bytes(*place.key.as_bytes().last_chunk()?))
 }
 
 pub(super) fn chain<'a>(spec: &rules::Chain, table: &'a nftnl::Table) -> nftnl::Chain<'a> {

@@ -6,16 +6,31 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kube_lane::dataplane::{Batch, Dataplane};
-use kube_lane::model::input::{Family, ServiceKey};
+use kube_lane::model::input::{Family, Protocol, ServiceKey};
 use kube_lane::model::plan::{Frontend, Plan, Verdict};
-use kube_lane_lab::{Dial, Pod, Proto, topology};
+use kube_lane_lab::{Dial, Proto, topology};
 
-use super::{HOUR, Wanted, World, at, lb, nodeport, of, sole, vip, who};
+use super::{HOUR, Wanted, World, at, elements, lb, nodeport, of, sole, vip, who};
 use crate::plans::nft;
 
 /// Such as `59m58s120ms`.
 fn is_time(word: &str) -> bool {
     word.starts_with(|c: char| c.is_ascii_digit()) && word.ends_with('s') && !word.contains(['.', ':'])
+}
+
+/// A listing without the clients that are remembered: of what has gone, they stay until their time is over.
+fn without_clients(listing: &str) -> Vec<String> {
+    let mut lines = String::new();
+    let mut is_clients = false;
+    for line in listing.lines() {
+        is_clients |= line.trim_start().starts_with("map affinity-clients");
+        if !is_clients {
+            lines.push_str(line);
+            lines.push('\n');
+        }
+        is_clients &= line.trim() != "}";
+    }
+    without_time(&lines)
 }
 
 /// A listing without the order of elements and the times that pass.
@@ -44,9 +59,8 @@ fn those_of_a_backend_that_leaves_move_and_the_others_stay() {
     assert_eq!(before, ask(&world));
     let leaves = before.values().filter(|by| *by == "pod3").count();
     assert!(leaves > 0);
-    let outcome = world.apply(&Wanted::new(HOUR).among(&[0, 1, 2]));
-    assert!(outcome.removed >= leaves, "{outcome:?}");
-    let held = world.remembered("aff/default/web/tcp/http/8080");
+    world.apply(&Wanted::new(HOUR).among(&[0, 1, 2]));
+    let held = world.remembered(Protocol::Tcp);
     assert_eq!(held.len(), sources.len() - leaves);
     let after = ask(&world);
     for (source, by) in &before {
@@ -56,37 +70,33 @@ fn those_of_a_backend_that_leaves_move_and_the_others_stay() {
             assert_eq!(&after[source], by, "{source}");
         }
     }
-    // It comes back: nobody is led to it because of old times, and nobody leaves another for it.
+    // It comes back: nobody is led to it because of old times, and no client leaves another backend for it.
     world.apply(&Wanted::new(HOUR));
     assert_eq!(ask(&world), after);
 }
 
 #[test]
-fn another_timeout_counts_from_the_last_connection() {
-    const MAP: &str = "aff/default/web/tcp/http/8080";
+fn another_timeout_holds_from_the_next_connection_on() {
     let mut world = World::new();
     world.apply(&Wanted::new(HOUR));
-    let old = world.lab.node(0).add_pod("old").unwrap();
-    let new = world.lab.node(0).add_pod("new").unwrap();
-    who(&old, Proto::Tcp, vip(Family::V4));
-    std::thread::sleep(Duration::from_secs(4));
-    let second = who(&new, Proto::Tcp, vip(Family::V4));
-    let lives = |world: &World, pod: &Pod| world.remembered(MAP).get(&pod.v4().to_string()).map(|e| e.1);
-    world.apply(&Wanted::new(2 * HOUR));
-    assert!((7190.0..7196.5).contains(&lives(&world, &old).unwrap()), "{:?}", lives(&world, &old));
-    assert!((7196.5..=7200.0).contains(&lives(&world, &new).unwrap()), "{:?}", lives(&world, &new));
-    world.apply(&Wanted::new(60));
-    assert!((50.0..56.5).contains(&lives(&world, &old).unwrap()), "{:?}", lives(&world, &old));
-    world.apply(&Wanted::new(3));
-    assert_eq!(lives(&world, &old), None, "its time was over");
-    assert!((0.0..=3.0).contains(&lives(&world, &new).unwrap()), "{:?}", lives(&world, &new));
-    assert_eq!(who(&new, Proto::Tcp, nodeport(Family::V4)), second);
-    assert!(lives(&world, &new).unwrap() > 2.0, "a new connection, and the new timeout");
+    let client = world.lab.node(0).add_pod("client").unwrap();
+    let first = who(&client, Proto::Tcp, vip(Family::V4));
+    let lives = |world: &World| world.remembered(Protocol::Tcp)[&client.v4().to_string()].1;
+    for timeout in [2 * HOUR, 60, 20] {
+        let before = lives(&world);
+        world.apply(&Wanted::new(timeout));
+        assert!((before - 30.0..=before).contains(&lives(&world)), "{timeout}: {before} {}", lives(&world));
+        assert_eq!(who(&client, Proto::Tcp, nodeport(Family::V4)), first);
+        let (now, most) = (lives(&world), f64::from(timeout));
+        assert!((most - 15.0..=most).contains(&now), "{timeout}: {now}");
+        let chains = format!("chain remember-{timeout} ");
+        assert!(world.listing().contains(&chains));
+    }
+    assert!(!world.listing().contains("remember-3600"), "no port has it any more");
 }
 
 #[test]
 fn a_new_start_keeps_what_is_remembered() {
-    const MAP: &str = "aff/default/web/tcp/http/8080";
     let mut world = World::new();
     world.apply(&Wanted::new(HOUR));
     let client = world.lab.node(0).add_pod("client").unwrap();
@@ -102,14 +112,20 @@ fn a_new_start_keeps_what_is_remembered() {
     let gone: usize = first.trim_start_matches("pod").parse().unwrap();
     let others: Vec<_> = (0..4).filter(|i| *i != gone).collect();
     world.apply(&Wanted::new(60).among(&others));
-    assert!(world.remembered(MAP).is_empty());
+    assert!(world.remembered(Protocol::Tcp).is_empty());
     let second = sole(&client, Proto::Tcp, vip(Family::V4)).expect("another");
     assert_ne!(second, first);
-    assert!(world.remembered(MAP)[&client.v4().to_string()].1 <= 60.0);
+    assert!(world.remembered(Protocol::Tcp)[&client.v4().to_string()].1 <= 60.0);
     // And affinity that was switched off while nobody looked leaves nothing.
     world.restart();
     world.apply(&Wanted { timeout: None, ..Wanted::new(1) });
-    assert!(!world.listing().contains("aff/"), "{}", world.listing());
+    assert!(has_no_affinity(&world), "{}", world.listing());
+}
+
+/// Whether no port has affinity, but for the clients whose time is not over yet.
+fn has_no_affinity(world: &World) -> bool {
+    let is_empty = |map| elements(map).is_empty();
+    !world.listing().contains("chain remember-") && is_empty("affinity-members") && is_empty("affinity-ids")
 }
 
 #[test]
@@ -129,13 +145,13 @@ fn affinity_is_switched_on_and_off_in_place() {
         world.apply(&Wanted::new(HOUR));
         assert!(sole(&client, Proto::Tcp, vip(Family::V4)).is_some());
         world.apply(&off);
-        assert_eq!(without_time(&bare), without_time(&world.listing()));
+        assert_eq!(without_clients(&bare), without_clients(&world.listing()));
     }
     for round in 0..30 {
         for pods in [[0, 1], [2, 3]] {
             world.apply(&Wanted::new(HOUR).among(&pods));
             let backends = pods.map(|i| world.pods[i].0.v4().to_string());
-            let held = world.remembered("aff/default/web/tcp/http/8080");
+            let held = world.remembered(Protocol::Tcp);
             assert!(held.values().all(|(backend, _)| backends.contains(backend)), "{held:?}");
         }
         if round % 5 == 0 {
@@ -148,7 +164,7 @@ fn affinity_is_switched_on_and_off_in_place() {
     let gone = Batch { services: vec![(plan.service.clone(), None)], ..Batch::default() };
     world.apply(&Wanted::new(HOUR));
     world.dataplane.apply(&gone).unwrap();
-    assert!(!world.listing().contains("aff/"));
+    assert!(has_no_affinity(&world), "{}", world.listing());
 }
 
 #[test]
@@ -203,9 +219,10 @@ fn a_change_costs_a_few_elements_whatever_is_remembered() {
     let gone = (0..4).find(|i| format!("pod{i}") != first).unwrap();
     let others: Vec<_> = (0..4).filter(|i| *i != gone).collect();
     let outcome = world.apply(&Wanted::new(HOUR).among(&others));
-    // For each of four ports a member, and for each of three frontends: at most the last takes the gap and one class goes.
-    assert!(outcome.removed <= 4 * (1 + 3 * 3) && outcome.added <= 4 * 3, "{outcome:?}");
-    assert_eq!(world.remembered("aff/default/web/tcp/http/8080").len(), 1);
+    // For each of four ports a member, in three sets, and for each of three frontends: at most the last takes the gap and one
+    // class goes.
+    assert!(outcome.removed <= 4 * (3 + 3 * 3) && outcome.added <= 4 * 3, "{outcome:?}");
+    assert_eq!(world.remembered(Protocol::Tcp).len(), 1);
 }
 
 #[test]
@@ -231,12 +248,11 @@ fn a_service_whose_objects_the_kernel_refuses_is_named_and_left_out() {
     assert_eq!(failed, ["default/wrong"], "{outcome:?}");
     assert!(sole(world.lab.outside(), Proto::Tcp, vip(Family::V4)).is_some());
     let listing = world.listing();
-    assert!(listing.contains("aff/default/web/tcp/http") && !listing.contains("default/wrong"), "{listing}");
+    assert!(listing.contains("\"default/web:http\"") && !listing.contains("default/wrong"), "{listing}");
 }
 
 #[test]
 fn what_is_sent_again_to_a_backend_that_left_does_not_lead_back_there() {
-    const MAP: &str = "aff/default/web/udp/http/8080";
     let mut world = World::new();
     world.apply(&Wanted::new(HOUR));
     world.pods.iter().for_each(|(_, echoes)| echoes[1].pause());
@@ -244,12 +260,12 @@ fn what_is_sent_again_to_a_backend_that_left_does_not_lead_back_there() {
     let dial = Dial::new(Proto::Udp, vip(Family::V4)).timeout(Duration::from_millis(200));
     let mut unanswered = client.flow(dial).unwrap();
     assert_eq!(unanswered.ask(), kube_lane_lab::Outcome::TimedOut);
-    let (backend, _) = world.remembered(MAP).into_values().next().expect("the first packet counts");
+    let (backend, _) = world.remembered(Protocol::Udp).into_values().next().expect("the first packet counts");
     let others: Vec<_> = (0..4).filter(|i| world.pods[*i].0.v4().to_string() != backend).collect();
     assert_eq!(others.len(), 3);
     world.apply(&Wanted::new(HOUR).among(&others));
     for _ in 0..3 {
         assert_eq!(unanswered.ask(), kube_lane_lab::Outcome::TimedOut);
-        assert_eq!(world.remembered(MAP).len(), 0);
+        assert_eq!(world.remembered(Protocol::Udp).len(), 0);
     }
 }

@@ -28,7 +28,7 @@ fn a_client_comes_back_through_every_frontend() {
         }
     }
     // The node's own pods are known by their own addresses, not by the node's.
-    assert!(world.remembered("aff/default/web/tcp/http/8080").contains_key(&client.v4().to_string()));
+    assert!(world.remembered(Protocol::Tcp).contains_key(&client.v4().to_string()));
 }
 
 #[test]
@@ -58,9 +58,9 @@ fn each_new_connection_starts_the_time_again() {
         std::thread::sleep(Duration::from_millis(700));
         assert_eq!(who(&client, Proto::Tcp, nodeport(Family::V4)), first);
     }
-    assert_eq!(world.remembered("aff/default/web/tcp/http/8080").len(), 1);
+    assert_eq!(world.remembered(Protocol::Tcp).len(), 1);
     std::thread::sleep(Duration::from_millis(2100));
-    assert!(world.remembered("aff/default/web/tcp/http/8080").is_empty());
+    assert!(world.remembered(Protocol::Tcp).is_empty());
 }
 
 #[test]

@@ -135,18 +135,34 @@ impl World {
         listing()
     }
 
-    /// What the map of the TCP port remembers in IPv4: client → backend, seconds to live.
-    fn remembered(&self, map: &str) -> BTreeMap<String, (String, f64)> {
-        let text = nft(&["list", "map", "ip", "kube-lane", map], None);
-        let elements = text.split_once("elements = {").map(|(_, rest)| rest.split('}').next().unwrap());
-        let entry = |element: &str| {
-            let words: Vec<_> = element.split_whitespace().collect();
-            let lives = words.iter().position(|word| *word == "expires").map(|i| words[i + 1]).unwrap();
-            let backend = words.iter().position(|word| *word == ":").map(|i| words[i + 1]).unwrap();
-            (words[0].to_owned(), (backend.to_owned(), seconds(lives)))
+    /// What the Service's port of a protocol remembers in IPv4 of the Cluster set: client → backend, seconds to live.
+    fn remembered(&self, protocol: Protocol) -> BTreeMap<String, (String, f64)> {
+        let vip = format!("{} . {} . 80", cluster_ip(Family::V4), protocol.to_string().to_lowercase());
+        let Some(port) = elements("affinity-ids").remove(&vip) else { return BTreeMap::new() };
+        let members = elements("affinity-members");
+        let entry = |(key, member): (String, String)| {
+            let (id, client) = key.split_once(" . ")?;
+            let (client, times) = client.split_once(' ').unwrap_or((client, ""));
+            let lives = times.rsplit(' ').next()?;
+            // Who is remembered for a member that has gone is led nowhere.
+            let backend = members.get(&member)?.split(' ').next()?.to_owned();
+            (id == port).then(|| (client.to_owned(), (backend, seconds(lives))))
         };
-        elements.unwrap_or_default().split(',').filter(|e| !e.trim().is_empty()).map(entry).collect()
+        elements("affinity-clients").into_iter().filter_map(entry).collect()
     }
+}
+
+/// The elements of a map of IPv4: keys with what stands behind them, and what they lead to; without comments.
+fn elements(map: &str) -> BTreeMap<String, String> {
+    let text = nft(&["list", "map", "ip", "kube-lane", map], None);
+    let elements = text.split_once("elements = {").map(|(_, rest)| rest.split('}').next().unwrap());
+    let elements = elements.unwrap_or_default().split(',').filter(|element| !element.trim().is_empty());
+    let pair = |element: &str| {
+        let words = element.split_whitespace().collect::<Vec<_>>().join(" ");
+        let (key, data) = words.split_once(" : ").unwrap();
+        (key.split(" comment ").next().unwrap().to_owned(), data.to_owned())
+    };
+    elements.map(pair).collect()
 }
 
 fn node() -> NodePlan {
