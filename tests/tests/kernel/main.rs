@@ -6,6 +6,8 @@ mod affinity;
 #[cfg(test)]
 mod bare;
 #[cfg(test)]
+mod cases;
+#[cfg(test)]
 mod check;
 #[cfg(test)]
 mod conntrack;

@@ -89,6 +89,13 @@ impl World {
         world
     }
 
+    /// Agents that tell pods in this way, on the nodes of a lab.
+    pub(super) fn in_lab(lab: Lab, detector: &[&str]) -> Self {
+        let mut world = Self::prepare(lab, Mode::Nftables, detector);
+        world.start_agents(&[]);
+        world
+    }
+
     /// A lab of two nodes with everything but the agents, which the test starts by itself.
     pub(super) fn prepared() -> Self {
         Self::prepare(Lab::builder().nodes(2).build().unwrap(), Mode::Nftables, &[])
