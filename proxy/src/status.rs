@@ -263,8 +263,14 @@ fn write_server(f: &mut Formatter<'_>, server: &ServerStatus) -> fmt::Result {
         }
         None => writeln!(f, "  in use: none so far")?,
     }
+    if let Some(proxy) = &server.proxy {
+        writeln!(f, "  by way of proxy {proxy}")?;
+    }
     if let Some(failure) = &server.failure {
         writeln!(f, "  the last connection failed: {failure}")?;
+    }
+    if let Some(trouble) = &server.trouble {
+        writeln!(f, "  cannot be watched: {trouble}")?;
     }
     if !server.endpoints.is_empty() {
         let endpoints: Vec<_> = server.endpoints.iter().map(ToString::to_string).collect();
@@ -330,7 +336,8 @@ mod tests {
             fallback: true,
             through_service: true,
             endpoints: vec!["192.0.2.1:6443".parse().unwrap()],
-            failure: None,
+            trouble: Some("nodes: words (403) (a hint)".into()),
+            ..ServerStatus::default()
         };
         let ports = [AwaitedPort {
             address: "[::]:10256".parse().unwrap(),
@@ -358,6 +365,7 @@ mod tests {
                    socket: /cg/a\n  left alone at the socket: /cg/b (not there)\n  \
                    the kernel refuses a/b: No space\napi server\n  https://10.96.0.1/ from Service default/kubernetes\n  \
                    in use: 10.96.0.1:443, an address of a Service, since the preferred address does not answer\n  \
+                   cannot be watched: nodes: words (403) (a hint)\n  \
                    known endpoints: 192.0.2.1:6443\nsettings\n  clusterCIDR: 10.0.0.0/8 (/b)\nnode\n"
         );
         let json = agent.to_json();

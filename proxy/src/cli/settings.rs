@@ -38,6 +38,7 @@ pub(super) fn source(config: &Config, api: &Api) -> KubeSourceConfig {
         state_dir: config.state_dir.clone(),
         master: api.master.clone(),
         node: config.node_name.clone(),
+        plugin: kube::Plugin::default(),
     }
 }
 

@@ -4,12 +4,14 @@
 //! an object is gone when a server says so, or no longer lists it.
 
 mod client;
+mod credentials;
 mod dial;
 mod health;
 mod keeper;
 mod list;
 mod memory;
 mod protobuf;
+mod proxy;
 mod servers;
 #[cfg(test)]
 mod tests;
@@ -24,9 +26,12 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
+use self::client::Connected;
 pub use self::client::SourceError;
+pub use self::credentials::{CredentialError, Plugin};
 use self::health::Health;
 use self::keeper::{OwnNode, ServiceCidrs, Services, Slices};
+pub use self::proxy::ProxyError;
 pub use self::servers::{ApiServers, Environment, ServerStatus};
 use self::watch::{Shared, Watch};
 use crate::model::input::{Change, Event, Origin};
@@ -50,6 +55,8 @@ pub struct KubeSourceConfig {
     pub master: Option<String>,
     /// The own node's name.
     pub node: String,
+    /// The credential plugin of the kubeconfig, where it has one: all clients use the same answer.
+    pub plugin: Plugin,
 }
 
 /// A client with the source's credentials, for what is written to the API server.
@@ -57,7 +64,7 @@ pub struct KubeSourceConfig {
 /// # Errors
 /// When the credentials cannot be read, or are no credentials.
 pub async fn client(config: &KubeSourceConfig, servers: &ApiServers) -> Result<kube::Client, SourceError> {
-    client::connect(config, servers).await.map(|(client, _)| client)
+    client::connect(config, servers).await.map(|connected| connected.client)
 }
 
 /// Whether [`spawn`] would take this: nothing is connected.
@@ -77,15 +84,17 @@ pub async fn spawn(
     servers: ApiServers,
     events: mpsc::Sender<Vec<Event>>,
 ) -> Result<JoinHandle<()>, SourceError> {
-    let (client, server) = client::connect(&config, &servers).await?;
+    let Connected { client, server, fingerprint } = client::connect(&config, &servers).await?;
     let node = OwnNode::new(config.node.clone());
     let recheck = tokio::spawn(recheck(config.clone(), servers.clone()));
     let unlisted = AtomicUsize::new(4);
-    let shared = Arc::new(Shared { config, servers, health: Health::new(server), events, unlisted });
-    let services = tokio::spawn(Watch::new(Arc::clone(&shared), client.clone(), Services::new()).run());
-    let slices = tokio::spawn(Watch::new(Arc::clone(&shared), client.clone(), Slices::new()).run());
-    let node = tokio::spawn(Watch::new(Arc::clone(&shared), client.clone(), node).run());
-    let cidrs = tokio::spawn(Watch::new(shared, client, ServiceCidrs::new()).run());
+    let health = Health::new(server, servers.clone());
+    let shared = Arc::new(Shared { config, servers, health, events, unlisted });
+    let first = (client, fingerprint);
+    let services = tokio::spawn(Watch::new(Arc::clone(&shared), first.clone(), Services::new()).run());
+    let slices = tokio::spawn(Watch::new(Arc::clone(&shared), first.clone(), Slices::new()).run());
+    let node = tokio::spawn(Watch::new(Arc::clone(&shared), first.clone(), node).run());
+    let cidrs = tokio::spawn(Watch::new(shared, first, ServiceCidrs::new()).run());
     Ok(tokio::spawn(async move {
         for ended in [services.await, slices.await, node.await, cidrs.await] {
             if let Err(error) = ended {

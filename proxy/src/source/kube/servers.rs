@@ -83,7 +83,9 @@ pub(super) struct Target {
     pub(super) source: Source,
     /// Other addresses than the configured one may be dialed: TLS verifies who answers, and no proxy is in between.
     pub(super) may_fall_back: bool,
-    /// `proxy-url` of the kubeconfig, which has no effect.
+    /// The proxy in between.
+    pub(super) proxy: Option<String>,
+    /// Why the proxy that the environment names is not used.
     pub(super) ignored_proxy: Option<String>,
     /// Why the kubeconfig of `--config-base` is not used, where it should have been.
     pub(super) unusable_base: Option<String>,
@@ -106,7 +108,9 @@ pub struct ServerStatus {
     pub address: String,
     /// Where that comes from.
     pub source: String,
-    /// What the last connection was made to.
+    /// The proxy in between, without its password.
+    pub proxy: Option<String>,
+    /// What the last connection was made to: the proxy, where there is one.
     pub in_use: Option<SocketAddr>,
     /// That is not the address that is tried first.
     pub fallback: bool,
@@ -116,6 +120,8 @@ pub struct ServerStatus {
     pub endpoints: Vec<SocketAddr>,
     /// Why no address could be reached, the last time that one was tried.
     pub failure: Option<String>,
+    /// Why the server cannot be watched, and what to look at.
+    pub trouble: Option<String>,
 }
 
 /// What all connections to one API server share. A clone shares it too.
@@ -144,6 +150,7 @@ struct State {
     failed: BTreeSet<Candidate>,
     in_use: Option<(Candidate, SocketAddr)>,
     failure: Option<String>,
+    trouble: Option<String>,
     services: ServiceAddresses,
     fallback: bool,
     /// `None`: nothing was said so far.
@@ -276,11 +283,13 @@ impl State {
         ServerStatus {
             address: self.url(),
             source: self.target.as_ref().map(|target| target.source.to_string()).unwrap_or_default(),
+            proxy: self.target.as_ref().and_then(|target| target.proxy.clone()),
             in_use: self.in_use.map(|(_, address)| address),
             fallback: self.fallback,
             through_service: self.through_service == Some(true),
             endpoints: self.endpoints.clone(),
             failure: self.failure.clone(),
+            trouble: self.trouble.clone(),
         }
     }
 }
@@ -343,8 +352,14 @@ impl ApiServers {
             return;
         }
         info!(server = %target.url, source = %target.source, remembered = state.endpoints.len(), "the address of the API server");
-        if let Some(proxy) = &target.ignored_proxy {
-            warn!(proxy, source = %target.source, "proxy-url is not supported: the API server is dialed without a proxy");
+        if let Some(proxy) = &target.proxy {
+            info!(proxy, "the API server is reached by way of a proxy");
+        }
+        if let Some(error) = &target.ignored_proxy {
+            warn!(
+                error,
+                "HTTPS_PROXY or HTTP_PROXY cannot be used: the API server is dialed without a proxy"
+            );
         }
         if let Some(error) = &target.unusable_base {
             warn!(%error, "the kubeconfig of --config-base is not used: going on with the service account");
@@ -380,6 +395,13 @@ impl ApiServers {
         let mut state = self.state();
         state.failed.clear();
         state.failure = Some(failures);
+        self.publish(&state);
+    }
+
+    /// Why the server cannot be watched; `None`: it can.
+    pub(super) fn troubled(&self, trouble: Option<String>) {
+        let mut state = self.state();
+        state.trouble = trouble;
         self.publish(&state);
     }
 

@@ -1,13 +1,16 @@
-//! The source against a server of an older release, which refuses what the newest ones take. All other servers are real
-//! ones, in the lane `cluster`.
+//! The source against servers that refuse what the newest ones take, or are no API servers. All other servers are real ones,
+//! in the lane `cluster`.
 
 use std::collections::BTreeSet;
+use std::io::Read as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::Router;
-use axum::http::{StatusCode, Uri};
+use axum::http::header::LOCATION;
+use axum::http::{HeaderName, StatusCode, Uri};
+use axum::response::AppendHeaders;
 use axum::routing::get;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
@@ -143,4 +146,149 @@ async fn what_is_no_list_removes_nothing() {
         }
     }
     assert_eq!(seen, 1);
+}
+
+/// What the source says of a server that answers everything like this.
+async fn trouble_with(status: StatusCode, headers: &[(HeaderName, &str)], body: &str) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let headers: Vec<_> = headers.iter().map(|(name, value)| (name.clone(), (*value).to_owned())).collect();
+    let answer = (status, AppendHeaders(headers), body.to_owned());
+    let server = Router::new().fallback(move || std::future::ready(answer));
+    tokio::spawn(async move { axum::serve(listener, server).await });
+    trouble(KubeSourceConfig { master: Some(format!("http://{address}")), ..KubeSourceConfig::default() })
+        .await
+}
+
+/// Why the source cannot watch, in the words of `status`.
+async fn trouble(config: KubeSourceConfig) -> String {
+    let servers = ApiServers::open(&config);
+    let mut status = servers.status();
+    let (sender, _events) = mpsc::channel(64);
+    let source = spawn(config, servers, sender).await.unwrap();
+    let status = timeout(Duration::from_secs(60), status.wait_for(|status| status.trouble.is_some()));
+    let trouble = status.await.expect("it says why").unwrap().trouble.clone().unwrap();
+    source.abort();
+    trouble
+}
+
+#[tokio::test]
+async fn the_hint_fits_the_trouble() {
+    let status = |code| refusal(code, "words");
+    let html = "<html><title>Log in</title></html>";
+    let up = "is the API server up";
+    for ((code, body), parts) in [
+        (status(StatusCode::UNAUTHORIZED), ["words (401)", "are the credentials of the kubeconfig"]),
+        (status(StatusCode::FORBIDDEN), ["words (403)", "ClusterRole"]),
+        (status(StatusCode::TOO_MANY_REQUESTS), ["words (429)", "the API server's own log"]),
+        ((StatusCode::OK, html.into()), ["Log in", "is what answers there an API server"]),
+        ((StatusCode::BAD_GATEWAY, html.into()), ["(502)", "a load balancer's page"]),
+        ((StatusCode::NOT_FOUND, html.into()), ["(404)", "is what answers there an API server"]),
+        ((StatusCode::OK, "ok".into()), ["\"ok\"", "is what answers there an API server"]),
+        ((StatusCode::OK, String::new()), ["the answer is no object", "is what answers there an API server"]),
+        ((StatusCode::OK, "{\"a\": 1}".into()), ["cannot be read", "is what answers there an API server"]),
+    ] {
+        let trouble = trouble_with(code, &[], &body).await;
+        let fits = parts.iter().all(|part| trouble.contains(part)) && !trouble.contains(up);
+        assert!(fits, "{code} {body}: {trouble}");
+    }
+    let location = [(LOCATION, "https://login.example/")];
+    let redirected = trouble_with(StatusCode::FOUND, &location, "").await;
+    let parts = ["302 Found", "https://login.example/", "a login in front of it"];
+    assert!(parts.iter().all(|part| redirected.contains(part)), "{redirected}");
+
+    let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let config = KubeSourceConfig { master: Some(format!("http://{nobody}")), ..KubeSourceConfig::default() };
+    let refused = trouble(config).await;
+    assert!(refused.contains(up), "{refused}");
+}
+
+/// A watch in which one object cannot be read, and the next one can.
+async fn odd_service(uri: Uri) -> Answer {
+    if !asks(&uri, "watch=") {
+        return list(&uri, &[]).await;
+    }
+    let odd = json!({"metadata": {"name": "odd", "namespace": "default", "resourceVersion": "2"}, "spec": {"ports": 7}});
+    let web = json!({
+        "metadata": {"name": "web", "namespace": "default", "resourceVersion": "3"},
+        "spec": {"clusterIP": "10.0.0.1", "ports": [{"port": 80}]},
+    });
+    let event = |object: &Value| json!({"type": "ADDED", "object": object}).to_string() + "\n";
+    (StatusCode::OK, event(&odd) + &event(&web))
+}
+
+#[tokio::test]
+async fn an_object_that_cannot_be_read_holds_up_no_other() {
+    let mut events = follow(Router::new().route("/api/v1/services", get(odd_service))).await;
+    let web = async {
+        loop {
+            for event in events.recv().await.unwrap() {
+                if let Event::Source { change: Change::Service(service), .. } = event {
+                    return service.key.to_string();
+                }
+            }
+        }
+    };
+    assert_eq!(timeout(Duration::from_secs(60), web).await.expect("a Service comes"), "default/web");
+}
+
+#[tokio::test]
+async fn another_client_is_due_where_what_it_was_made_of_has_changed() {
+    let folder = std::env::temp_dir().join(format!("kube-lane-fingerprint-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let write = |name: &str, text: &str| std::fs::write(folder.join(name), text).unwrap();
+    let user = json!({
+        "client-certificate": "client.crt", "client-key": "client.key",
+        "auth-provider": {"name": "none", "config": {"a": "1", "b": "2", "c": "3", "d": "4", "e": "5"}},
+    });
+    let kubeconfig = |server: &str| {
+        json!({
+            "clusters": [{"name": "c", "cluster": {"server": server}}], "users": [{"name": "u", "user": user}],
+            "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}], "current-context": "x",
+        })
+    };
+    write("kubeconfig", &kubeconfig("https://192.0.2.1").to_string());
+    write("client.crt", "one");
+    let config =
+        KubeSourceConfig { kubeconfig: Some(folder.join("kubeconfig")), ..KubeSourceConfig::default() };
+    let now = async || super::client::fingerprint(&config).await.unwrap();
+    let first = now().await;
+    assert_eq!(now().await, first);
+    write("client.crt", "two");
+    let second = now().await;
+    assert_ne!(second, first);
+    write("kubeconfig", &kubeconfig("https://192.0.2.2").to_string());
+    assert_ne!(now().await, second);
+    std::fs::remove_dir_all(&folder).unwrap();
+}
+
+#[tokio::test]
+async fn addresses_that_do_not_answer_are_dialed_beside_each_other() {
+    let [first, second] = [(); 2].map(|()| std::net::TcpListener::bind("127.0.0.1:0").unwrap());
+    let [first_at, second_at] = [&first, &second].map(|listener| listener.local_addr().unwrap());
+    let folder = std::env::temp_dir().join(format!("kube-lane-silent-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let content = json!({"version": 1, "endpoints": [second_at]});
+    std::fs::write(folder.join("api-servers.json"), content.to_string()).unwrap();
+    let config = KubeSourceConfig {
+        master: Some(format!("https://{first_at}")),
+        state_dir: Some(folder.clone()),
+        ..KubeSourceConfig::default()
+    };
+    let servers = ApiServers::open(&config);
+    let (sender, _events) = mpsc::channel(64);
+    let source = spawn(config, servers, sender).await.unwrap();
+    let given_up = tokio::task::spawn_blocking(move || {
+        // Both take connections, and say nothing.
+        let (mut waiting, _) = first.accept().unwrap();
+        let _other = second.accept().unwrap();
+        waiting.set_nonblocking(true).unwrap();
+        // What it has sent, then nothing yet, or the end where it was given up before the other was dialed.
+        let mut hello = Vec::new();
+        waiting.read_to_end(&mut hello).is_ok()
+    });
+    let given_up = timeout(Duration::from_secs(60), given_up).await.expect("both are dialed").unwrap();
+    assert!(!given_up);
+    source.abort();
+    std::fs::remove_dir_all(&folder).unwrap();
 }

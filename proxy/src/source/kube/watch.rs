@@ -23,7 +23,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, info, warn};
 
-use super::client::connect;
+use super::client::{connect, fingerprint};
 use super::health::{Health, Kind, Trouble};
 use super::keeper::Keeper;
 use super::list::{List, Part};
@@ -69,6 +69,8 @@ pub(super) struct Shared {
 pub(super) struct Watch<K> {
     shared: Arc<Shared>,
     client: Client,
+    /// What the client was made of.
+    fingerprint: u64,
     /// A better address of the server answers than the one in use.
     moves: watch::Receiver<()>,
     keeper: K,
@@ -128,11 +130,12 @@ struct JsonList<'a, T> {
 }
 
 impl<K: Keeper> Watch<K> {
-    pub(super) fn new(shared: Arc<Shared>, client: Client, keeper: K) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, (client, fingerprint): (Client, u64), keeper: K) -> Self {
         let moves = shared.servers.moves();
         Self {
             shared,
             client,
+            fingerprint,
             moves,
             keeper,
             version: None,
@@ -193,6 +196,7 @@ impl<K: Keeper> Watch<K> {
                 return Ok(Duration::ZERO);
             }
             Kind::Refused if self.version.is_some() => self.version = None,
+            Kind::Unauthorized => self.shared.config.plugin.refused().await,
             Kind::Forbidden | Kind::NotFound if K::OPTIONAL => {
                 if !std::mem::replace(&mut self.absent, true) {
                     let (resource, error) = (K::RESOURCE, trouble.message);
@@ -232,7 +236,7 @@ impl<K: Keeper> Watch<K> {
     /// A new client without connections: credentials, certificates and even the server's address may be others now.
     async fn renew(&mut self) {
         match connect(&self.shared.config, &self.shared.servers).await {
-            Ok((client, _)) => self.client = client,
+            Ok(connected) => (self.client, self.fingerprint) = (connected.client, connected.fingerprint),
             Err(error) => debug!(%error, "the credentials cannot be renewed"),
         }
     }
@@ -246,6 +250,11 @@ impl<K: Keeper> Watch<K> {
 
     /// Lists if need be, then watches until it ends.
     async fn session(&mut self) -> End {
+        // Certificates may have been replaced, and what a plugin gave may expire. What cannot be read now is used as it was.
+        if fingerprint(&self.shared.config).await.is_ok_and(|now| now != self.fingerprint) {
+            debug!(resource = K::RESOURCE, "the credentials have changed: connecting anew");
+            self.renew().await;
+        }
         if self.version.is_none() {
             match self.list().await {
                 Ok(()) => {}
@@ -270,7 +279,8 @@ impl<K: Keeper> Watch<K> {
         self.keeper.list_begins();
         let version = match self.list_protobuf(&mut changes).await? {
             Some(version) => version,
-            None => self.list_json(&mut changes).await?,
+            // What is no list in JSON either says nothing of protobuf.
+            None => self.list_json(&mut changes).await.inspect_err(|_| self.protobuf = true)?,
         };
         // Every list has a version. What has none says nothing of the objects that it does not name.
         if version.is_empty() {
@@ -328,11 +338,12 @@ impl<K: Keeper> Watch<K> {
         while let Some(part) = in_time(list.next()).await? {
             match part {
                 Part::Metadata(bytes) => {
-                    version =
-                        ListMetadata::decode(bytes).map_err(|error| undecodable(&error))?.resource_version;
+                    version = ListMetadata::decode(bytes)
+                        .map_err(|error| Trouble::undecodable(&error))?
+                        .resource_version;
                 }
                 Part::Item(bytes) => {
-                    let message = K::Message::decode(bytes).map_err(|error| undecodable(&error))?;
+                    let message = K::Message::decode(bytes).map_err(|error| Trouble::undecodable(&error))?;
                     self.keeper.put(&K::object(&message), changes);
                     if changes.len() >= BATCH {
                         self.send(changes).await?;
@@ -346,8 +357,11 @@ impl<K: Keeper> Watch<K> {
     async fn list_json(&mut self, changes: &mut Vec<Change>) -> Result<String, End> {
         let request = self.list_request()?;
         let text = timeout(ANSWER, self.client.request_text(request)).await.map_err(|_| silent("list"))??;
+        if !text.starts_with('{') {
+            return Err(Trouble::foreign(200, &text).into());
+        }
         let list: JsonList<'_, K::Object<'_>> =
-            serde_json::from_str(&text).map_err(|error| undecodable(&error))?;
+            serde_json::from_str(&text).map_err(|error| Trouble::undecodable(&error))?;
         if list.status.is_some()
             && let Ok(status) = serde_json::from_str::<Status>(&text)
         {
@@ -438,13 +452,7 @@ impl<K: Keeper> Watch<K> {
     fn take(&mut self, line: &[u8], changes: &mut Vec<Change>) -> Result<(), End> {
         let decoded: Line<'_, K::Object<'_>> = match serde_json::from_slice(line) {
             Ok(decoded) => decoded,
-            Err(error) => {
-                // An error's object is a Status, which need not read as an object of this kind.
-                let status = serde_json::from_slice::<Line<'_, Status>>(line);
-                return Err(status
-                    .map_or_else(|_| undecodable(&error), |line| Trouble::of_status(&line.object))
-                    .into());
-            }
+            Err(error) => return self.take_odd(line, &error),
         };
         let metadata = decoded.object.metadata();
         let version = metadata.and_then(|metadata| metadata.resource_version.as_deref());
@@ -458,14 +466,40 @@ impl<K: Keeper> Watch<K> {
             "DELETED" => self.keeper.remove(&decoded.object, changes),
             // It brings a version alone.
             "BOOKMARK" => {}
-            "ERROR" => {
-                let line =
-                    serde_json::from_slice::<Line<'_, Status>>(line).map_err(|error| undecodable(&error))?;
-                return Err(Trouble::of_status(&line.object).into());
-            }
+            "ERROR" => return Err(status_of(line).into()),
             other => debug!(resource = K::RESOURCE, kind = other, "a watch event of unknown type"),
         }
         if let (Some(current), Some(version)) = (&mut self.version, version) {
+            version.clone_into(current);
+        }
+        Ok(())
+    }
+
+    /// Takes in a line whose object cannot be read: of an object of this kind, what is known stays in force, and the watch goes
+    /// on with the others.
+    fn take_odd(&mut self, line: &[u8], error: &serde_json::Error) -> Result<(), End> {
+        #[derive(Deserialize)]
+        struct Named<'a> {
+            #[serde(borrow)]
+            metadata: wire::Metadata<'a>,
+        }
+        let Ok(named) = serde_json::from_slice::<Line<'_, Named<'_>>>(line) else {
+            // An error's object is a Status, which need not read as an object of this kind.
+            let is_error =
+                serde_json::from_slice::<Line<'_, IgnoredAny>>(line).is_ok_and(|line| &*line.kind == "ERROR");
+            return Err(if is_error { status_of(line) } else { Trouble::undecodable(error) }.into());
+        };
+        if &*named.kind == "ERROR" {
+            return Err(status_of(line).into());
+        }
+        let metadata = named.object.metadata;
+        let (name, namespace) = (metadata.name.as_deref(), metadata.namespace.as_deref());
+        warn!(
+            resource = K::RESOURCE,
+            namespace, name, %error,
+            "an object of the API server cannot be read: what was known of it stays in force",
+        );
+        if let (Some(current), Some(version)) = (&mut self.version, metadata.resource_version.as_deref()) {
             version.clone_into(current);
         }
         Ok(())
@@ -516,6 +550,8 @@ async fn in_time<T>(part: impl Future<Output = io::Result<T>>) -> Result<T, Trou
     read.map_err(|error| Trouble::new(Kind::Unreachable, error.to_string()))
 }
 
-fn undecodable(error: &dyn std::error::Error) -> Trouble {
-    Trouble::new(Kind::Failing, format!("an answer that cannot be read: {error}"))
+/// Why a watch ends, as its last line says.
+fn status_of(line: &[u8]) -> Trouble {
+    serde_json::from_slice::<Line<'_, Status>>(line)
+        .map_or_else(|error| Trouble::undecodable(&error), |line| Trouble::of_status(&line.object))
 }

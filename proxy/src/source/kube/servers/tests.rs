@@ -21,6 +21,7 @@ fn state(source: Source, url: &str, endpoints: &[&str]) -> State {
         url: url.parse().unwrap(),
         source,
         may_fall_back: true,
+        proxy: None,
         ignored_proxy: None,
         unusable_base: None,
     });
