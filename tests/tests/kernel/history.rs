@@ -1,7 +1,7 @@
 //! Random histories into the real kernel: what is read back in the end is what a fresh start from the final objects
 //! programs, slots apart.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use kube_lane::dataplane::nftables::{Detector, Nftables, Settings, cleanup};
 use kube_lane::dataplane::{Batch, Dataplane};
@@ -119,7 +119,38 @@ fn meaning(listing: &str) -> BTreeSet<String> {
         }
     }
     said.retain(|line| needed.iter().any(|table| line.starts_with(table)));
-    said
+    renumbered(&said)
+}
+
+/// The same with what the numbers of session affinity stand for in their place: the first frontend of a port, and a backend.
+fn renumbered(said: &BTreeSet<String>) -> BTreeSet<String> {
+    /// A number as nft prints it, such as `2a:3`.
+    fn is_number(word: &str) -> bool {
+        let hex = |part: &str| !part.is_empty() && part.chars().all(|c| c.is_ascii_hexdigit());
+        word.split_once(':').is_some_and(|(port, member)| hex(port) && hex(member))
+    }
+    let family = |line: &str| line.split(' ').nth(1).unwrap_or_default().to_owned();
+    let mut names: BTreeMap<(String, String), String> = BTreeMap::new();
+    let mut name = |line: &str, set: &str, name: fn(&str) -> String| {
+        let element = line.split_once(&format!("map {set} {{ ")).map(|(_, element)| element);
+        if let Some((key, number)) = element.and_then(|element| element.rsplit_once(" : ")) {
+            names.entry((family(line), number.to_owned())).or_insert_with(|| name(key));
+        }
+    };
+    let frontend = |key: &str| key.split(" comment ").next().unwrap_or_default().replace(' ', "");
+    let backend = |key: &str| key.split(" . ").skip(1).collect::<Vec<_>>().join(".").replace(' ', "");
+    for line in said {
+        name(line, "affinity-ids", frontend);
+        name(line, "np-affinity-ids", frontend);
+        name(line, "affinity-backends", backend);
+    }
+    let word = |line: &str, word: &str| match names.get(&(family(line), word.to_owned())) {
+        Some(name) if is_number(word) => name.clone(),
+        _ => word.to_owned(),
+    };
+    said.iter()
+        .map(|line| line.split(' ').map(|text| word(line, text)).collect::<Vec<_>>().join(" "))
+        .collect()
 }
 
 /// `10.96.0.1 . tcp . 80 . 65537 comment "…" : 10.1.0.4 . 8080` without the slot's number.

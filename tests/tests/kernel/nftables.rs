@@ -204,9 +204,12 @@ fn a_change_of_a_big_service_costs_a_handful_of_elements() {
 fn the_number_of_rules_does_not_depend_on_the_services() {
     let count = |services: u16| {
         in_namespace(move || {
-            apply(&mut opened(), (1..=services).map(|n| service(n, 5)).collect());
+            let kinds = [service, |n, endpoints| with_affinity(service(n, endpoints))];
+            let services: Vec<_> = (1..=services).map(|n| kinds[usize::from(n % 2)](n, 5)).collect();
+            let last = services.last().unwrap().0.clone();
+            apply(&mut opened(), services);
             let listing = listing();
-            assert!(listing.contains(&format!("default/svc-{services}:http")));
+            assert!(listing.contains(&format!("{last}:http")));
             rules(&listing)
         })
     };
@@ -217,19 +220,24 @@ fn the_number_of_rules_does_not_depend_on_the_services() {
 
 #[test]
 fn a_change_costs_the_same_whatever_there_is() {
-    let cost = |services: u16| {
+    let cost = |services: u16, affinity: bool| {
         in_namespace(move || {
+            let kind = |service| if affinity { with_affinity(service) } else { service };
             let mut dataplane = opened();
-            apply(&mut dataplane, (1..=services).map(|n| service(n, 5)).collect());
-            let replaced = named("svc-50", 50, &[1, 2, 3, 4, 9]);
+            apply(&mut dataplane, (1..=services).map(|n| kind(service(n, 5))).collect());
+            let replaced = kind(named("svc-50", 50, &[1, 2, 3, 4, 9]));
             let outcome = dataplane.apply(&Batch { services: vec![replaced], ..Batch::default() }).unwrap();
             (outcome.messages, outcome.bytes, outcome.added, outcome.removed)
         })
     };
-    let few = cost(100);
+    let few = cost(100, false);
     // One slot of the VIP and one of the NodePort, in each family.
     assert_eq!((few.2, few.3), (4, 4));
-    assert_eq!(few, cost(50_000));
+    assert_eq!(few, cost(50_000, false));
+    let few = cost(100, true);
+    // Besides, a member in three sets.
+    assert_eq!((few.2, few.3), (10, 10));
+    assert_eq!(few, cost(10_000, true));
 }
 
 #[test]
