@@ -25,7 +25,7 @@ mod version;
 
 const FLAGS_NOTE: &str = "kube-lane accepts every other flag of kube-proxy 1.37. One warning at the start \
 lists those that are set and that kube-lane does not support. With --config, only --hostname-override, --master, --manifests, \
---state-dir, --conntrack-clean-sctp, --count-connections, --cgroup-root, --bpf-root, --socket-lb-* and the flags about logs still \
+--state-dir, --conntrack-clean-sctp, --count-connections, --drop-invalid, --cgroup-root, --bpf-root, --socket-lb-* and the flags about logs still \
 have an effect.";
 
 /// kube-lane: Kubernetes Services in nftables and eBPF, in place of kube-proxy

@@ -48,6 +48,7 @@ pub(super) fn nftables(config: &Config) -> nftables::Settings {
         detector: detector(&config.network.detector),
         masquerade_all: config.masquerade_all,
         count_connections: config.count_connections,
+        drop_invalid: config.drop_invalid,
     }
 }
 

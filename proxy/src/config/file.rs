@@ -101,6 +101,7 @@ section! {
         #[serde(rename = "conntrackCleanSCTP")]
         conntrack_clean_sctp: Option<bool>,
         count_connections: Option<bool>,
+        drop_invalid: Option<bool>,
         cgroup_root: Option<PathBuf>,
         bpf_root: Option<PathBuf>,
         #[serde(rename = "socketLB", deserialize_with = "null_as_default")]

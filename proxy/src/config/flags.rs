@@ -75,6 +75,10 @@ pub struct RunFlags {
     /// counts takes memory on every processor, and loads more slowly
     #[arg(long, value_parser = go_bool(), num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     count_connections: Option<bool>,
+    /// Drop forwarded packets that belong to no connection as conntrack knows it (ct state invalid), as kube-proxy's
+    /// iptables mode does
+    #[arg(long, value_parser = go_bool(), num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    drop_invalid: Option<bool>,
     /// Least time between two commits; commits are not delayed unless this is set
     #[arg(long, value_name = "DURATION")]
     iptables_min_sync_period: Option<GoDuration>,
@@ -351,6 +355,7 @@ impl RunFlags {
         file.kube_lane.manifests = self.manifests.as_ref().map(PathBuf::from);
         file.kube_lane.state_dir = self.state_dir.clone();
         file.kube_lane.count_connections = self.count_connections;
+        file.kube_lane.drop_invalid = self.drop_invalid;
         file.kube_lane.log_level = self.log.log_level.clone();
         file
     }

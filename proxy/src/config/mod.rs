@@ -63,6 +63,8 @@ pub struct Config {
     pub masquerade_all: bool,
     /// Count in nftables, too, how many connections each backend gets (`kubeLane.countConnections`).
     pub count_connections: bool,
+    /// Drop forwarded packets that belong to no connection as conntrack knows it (`kubeLane.dropInvalid`).
+    pub drop_invalid: bool,
     /// The least time between two commits; zero: commit at once.
     pub min_sync_period: Duration,
     /// Where `/healthz` and `/livez` are served; `None`: nowhere.

@@ -41,6 +41,7 @@ pub(super) const FLAGS: &[(&str, &str)] = &[
     ("kubeLane.cgroupRoot", "cgroup-root"),
     ("kubeLane.conntrackCleanSCTP", "conntrack-clean-sctp"),
     ("kubeLane.countConnections", "count-connections"),
+    ("kubeLane.dropInvalid", "drop-invalid"),
     ("kubeLane.logLevel", "log-level"),
     ("kubeLane.manifests", "manifests"),
     ("kubeLane.socketLB.external", "socket-lb-external"),

@@ -336,6 +336,7 @@ fn resolve_layers(
         socket_lb,
         masquerade_all,
         count_connections: file.kube_lane.count_connections.unwrap_or_default(),
+        drop_invalid: file.kube_lane.drop_invalid.unwrap_or_default(),
         min_sync_period: file.nftables.min_sync_period.unwrap_or_default().0,
         healthz_address: (!overrides.no_healthz).then_some(healthz_address),
         metrics_address: (!overrides.no_metrics).then_some(metrics_address),

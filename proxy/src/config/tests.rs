@@ -497,6 +497,16 @@ fn conntrack_has_the_defaults_of_kube_proxy() {
 }
 
 #[test]
+fn invalid_packets_are_dropped_where_asked_for() {
+    assert!(!config(&[]).drop_invalid);
+    assert!(config(&["--drop-invalid"]).drop_invalid);
+    let file = ConfigFile::fields("invalid", "clusterCIDR: 10.0.0.0/8\nkubeLane: {dropInvalid: true}\n");
+    let resolved = file.resolve(&[]).unwrap();
+    assert!(resolved.config.drop_invalid && resolved.warnings.is_empty(), "{:?}", resolved.warnings);
+    assert!(!file.resolve(&["--drop-invalid=false"]).unwrap().config.drop_invalid);
+}
+
+#[test]
 fn nothing_is_counted_unless_asked_for() {
     assert!(!config(&[]).count_connections);
     assert!(config(&["--count-connections"]).count_connections);

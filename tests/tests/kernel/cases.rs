@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use kube_lane_lab::{Dial, Host, Lab, Outcome, Proto, topology};
+use kube_lane_lab::{Dial, Filter, Host, Lab, Outcome, Proto, topology};
 use serde_json::json;
 
 use super::plans::nft;
@@ -156,4 +156,49 @@ fn a_pod_is_seen_as_itself_over_its_bridge_told_by_a_prefix() {
 fn a_pod_is_seen_as_itself_over_its_bridge_told_by_its_address() {
     let cidrs = topology::cluster_cidrs().map(|cidr| cidr.to_string()).join(",");
     on_a_bridge(&["--cluster-cidr", &cidrs]);
+}
+
+/// Sends a segment that answers no connection: SYN and ACK, from a port that nobody dialled.
+fn send_stray_segment(from: &Host, to: std::net::Ipv4Addr) {
+    use std::os::fd::AsRawFd as _;
+
+    use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, SockaddrIn, sendto, socket};
+    let IpAddr::V4(source) = from.v4() else { unreachable!("v4() is IPv4") };
+    from.run(move || {
+        let mut segment = [0_u8; 20];
+        segment[..2].copy_from_slice(&8080_u16.to_be_bytes());
+        segment[2..4].copy_from_slice(&40_000_u16.to_be_bytes());
+        (segment[12], segment[13]) = (5 << 4, 0x12);
+        let pseudo = [&source.octets()[..], &to.octets(), &[0, 6, 0, 20]].concat();
+        let words = pseudo.chunks(2).chain(segment.chunks(2));
+        let mut sum: u32 = words.map(|word| u32::from(u16::from_be_bytes([word[0], word[1]]))).sum();
+        while sum > 0xffff {
+            sum = (sum & 0xffff) + (sum >> 16);
+        }
+        segment[16..18].copy_from_slice(&(!(sum as u16)).to_be_bytes());
+        let raw = socket(AddressFamily::Inet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Tcp);
+        let raw = raw.unwrap();
+        let address = SockaddrIn::from(std::net::SocketAddrV4::new(to, 0));
+        sendto(raw.as_raw_fd(), &segment, &address, nix::sys::socket::MsgFlags::empty()).unwrap();
+    })
+    .unwrap();
+}
+
+#[test]
+fn what_belongs_to_no_connection_is_dropped_where_asked_for() {
+    for (arguments, passes) in [(&[][..], true), (&["--drop-invalid"], false)] {
+        let world = World::new(arguments);
+        let (pod, _echoes) = serving(&world.lab, 0, "pod");
+        world.put("web", &web_ports(), 70, &endpoints(&[&pod]));
+        let outside = world.lab.outside();
+        assert!(answered(&until(outside, Proto::Tcp, vip(70), answered)));
+        let filter = Filter::new().from(pod.v4()).on(topology::UPLINK).leaving().port(40_000);
+        let sniff = world.lab.node(0).sniff(filter).unwrap();
+        let IpAddr::V4(to) = outside.v4() else { unreachable!("v4() is IPv4") };
+        (0..5).for_each(|_| send_stray_segment(&pod, to));
+        // What is sent after it has passed the same rules.
+        assert!(answered(&pod.dial_with(Dial::new(Proto::Tcp, vip(70))).unwrap()));
+        assert_eq!(sniff.count().unwrap(), if passes { 5 } else { 0 }, "{arguments:?}");
+        assert!(answered(&until(outside, Proto::Udp, vip(70), answered)), "{arguments:?}");
+    }
 }

@@ -116,6 +116,8 @@ pub(crate) enum Verdict {
     Goto(String),
 }
 
+/// `NF_CT_STATE_INVALID_BIT`: the bit of `ct state invalid`.
+pub(crate) const STATE_INVALID: u32 = 1;
 /// `NF_CT_STATE_BIT(IP_CT_NEW)`: the bit of `ct state new`.
 pub(crate) const STATE_NEW: u32 = 1 << 3;
 /// `IPS_DST_NAT`: the bit of `ct status dnat`.

@@ -76,7 +76,7 @@ mod tests {
 
     fn fingerprints(family: Family, masquerade_all: bool, scratch: &mut Scratch) -> Vec<u64> {
         let timeouts = [std::num::NonZeroU32::MIN].into();
-        let policy = Policy { detection: Detection::PodCidrs, masquerade_all, timeouts };
+        let policy = Policy { detection: Detection::PodCidrs, masquerade_all, drop_invalid: false, timeouts };
         let mut fingerprints = Vec::new();
         for spec in chains(family, &policy) {
             let table = table(family);

@@ -85,6 +85,9 @@ pub struct Settings {
     /// Count new connections to each backend, and refusals. It costs memory on each processor for each element that
     /// counts, and slows loading.
     pub count_connections: bool,
+    /// Drop forwarded packets that belong to no connection as conntrack knows it: untranslated they would reach a client
+    /// that knows nothing of them.
+    pub drop_invalid: bool,
 }
 
 impl Settings {
@@ -97,7 +100,7 @@ impl Settings {
             Detector::Interface(name) => Detection::Interface(name.clone()),
             Detector::InterfacePrefix(prefix) => Detection::InterfacePrefix(prefix.clone()),
         };
-        Policy { detection, masquerade_all: self.masquerade_all, timeouts }
+        Policy { detection, masquerade_all: self.masquerade_all, drop_invalid: self.drop_invalid, timeouts }
     }
 }
 

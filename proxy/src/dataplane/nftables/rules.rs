@@ -22,7 +22,9 @@ use nftnl::{ChainType, Hook};
 
 use super::affinity_rules;
 
-use super::expr::{ADDRESS_LOCAL, ConnectionWord, Expr, LookupIn, Reg, STATE_NEW, STATUS_DNAT, Verdict};
+use super::expr::{
+    ADDRESS_LOCAL, ConnectionWord, Expr, LookupIn, Reg, STATE_INVALID, STATE_NEW, STATUS_DNAT, Verdict,
+};
 use super::schema::{CLASSES, NODEPORT_SLOTS, Set, SlotSets, VIP_SLOTS, address_len};
 use crate::model::input::Family;
 
@@ -55,6 +57,8 @@ pub(crate) struct Policy {
     pub(crate) detection: Detection,
     /// Masquerade everybody who dials a cluster IP.
     pub(crate) masquerade_all: bool,
+    /// Drop forwarded packets that conntrack finds invalid.
+    pub(crate) drop_invalid: bool,
     /// The timeouts of session affinity that there are, in seconds.
     pub(crate) timeouts: BTreeSet<NonZeroU32>,
 }
@@ -241,7 +245,7 @@ pub(crate) fn chains(family: Family, policy: &Policy) -> Vec<Chain> {
     let learn = [dnatted(), goto("learn")].concat();
     chains.push(base("nat-input", ChainType::Nat, Hook::In, SNAT_PRIORITY, vec![learn]));
     affinity_rules::chains(&mut chains, &keys, &policy.timeouts);
-    refusals(&mut chains, &keys);
+    refusals(&mut chains, &keys, policy);
     masquerading(&mut chains, &keys, policy);
     chains
 }
@@ -348,7 +352,7 @@ fn firewall(chains: &mut Vec<Chain>, keys: &Keys) {
 }
 
 /// ICMP for what has no endpoint and for unused ports; drop for unallocated ServiceCIDR addresses.
-fn refusals(chains: &mut Vec<Chain>, keys: &Keys) {
+fn refusals(chains: &mut Vec<Chain>, keys: &Keys, policy: &Policy) {
     let reject = || vec![Expr::Reject { v6: keys.v6() }];
     let refuse = |rule: Vec<Expr>, set| [rule, vec![is_in(set)], reject()].concat();
     let vips = refuse(keys.vip().0, Set::VipsReject);
@@ -371,7 +375,12 @@ fn refusals(chains: &mut Vec<Chain>, keys: &Keys) {
         let new = format!("new-{name}");
         let enter = [state_new(), goto(&new)].concat();
         chains.push(regular(&new, rules));
-        chains.push(base(&format!("filter-{name}"), ChainType::Filter, hook, FILTER_PRIORITY, vec![enter]));
+        let mut entered = vec![enter];
+        if hook == Hook::Forward && policy.drop_invalid {
+            let invalid = bit(ConnectionWord::State, STATE_INVALID, true);
+            entered.push([invalid, vec![Expr::Verdict(Verdict::Drop)]].concat());
+        }
+        chains.push(base(&format!("filter-{name}"), ChainType::Filter, hook, FILTER_PRIORITY, entered));
     }
 }
 

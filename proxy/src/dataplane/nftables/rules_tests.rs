@@ -27,7 +27,12 @@ struct Walk {
 
 impl Walk {
     fn new() -> Self {
-        let policy = Policy { detection: Detection::None, masquerade_all: false, timeouts: BTreeSet::new() };
+        let policy = Policy {
+            detection: Detection::None,
+            masquerade_all: false,
+            drop_invalid: false,
+            timeouts: BTreeSet::new(),
+        };
         let chains = chains(Family::V4, &policy).into_iter();
         let chains = chains.map(|chain| (chain.name, chain.rules.into())).collect();
         let (slots, more, named) = Default::default();
