@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::{Output, rights, settings};
+use super::{Output, bridges, rights, settings};
 use crate::causes::with_causes;
 use crate::config::flags::{AgentFlags, RunFlags};
 use crate::config::values::go_bool;
@@ -97,8 +97,8 @@ fn nftables(config: &Config) -> Vec<Row> {
             required: true,
             needed_for: "everything",
             found: v4,
-            means: "kube-lane does not work here: it takes a kernel with nf_tables, nft_fib, nft_numgen, nft_nat, \
-                    nft_masq and nft_reject",
+            means: "kube-lane does not work here: it takes a kernel with nf_tables, nft_fib, nft_numgen, nft_hash, \
+                    nft_nat, nft_masq and nft_reject",
         },
         Row {
             name: "the ruleset for IPv6",
@@ -113,6 +113,13 @@ fn nftables(config: &Config) -> Vec<Row> {
             needed_for: "--count-connections",
             found: counting,
             means: "nftables counts no connections",
+        },
+        Row {
+            name: "Services within a bridge of pods",
+            required: false,
+            needed_for: "pods on a bridge, to connect to a Service whose endpoint is on the same bridge",
+            found: bridges::filtered(&config.network.detector),
+            means: "such connections time out, as with kube-proxy; in mode ebpf, TCP connections to ClusterIPs do not",
         },
         Row {
             name: "connection tracking over netlink",

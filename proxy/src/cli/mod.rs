@@ -9,6 +9,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use crate::causes::with_causes;
 use crate::config::flags::{Action, RunFlags};
 
+mod bridges;
 mod check;
 mod cleanup;
 mod confinement;

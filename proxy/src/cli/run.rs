@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, watch};
 use tracing::{debug, info, warn};
 
 use super::follow::ConfigFollower;
-use super::{instance, rights, settings, sysctls};
+use super::{bridges, instance, rights, settings, sysctls};
 use crate::causes::with_causes;
 use crate::config::flags::RunFlags;
 use crate::config::{BaseState, Config, Environment, Mode, Resolved};
@@ -222,6 +222,7 @@ async fn serve(
     );
 
     sysctls::apply(&config.conntrack);
+    bridges::warn(&config.network.detector, config.mode);
     let (health, health_state) = watch::channel(HealthState::default());
     let mut registry = metrics::registry(config.mode.as_str());
     let ports = AwaitedPorts::register(&mut registry);

@@ -7,7 +7,9 @@ use kube_lane_lab::{Dial, Filter, Host, Lab, Outcome, Proto, topology};
 use serde_json::json;
 
 use super::plans::nft;
-use super::world::{QUIET, World, answered, at, endpoints, serving, until, vip, vips, web_ports};
+use super::world::{
+    Mode, QUIET, World, answered, answered_in, at, endpoints, serving, until, until_met, vip, vips, web_ports,
+};
 
 /// A load balancer's address.
 fn lb(number: usize) -> SocketAddr {
@@ -116,7 +118,7 @@ fn source_ranges_of_one_address_load_again_as_they_were() {
 /// Pods on a bridge as CNI's plugin `bridge` has them, and whom their Service shows as the client.
 fn on_a_bridge(detector: &[&str]) {
     let lab = Lab::builder().nodes(2).switch(true).build().unwrap();
-    let world = World::in_lab(lab, detector);
+    let world = World::in_lab(lab, Mode::Nftables, detector);
     let (client, _clients) = serving(&world.lab, 0, "client");
     let (near, _near) = serving(&world.lab, 0, "near");
     let (far, _far) = serving(&world.lab, 1, "far");
@@ -156,6 +158,35 @@ fn a_pod_is_seen_as_itself_over_its_bridge_told_by_a_prefix() {
 fn a_pod_is_seen_as_itself_over_its_bridge_told_by_its_address() {
     let cidrs = topology::cluster_cidrs().map(|cidr| cidr.to_string()).join(",");
     on_a_bridge(&["--cluster-cidr", &cidrs]);
+}
+
+#[test]
+fn a_service_within_a_bridge_that_no_rule_sees_is_warned_of_and_answered_at_the_socket() {
+    let detector = ["--detect-local-mode", "BridgeInterface", "--pod-bridge-interface", "cni0"];
+    for mode in Mode::ALL {
+        let lab = Lab::builder().nodes(2).switch(false).build().unwrap();
+        let world = World::in_lab(lab, mode, &detector);
+        let (client, _clients) = serving(&world.lab, 0, "client");
+        let (near, _near) = serving(&world.lab, 0, "near");
+        let (far, _far) = serving(&world.lab, 1, "far");
+        world.put("far", &web_ports(), 71, &endpoints(&[&far]));
+        world.put("near", &web_ports(), 70, &endpoints(&[&near]));
+        let met = until_met(&client, vip(71), answered_in(mode));
+        assert!(answered_in(mode)(&met), "{mode:?}: {met:?}");
+        match mode {
+            Mode::Nftables => {
+                let outcome = client.dial_with(Dial::new(Proto::Tcp, vip(70)).timeout(QUIET)).unwrap();
+                assert!(!answered(&outcome), "the answer passes the bridge as it is: {outcome}");
+            }
+            Mode::Ebpf => {
+                let met = until_met(&client, vip(70), answered_in(mode));
+                assert!(answered_in(mode)(&met), "{met:?}");
+            }
+        }
+        let log = std::fs::read_to_string(world.log(0)).unwrap();
+        let said = log.lines().filter(|line| line.contains("bridge-nf-call-iptables=1")).count();
+        assert_eq!(said, 1, "{log}");
+    }
 }
 
 /// Sends a segment that answers no connection: SYN and ACK, from a port that nobody dialled.

@@ -56,6 +56,19 @@ fn config(host: &Host, mode: &str) -> NamedTempFile {
 }
 
 #[test]
+fn a_bridge_of_pods_that_no_rule_sees_is_named() {
+    const ROW: &str = "Services within a bridge of pods";
+    let words = |lab: Lab| row(&check(lab.node(0), NFTABLES, &[]).1, "nftables", ROW);
+    let none = words(Lab::builder().build().unwrap());
+    assert_eq!((&none["works"], &none["found"]), (&json!(true), &json!("no bridge of pods")));
+    assert_eq!(words(Lab::builder().switch(true).build().unwrap())["works"], true);
+    let passed_by = words(Lab::builder().switch(false).build().unwrap());
+    assert_eq!((&passed_by["works"], &passed_by["required"]), (&json!(false), &json!(false)));
+    let found = passed_by["found"].as_str().unwrap();
+    assert!(found.contains("cni0") && found.contains("net.bridge.bridge-nf-call-iptables=1"), "{found}");
+}
+
+#[test]
 fn the_rights_of_an_agent_are_enough_and_nothing_is_left_behind() {
     let lab = Lab::builder().build().unwrap();
     let node = lab.node(0);

@@ -90,8 +90,9 @@ impl World {
     }
 
     /// Agents that tell pods in this way, on the nodes of a lab.
-    pub(super) fn in_lab(lab: Lab, detector: &[&str]) -> Self {
-        let mut world = Self::prepare(lab, Mode::Nftables, detector);
+    pub(super) fn in_lab(lab: Lab, mode: Mode, detector: &[&str]) -> Self {
+        let mode_arguments = ["--proxy-mode", if mode == Mode::Ebpf { "ebpf" } else { "nftables" }];
+        let mut world = Self::prepare(lab, mode, &[detector, &mode_arguments[..]].concat());
         world.start_agents(&[]);
         world
     }
