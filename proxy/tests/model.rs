@@ -10,7 +10,7 @@ use std::{env, fs};
 use anyhow::{Context, Result, ensure};
 use kube_lane::model::input::{Change, Event, Origin};
 use kube_lane::model::plan::NodePlan;
-use kube_lane::model::planner::{NodePortAddresses, Planner, PodCidrs, Settings};
+use kube_lane::model::planner::{NodePortAddresses, OwnPort, Planner, PodCidrs, Settings};
 use kube_lane::source::manifest;
 
 const NODE: &str = "node-a";
@@ -101,6 +101,7 @@ fn planner() -> Planner {
         node_address: None,
         pod_cidrs: PodCidrs::Unknown,
         nodeport_addresses: NodePortAddresses::PRIMARY,
+        own_ports: vec![OwnPort { server: "health", address: ([0, 0, 0, 0], 10256).into() }],
     })
 }
 

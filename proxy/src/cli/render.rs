@@ -52,8 +52,7 @@ pub(super) fn run(flags: &RenderFlags) -> anyhow::Result<ExitCode> {
     let Resolved { config, warnings, .. } = flags.plan.resolve(&Environment::read())?;
     let Checked { events, problems, not_served } =
         manifest::check_dir(&flags.folder, Some(&config.node_name));
-    let mut planner =
-        Planner::new(settings::planner(&config.node_name, vec![Origin::Static], &config.network));
+    let mut planner = Planner::new(settings::planner(&config, vec![Origin::Static]));
     // Nothing is known of that node's interfaces: they are taken to have the addresses of its Node.
     let addresses = events.iter().find_map(|event| match event {
         Event::Source { change: Change::Node(node), .. } => node.as_ref().map(|node| node.addresses.clone()),

@@ -312,7 +312,7 @@ fn agent(
             manifests.send_replace(condition);
         };
         let origins = start_sources(&config, api, events, followed).await?;
-        let planner = Planner::new(settings::planner(&config.node_name, origins, &config.network));
+        let planner = Planner::new(settings::planner(&config, origins));
         let nftables = Nftables::open(settings::nftables(&config))?;
         let foreign = ready::readable(nftables.descriptor()?)?;
         let told = move |front| layer.tell(front);

@@ -1,18 +1,20 @@
 //! What the parts of the agent are told of the configuration.
 
-use crate::config::{Api, Config, Detector, Network, SocketLb};
+use crate::config::{Api, Config, Detector, SocketLb};
 use crate::dataplane::nftables;
 use crate::dataplane::socket::answers::{Clients, Policy};
 use crate::dataplane::socket::write::Sizes;
 use crate::dataplane::socket::{self, Room};
 use crate::model::input::Origin;
-use crate::model::planner::{self, NodePortAddresses, PodCidrs};
+use crate::model::planner::{self, NodePortAddresses, OwnPort, PodCidrs};
 use crate::source::kube::{self, KubeSourceConfig};
 
 /// The planner's part.
-pub(super) fn planner(node_name: &str, origins: Vec<Origin>, network: &Network) -> planner::Settings {
+pub(super) fn planner(config: &Config, origins: Vec<Origin>) -> planner::Settings {
+    let network = &config.network;
+    let servers = [("health", config.healthz_address), ("metrics", config.metrics_address)];
     planner::Settings {
-        node_name: node_name.into(),
+        node_name: config.node_name.as_str().into(),
         origins,
         node_address: network.node_address(),
         pod_cidrs: match &network.detector {
@@ -26,6 +28,10 @@ pub(super) fn planner(node_name: &str, origins: Vec<Origin>, network: &Network) 
             primary: network.nodeport_addresses.primary,
             within: network.nodeport_addresses.networks.clone(),
         },
+        own_ports: servers
+            .into_iter()
+            .filter_map(|(server, address)| Some(OwnPort { server, address: address? }))
+            .collect(),
     }
 }
 

@@ -43,6 +43,7 @@ impl Agent {
             node_address: None,
             pod_cidrs: PodCidrs::default(),
             nodeport_addresses: NodePortAddresses::default(),
+            own_ports: Vec::new(),
         });
         let mut registry = Registry::default();
         let (commits, changes) = (Commits::register(&mut registry), ChangeMetrics::register(&mut registry));

@@ -1,9 +1,10 @@
-//! Which Service owns an address:port/protocol or a NodePort that several ask for.
+//! Which Service owns an address:port/protocol or a port of the node that several ask for.
 //!
-//! Owns the ranking: static origin first, then the oldest `creationTimestamp`, then `namespace/name`. A claim is held
-//! by what a Service asks for, whatever its endpoints, and does not know which field asked. A Service sees only who
-//! comes just before it, so that a change costs what the claims of the changed Service cost, however many ask for the
-//! same. Never plans: it says whose plan to look at again.
+//! Owns the ranking: the agent's own ports first, then the static origin, then the oldest `creationTimestamp`, then
+//! `namespace/name`. A claim is held by what a Service asks for, whatever its endpoints, and does not know which field
+//! asked: NodePorts and health check ports are in one space. A change costs what the claims of the changed Service
+//! cost; where the owner of a claim changes, it also costs the Services whose warnings name the owner. Never plans: it
+//! says whose plan to look at again.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -18,8 +19,26 @@ use super::plan::FrontendAddress;
 pub(super) enum Claim {
     /// An address and port.
     Vip(Protocol, IpAddr, u16),
-    /// A NodePort.
+    /// A port of the node: a NodePort or, in TCP, a `healthCheckNodePort`.
     NodePort(Protocol, Family, u16),
+}
+
+/// Who has what another asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Owner<'a> {
+    /// One of the agent's own servers.
+    Agent(&'static str),
+    /// A Service.
+    Service(&'a ServiceKey),
+}
+
+impl std::fmt::Display for Owner<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Agent(server) => write!(f, "the agent's own {server} server"),
+            Self::Service(service) => write!(f, "Service {service}"),
+        }
+    }
 }
 
 impl Claim {
@@ -59,15 +78,14 @@ impl Claimant {
 pub(super) struct Claims(BTreeMap<Claim, SmallVec<[Claimant; 1]>>);
 
 impl Claims {
-    /// The Service that comes just before this one where several ask for the same. Who has none before it, has it.
-    pub(super) fn before(&self, claim: &Claim, claimant: &Claimant) -> Option<&ServiceKey> {
-        let claimants = self.0.get(claim)?;
-        let rank = claimants.binary_search(claimant).ok()?;
-        Some(&claimants.get(rank.checked_sub(1)?)?.service)
+    /// The Service that has this claim in place of this one; `None`: this one has it.
+    pub(super) fn owner(&self, claim: &Claim, claimant: &Claimant) -> Option<&ServiceKey> {
+        let first = self.0.get(claim)?.first()?;
+        (first != claimant).then_some(&first.service)
     }
 
-    /// One Service asks for `after` where it asked for `before`. Those who see another before them than they did, the
-    /// Service itself apart, are added to `dirty`.
+    /// One Service asks for `after` where it asked for `before`. The other Services for which the owner of a claim has
+    /// changed are added to `dirty`.
     pub(super) fn replace(
         &mut self,
         before: Option<&(Claimant, BTreeSet<Claim>)>,
@@ -94,7 +112,9 @@ impl Claims {
     fn ask(&mut self, claim: Claim, claimant: &Claimant, dirty: &mut BTreeSet<ServiceKey>) {
         let claimants = self.0.entry(claim).or_default();
         if let Err(rank) = claimants.binary_search(claimant) {
-            dirty.extend(claimants.get(rank).map(|next| next.service.clone()));
+            if rank == 0 {
+                dirty.extend(claimants.iter().map(|other| other.service.clone()));
+            }
             claimants.insert(rank, claimant.clone());
         }
     }
@@ -103,7 +123,9 @@ impl Claims {
         let Some(claimants) = self.0.get_mut(claim) else { return };
         if let Ok(rank) = claimants.binary_search(claimant) {
             claimants.remove(rank);
-            dirty.extend(claimants.get(rank).map(|next| next.service.clone()));
+            if rank == 0 {
+                dirty.extend(claimants.iter().map(|other| other.service.clone()));
+            }
         }
         if claimants.is_empty() {
             self.0.remove(claim);

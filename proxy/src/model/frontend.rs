@@ -1,4 +1,4 @@
-//! What a Service asks to be dialled at: one frontend for each address and NodePort of each port.
+//! What a Service asks for: one frontend for each address and NodePort of each port, and the port of its health check.
 //!
 //! Reads the Service alone, so that its claims do not move when its endpoints do. Never decides between two Services.
 
@@ -7,8 +7,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use super::claims::Claim;
-use super::input::{External, Family, Protocol, Service, ServicePort};
+use super::input::{External, Family, Protocol, Service, ServicePort, ServiceType};
 use super::plan::{AddressPort, FrontendAddress, FrontendKind};
+use super::traffic_policy::Policies;
 
 /// A frontend that a Service asks for.
 #[derive(Clone, Copy, Debug)]
@@ -57,6 +58,18 @@ pub(super) fn asks<'a>(service: &'a Service, warnings: &mut Vec<String>) -> Vec<
     }
     asks.sort_by_key(|ask| (ask.port_key(), ask.at, ask.kind));
     asks
+}
+
+/// The port that load balancers ask for the health of a Service: they ask where `externalTrafficPolicy` is `Local`.
+pub(super) fn health_check_port(service: &Service) -> Option<u16> {
+    let asked = service.kind == ServiceType::LoadBalancer && Policies::of(service).external_is_local();
+    service.external.as_deref()?.health_check_node_port.filter(|_| asked)
+}
+
+/// What a Service claims for its health check, which is a TCP port of the node in each family that it is served in.
+pub(super) fn health_check_claims(service: &Service) -> impl Iterator<Item = (Family, Claim)> {
+    let port = health_check_port(service);
+    families(service).filter_map(move |family| Some((family, Claim::NodePort(Protocol::Tcp, family, port?))))
 }
 
 /// The families that a Service is served in: those of its cluster IPs.

@@ -8,13 +8,13 @@ use std::net::IpAddr;
 use std::ops::Bound;
 use std::sync::Arc;
 
-use super::claims::{Claim, Claimant, Claims};
-use super::frontend::{Ask, asks};
+use super::claims::{Claim, Claimant, Claims, Owner};
+use super::frontend::{Ask, asks, health_check_claims};
 use super::input::{Change, Event, Origin, Service, ServiceKey};
 use super::node::Facts;
 use super::objects::{Effective, Objects, Replaced, Slice};
 use super::plan::{NodePlan, Plan};
-pub use super::settings::{NodePortAddresses, PodCidrs, Settings};
+pub use super::settings::{NodePortAddresses, OwnPort, PodCidrs, Settings};
 use super::{node, service};
 
 /// What changed since the last [`Planner::replan`].
@@ -216,8 +216,12 @@ impl Planner {
         let (origin, service) = self.objects.service(key)?;
         self.services_planned += 1;
         let claimant = Claimant::new(origin, &service);
-        let first = |claim: &Claim| self.claims.before(claim, &claimant);
-        Some(service::plan(origin, &service, &self.objects.slices_of(key), &self.facts, first))
+        let owner = |claim: &Claim| {
+            let own = self.settings.own_ports.iter().find(|port| port.is_at(claim));
+            let service = || self.claims.owner(claim, &claimant).map(Owner::Service);
+            own.map(|port| Owner::Agent(port.server)).or_else(service)
+        };
+        Some(service::plan(origin, &service, &self.objects.slices_of(key), &self.facts, owner))
     }
 
     /// Marks the Services whose plans depend on what has changed of the node.
@@ -266,6 +270,7 @@ fn slice_replaced(replaced: Replaced<Slice>, dirty: &mut BTreeSet<ServiceKey>) {
 
 fn claimed_by(service: &Effective<Service>) -> Option<(Claimant, BTreeSet<Claim>)> {
     let (origin, service) = service.as_ref()?;
-    let claims = asks(service, &mut Vec::new()).iter().map(Ask::claim).collect();
+    let mut claims: BTreeSet<_> = asks(service, &mut Vec::new()).iter().map(Ask::claim).collect();
+    claims.extend(health_check_claims(service).map(|(_, claim)| claim));
     Some((Claimant::new(*origin, service), claims))
 }

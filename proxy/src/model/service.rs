@@ -1,15 +1,15 @@
-//! The plan of one Service: a pure function of the Service, its slices, the node and who comes first where it is not
-//! alone.
+//! The plan of one Service: a pure function of the Service, its slices, the node and the owners of what it asks for in
+//! vain.
 
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
 
-use super::claims::Claim;
+use super::claims::{Claim, Owner};
 use super::endpoint::Slices;
-use super::frontend::{Ask, asks};
-use super::input::{Family, Origin, Service, ServiceKey, ServiceType};
+use super::frontend::{Ask, asks, health_check_claims, health_check_port};
+use super::input::{Family, Origin, Service};
 use super::node::Facts;
 use super::objects::Slice;
 use super::plan::{Frontend, FrontendKind, HealthCheck, Plan, PortPlan};
@@ -19,23 +19,24 @@ use super::traffic_policy::Policies;
 /// The API server's range of NodePorts, where it is not told another.
 const NODE_PORTS: RangeInclusive<u16> = 30_000..=32_767;
 
-/// Plans one Service. `first` names the Service that comes before this one at a claim, if there is one.
+/// Plans one Service. `owner` names who has what this Service claims, where that is another.
 pub(super) fn plan<'a>(
     origin: Origin,
     service: &Service,
     slices: &[&Slice],
     node: &Facts,
-    first: impl Fn(&Claim) -> Option<&'a ServiceKey>,
+    owner: impl Fn(&Claim) -> Option<Owner<'a>>,
 ) -> Plan {
     let mut warnings = Vec::new();
     let mut asks = asks(service, &mut warnings);
+    let health_check_families = health_check_families(service, &asks, &owner, &mut warnings);
     asks.retain(|ask| {
         let claim = ask.claim();
-        let first = first(&claim);
-        if let Some(first) = first {
-            warnings.push(format!("Service {first} comes first at {claim}"));
+        let owner = owner(&claim);
+        if let Some(owner) = owner {
+            warnings.push(format!("{owner} comes first at {claim}"));
         }
-        first.is_none()
+        owner.is_none()
     });
     if origin == Origin::Static {
         // Nobody has checked it.
@@ -57,7 +58,7 @@ pub(super) fn plan<'a>(
     Plan {
         service: service.key.clone(),
         ports: ports.collect(),
-        health_check: health_check(service, policies, &asks, slices),
+        health_check: health_check(service, &health_check_families, &asks, slices),
         warnings: warnings.into_boxed_slice(),
     }
 }
@@ -114,19 +115,41 @@ fn is_load_balancer(ask: &Ask<'_>) -> bool {
     ask.kind == FrontendKind::LoadBalancer
 }
 
+/// The families in which the Service has the port of its health check. `asks` is all that it asks to be dialled at.
+fn health_check_families<'a>(
+    service: &Service,
+    asks: &[Ask<'_>],
+    owner: impl Fn(&Claim) -> Option<Owner<'a>>,
+    warnings: &mut Vec<String>,
+) -> Vec<Family> {
+    let mut families = Vec::new();
+    for (family, claim) in health_check_claims(service) {
+        let why = if let Some(owner) = owner(&claim) {
+            format!("{owner} comes first at {claim}")
+        } else if asks.iter().any(|ask| ask.claim() == claim) {
+            format!("a port of the Service is at {claim}")
+        } else {
+            families.push(family);
+            continue;
+        };
+        warnings.push(format!("load balancers cannot ask for the health of this Service: {why}"));
+    }
+    families
+}
+
 fn health_check<'a>(
     service: &Service,
-    policies: Policies,
+    families: &[Family],
     asks: &[Ask<'_>],
     slices: impl Fn(Family) -> Slices<'a>,
 ) -> Option<Box<HealthCheck>> {
-    let port = service.external.as_deref()?.health_check_node_port?;
-    let asked = service.kind == ServiceType::LoadBalancer && policies.external_is_local();
+    let port = health_check_port(service)?;
     let endpoints = |family| {
-        let served = asks.iter().any(|ask| ask.family == family);
+        let served = families.contains(&family) && asks.iter().any(|ask| ask.family == family);
         served.then(|| slices(family).local_ready_addresses())
     };
     let health_check =
         HealthCheck { port, v4_endpoints: endpoints(Family::V4), v6_endpoints: endpoints(Family::V6) };
-    (asked && !asks.is_empty()).then(|| Box::new(health_check))
+    let any = health_check.v4_endpoints.is_some() || health_check.v6_endpoints.is_some();
+    any.then(|| Box::new(health_check))
 }

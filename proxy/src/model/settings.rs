@@ -1,11 +1,12 @@
 //! What the configuration tells the planner.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
 
-use super::input::Origin;
+use super::claims::Claim;
+use super::input::{Family, Origin, Protocol};
 
 /// What does not change while the agent runs.
 #[derive(Clone, Debug)]
@@ -20,6 +21,28 @@ pub struct Settings {
     pub pod_cidrs: PodCidrs,
     /// Which of the node's addresses NodePorts answer on.
     pub nodeport_addresses: NodePortAddresses,
+    /// The agent's own servers: no NodePort and no health check takes their ports away.
+    pub own_ports: Vec<OwnPort>,
+}
+
+/// Where one of the agent's own servers is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OwnPort {
+    /// What it serves.
+    pub server: &'static str,
+    /// Its address.
+    pub address: SocketAddr,
+}
+
+impl OwnPort {
+    /// Whether a NodePort or a health check with this claim would be at the same address. On loopback there are none.
+    pub(super) fn is_at(&self, claim: &Claim) -> bool {
+        let Claim::NodePort(Protocol::Tcp, family, port) = *claim else { return false };
+        let ip = self.address.ip();
+        // `[::]` takes IPv4 connections, too.
+        let both = self.address.is_ipv6() && ip.is_unspecified();
+        port == self.address.port() && !ip.is_loopback() && (both || Family::of(ip) == family)
+    }
 }
 
 /// Where the addresses of local pods are known from.

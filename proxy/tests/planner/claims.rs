@@ -2,9 +2,12 @@
 
 use std::sync::Arc;
 
-use kube_lane::model::input::{Change, Origin, Protocol, ServicePort};
+use kube_lane::model::input::{
+    Change, External, Origin, Protocol, Service, ServicePort, ServiceType, TrafficPolicy,
+};
+use kube_lane::model::planner::{OwnPort, Planner, Settings};
 
-use crate::build::{api, event, file, key, reported, service, synced, text};
+use crate::build::{api, event, file, key, reported, service, settings, synced, synced_with, text};
 
 #[test]
 fn the_oldest_has_the_address_until_it_goes() {
@@ -18,11 +21,12 @@ fn the_oldest_has_the_address_until_it_goes() {
         text(&planner, "middle"),
         "service demo/middle\n  warning: Service demo/old comes first at 10.96.0.1:80/TCP\n"
     );
-    assert!(text(&planner, "young").contains("Service demo/middle comes first"));
+    assert!(text(&planner, "young").contains("Service demo/old comes first"), "who has it is named");
 
     planner.apply(api(Change::ServiceGone(key("old"))));
-    assert_eq!(reported(&mut planner), ["middle", "old"]);
+    assert_eq!(reported(&mut planner), ["middle", "old", "young"]);
     assert!(text(&planner, "middle").contains("ClusterIP 10.96.0.1:80"));
+    assert!(text(&planner, "young").contains("Service demo/middle comes first"));
 
     planner.apply(api(Change::Service(service("middle", 15, &["10.96.0.2"], None))));
     assert_eq!(reported(&mut planner), ["middle", "young"]);
@@ -30,16 +34,21 @@ fn the_oldest_has_the_address_until_it_goes() {
 }
 
 #[test]
-fn a_newcomer_moves_one_other_however_many_ask() {
+fn a_newcomer_moves_nobody_who_hears_nothing_new() {
     let mut planner = synced();
-    for n in (0..2_000).rev() {
+    for n in 0..2_000 {
         let contested = service(&format!("web-{n:04}"), n, &["10.96.0.1"], None);
         planner.apply(api(Change::Service(contested)));
-        assert!(planner.replan().services.len() <= 2);
+        assert_eq!(planner.replan().services.len(), 1);
     }
-    assert_eq!(planner.services_planned(), 2_000 + 1_999, "each newcomer outranks all before it");
+    assert_eq!(planner.services_planned(), 2_000, "each newcomer comes last");
+    planner.apply(api(Change::ServiceGone(key("web-1000"))));
+    planner.apply(api(Change::Service(service("between", 1_000, &["10.96.0.1"], None))));
+    assert_eq!(reported(&mut planner), ["between", "web-1000"]);
     planner.apply(api(Change::ServiceGone(key("web-0000"))));
-    assert_eq!(reported(&mut planner), ["web-0000", "web-0001"]);
+    assert_eq!(planner.replan().services.len(), 2_000, "all others hear of another owner");
+    assert!(text(&planner, "web-0001").contains("ClusterIP 10.96.0.1:80"));
+    assert!(text(&planner, "between").contains("Service demo/web-0001 comes first"));
 }
 
 #[test]
@@ -137,4 +146,106 @@ fn within_a_service_the_first_port_counts() {
   warning: port \"c\" is not at NodePort 30001/TCP (IPv4): port \"b\" is
 "
     );
+}
+
+/// A Service whose load balancer asks for its health at this port.
+fn checked(name: &str, created: i64, cluster_ip: &str, port: u16) -> Service {
+    let external = External { health_check_node_port: Some(port), ..External::default() };
+    Service {
+        kind: ServiceType::LoadBalancer,
+        external_policy: TrafficPolicy::Local,
+        external: Some(Box::new(external)),
+        ..service(name, created, &[cluster_ip], None)
+    }
+}
+
+fn health_check_port(planner: &Planner, name: &str) -> Option<u16> {
+    planner.plan(&key(name)).unwrap().health_check.as_ref().map(|check| check.port)
+}
+
+#[test]
+fn node_ports_and_health_check_ports_are_one_space() {
+    for (first, second) in [("a", "b"), ("b", "a")] {
+        let age = |name: &str| if name == first { 1 } else { 2 };
+        let mut planner = synced();
+        planner.apply(api(Change::Service(service("a", age("a"), &["10.96.0.1"], Some(30119)))));
+        planner.replan();
+        planner.apply(api(Change::Service(checked("b", age("b"), "10.96.0.2", 30119))));
+        planner.replan();
+        assert_eq!(text(&planner, "a").contains("NodePort *:30119"), first == "a");
+        assert_eq!(health_check_port(&planner, "b").is_some(), first == "b");
+        let loser = text(&planner, second);
+        assert!(
+            loser.contains(&format!("Service demo/{first} comes first at NodePort 30119/TCP (IPv4)")),
+            "{loser}"
+        );
+        assert!(!text(&planner, first).contains("warning"));
+
+        planner.apply(api(Change::ServiceGone(key(first))));
+        assert_eq!(reported(&mut planner), ["a", "b"]);
+        assert!(!text(&planner, second).contains("warning"), "it has the port once the first has gone");
+    }
+}
+
+#[test]
+fn a_health_check_claims_only_what_load_balancers_ask() {
+    let mut planner = synced();
+    for (name, kind, policy) in [
+        ("cluster", ServiceType::LoadBalancer, TrafficPolicy::Cluster),
+        ("node-port", ServiceType::NodePort, TrafficPolicy::Local),
+    ] {
+        let unasked = Service { kind, external_policy: policy, ..checked(name, 1, "10.96.0.1", 30119) };
+        planner.apply(api(Change::Service(unasked)));
+        let mut udp = service("udp", 1, &["10.96.0.3"], Some(30119));
+        Arc::make_mut(&mut udp.ports)[0].protocol = Protocol::Udp;
+        planner.apply(api(Change::Service(udp)));
+        planner.apply(api(Change::Service(checked("asked", 2, "10.96.0.2", 30119))));
+        planner.replan();
+        assert_eq!(health_check_port(&planner, "asked"), Some(30119), "{name}");
+        planner.apply(api(Change::ServiceGone(key(name))));
+    }
+}
+
+#[test]
+fn the_agents_own_ports_come_before_all() {
+    let own = |address: &str| OwnPort { server: "health", address: address.parse().unwrap() };
+    for (address, v4, v6) in [
+        ("0.0.0.0:30119", true, false),
+        ("[::]:30119", true, true),
+        ("192.0.2.1:30119", true, false),
+        ("[2001:db8::1]:30119", false, true),
+        ("127.0.0.1:30119", false, false),
+        ("[::1]:30119", false, false),
+        ("0.0.0.0:30118", false, false),
+    ] {
+        let mut planner = synced_with(Settings { own_ports: vec![own(address)], ..settings() });
+        planner.apply(file(Change::Service(service("a", 1, &["10.96.0.1", "fd00::1"], Some(30119)))));
+        planner.replan();
+        let text = text(&planner, "a");
+        for (family, taken) in [("IPv4", v4), ("IPv6", v6)] {
+            let words =
+                format!("the agent's own health server comes first at NodePort 30119/TCP ({family})");
+            assert_eq!(text.contains(&words), taken, "{address}: {text}");
+        }
+        let left = 2 - usize::from(v4) - usize::from(v6);
+        assert_eq!(text.matches("NodePort *:30119").count(), left, "{address}: {text}");
+    }
+    let mut planner = synced_with(Settings { own_ports: vec![own("0.0.0.0:30119")], ..settings() });
+    planner.apply(api(Change::Service(checked("checked", 1, "10.96.0.1", 30119))));
+    planner.replan();
+    assert_eq!(health_check_port(&planner, "checked"), None);
+    assert!(text(&planner, "checked").contains("for the health of this Service: the agent's own health server"));
+}
+
+#[test]
+fn a_node_port_of_the_same_service_comes_before_its_health_check() {
+    let mut planner = synced();
+    let mut both = checked("both", 1, "10.96.0.1", 30119);
+    Arc::make_mut(&mut both.ports)[0].node_port = Some(30119);
+    planner.apply(file(Change::Service(both)));
+    planner.replan();
+    assert_eq!(health_check_port(&planner, "both"), None);
+    let text = text(&planner, "both");
+    assert!(text.contains("NodePort *:30119"), "{text}");
+    assert!(text.contains("a port of the Service is at NodePort 30119/TCP (IPv4)"), "{text}");
 }

@@ -13,10 +13,13 @@ use kube_lane::model::input::{
     Change, Endpoint, EndpointSlice, Event, External, Family, Hints, Node, ObjectKey, Origin, Protocol,
     Service, ServicePort, ServiceType, SlicePort, TrafficPolicy,
 };
-use kube_lane::model::planner::{NodePortAddresses, Planner, PodCidrs, Settings};
+use kube_lane::model::planner::{NodePortAddresses, OwnPort, Planner, PodCidrs, Settings};
 
 /// The own node's name among the random ones.
 pub(crate) const NODE: &str = "node-a";
+
+/// Where the agent serves its own health, over IPv4: some of the random NodePorts and health checks are there, too.
+pub(crate) const OWN_PORT: u16 = 30_083;
 
 /// Of a node that knows of no pods' addresses, with both origins.
 pub(crate) fn settings() -> Settings {
@@ -26,6 +29,7 @@ pub(crate) fn settings() -> Settings {
         node_address: None,
         pod_cidrs: PodCidrs::Unknown,
         nodeport_addresses: NodePortAddresses::PRIMARY,
+        own_ports: vec![OwnPort { server: "health", address: ([0, 0, 0, 0], OWN_PORT).into() }],
     }
 }
 
@@ -216,7 +220,7 @@ impl Random {
             name: r.pick(&["http", "", "dns"]).into(),
             protocol: r.protocol(),
             port: 80 + r.below(3) as u16,
-            node_port: r.one_in(2).then(|| 30_080 + r.below(3) as u16),
+            node_port: r.one_in(2).then(|| 30_080 + r.below(4) as u16),
         });
         Service {
             key: self.name(),
@@ -247,7 +251,7 @@ impl Random {
             ips: self.some(2, Self::any_address),
             load_balancer_ips: self.some(2, Self::any_address),
             source_ranges: self.some(4, |r| r.network(&ranges)),
-            health_check_node_port: self.one_in(2).then(|| 32_000 + self.below(3) as u16),
+            health_check_node_port: self.one_in(2).then(|| 30_082 + self.below(3) as u16),
         }
     }
 

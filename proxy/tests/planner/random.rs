@@ -5,13 +5,15 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
-use kube_lane::model::input::{Change, Event, Family, ObjectKey, Origin, Protocol, Service};
+use kube_lane::model::input::{
+    Change, Event, Family, ObjectKey, Origin, Protocol, Service, ServiceType, TrafficPolicy,
+};
 use kube_lane::model::plan::{
     AddressPort, Backend, FrontendAddress, FrontendKind, NodePlan, Plan, PortPlan, Verdict,
 };
 use kube_lane::model::planner::{Changes, NodePortAddresses, Planner, PodCidrs, Settings};
 
-use crate::history::{Random, World, each_seed, fresh, settings};
+use crate::history::{OWN_PORT, Random, World, each_seed, fresh, settings};
 
 const CASES: u64 = 4_000;
 const STEPS: u64 = 60;
@@ -41,7 +43,7 @@ fn case(seed: u64) {
     incremental.plans().for_each(|plan| check(plan));
 
     let slices_first = told.events();
-    assert_eq!(owners(&incremental), expected_owners(&slices_first));
+    check_owners(&incremental, &expected_owners(&slices_first));
     let services_first: Vec<_> = slices_first.iter().rev().cloned().collect();
     let mut shuffled = slices_first.clone();
     random.shuffle(&mut shuffled);
@@ -74,6 +76,35 @@ fn by_key(planner: &Planner) -> BTreeMap<ObjectKey, Arc<Plan>> {
 
 type Claimed = (Protocol, Family, Option<IpAddr>, u16);
 
+/// Whoever should have something to be dialled at has it, and nobody else; the same holds for ports of health checks.
+fn check_owners(planner: &Planner, expected: &BTreeMap<Claimed, (ObjectKey, For)>) {
+    let dialled = |(claimed, (owner, what)): (&Claimed, &(ObjectKey, For))| {
+        (*what == For::Clients).then(|| (*claimed, owner.clone()))
+    };
+    assert_eq!(owners(planner), expected.iter().filter_map(dialled).collect());
+    for plan in planner.plans() {
+        let check = plan.health_check.as_deref();
+        let asked = check.into_iter().flat_map(|check| {
+            [(Family::V4, check.v4_endpoints), (Family::V6, check.v6_endpoints)]
+                .map(|(family, count)| (family, count.map(|_| check.port)))
+        });
+        let planned: BTreeSet<Claimed> =
+            asked.filter_map(|(family, port)| Some((Protocol::Tcp, family, None, port?))).collect();
+        let is_served = |family: Family| plan.ports.iter().any(|port| port.family == family);
+        let owned = expected.iter().filter(|(claimed, (owner, what))| {
+            *owner == plan.service && *what == For::HealthCheck && is_served(claimed.1)
+        });
+        assert_eq!(planned, owned.map(|(claimed, _)| *claimed).collect(), "{}", plan.service);
+    }
+}
+
+/// What a claim is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum For {
+    Clients,
+    HealthCheck,
+}
+
 /// Who serves what, as planned; nothing is served twice.
 fn owners(planner: &Planner) -> BTreeMap<Claimed, ObjectKey> {
     let mut owners = BTreeMap::new();
@@ -92,8 +123,8 @@ fn owners(planner: &Planner) -> BTreeMap<Claimed, ObjectKey> {
     owners
 }
 
-/// Who serves what, by the rule itself: of all that ask, the least of (origin, created, key).
-fn expected_owners(objects: &[Event]) -> BTreeMap<Claimed, ObjectKey> {
+/// Who serves what, by the rule itself: of all that ask, the least of (origin, created, key), but for the agent's own port.
+fn expected_owners(objects: &[Event]) -> BTreeMap<Claimed, (ObjectKey, For)> {
     let mut services: BTreeMap<&ObjectKey, BTreeMap<Origin, &Service>> = BTreeMap::new();
     let mut synced = BTreeSet::new();
     for event in objects {
@@ -111,15 +142,16 @@ fn expected_owners(objects: &[Event]) -> BTreeMap<Claimed, ObjectKey> {
     ranked.sort_by_key(|(origin, service)| (**origin, service.created, &service.key));
     let mut owners = BTreeMap::new();
     for (_, service) in ranked {
-        for claimed in asked(service) {
-            owners.entry(claimed).or_insert(service.key.clone());
+        for (claimed, what) in asked(service) {
+            owners.entry(claimed).or_insert((service.key.clone(), what));
         }
     }
+    owners.remove(&(Protocol::Tcp, Family::V4, None, OWN_PORT));
     owners
 }
 
-/// All that a Service asks to be dialled at.
-fn asked(service: &Service) -> BTreeSet<Claimed> {
+/// All that a Service asks for; what its clients are to dial comes before its health check.
+fn asked(service: &Service) -> BTreeSet<(Claimed, For)> {
     let families: BTreeSet<Family> = service.cluster_ips.iter().copied().map(Family::of).collect();
     let external = service.external.as_deref();
     let external =
@@ -129,11 +161,19 @@ fn asked(service: &Service) -> BTreeSet<Claimed> {
     let mut asked = BTreeSet::new();
     for port in service.ports.iter().filter(|port| named.insert((port.protocol, port.name.clone()))) {
         for ip in addresses.iter().filter(|ip| families.contains(&Family::of(**ip))) {
-            asked.insert((port.protocol, Family::of(*ip), Some(*ip), port.port));
+            asked.insert(((port.protocol, Family::of(*ip), Some(*ip), port.port), For::Clients));
         }
         let node_ports =
             families.iter().filter_map(|family| Some((port.protocol, *family, None, port.node_port?)));
-        asked.extend(node_ports);
+        asked.extend(node_ports.map(|claimed| (claimed, For::Clients)));
+    }
+    let is_checked =
+        service.kind == ServiceType::LoadBalancer && service.external_policy == TrafficPolicy::Local;
+    let health_check = service.external.as_ref().and_then(|external| external.health_check_node_port);
+    if let Some(port) = health_check.filter(|_| is_checked) {
+        asked.extend(
+            families.iter().map(|family| ((Protocol::Tcp, *family, None, port), For::HealthCheck)),
+        );
     }
     asked
 }
@@ -146,7 +186,7 @@ fn check(plan: &Plan) {
     plan.ports.iter().for_each(check_port);
     if let Some(check) = &plan.health_check {
         for (family, count) in [(Family::V4, check.v4_endpoints), (Family::V6, check.v6_endpoints)] {
-            assert_eq!(count.is_some(), plan.ports.iter().any(|port| port.family == family));
+            assert!(count.is_none() || plan.ports.iter().any(|port| port.family == family));
         }
         assert!(check.v4_endpoints.is_some() || check.v6_endpoints.is_some());
     }
