@@ -20,7 +20,7 @@ use crate::model::input::Family;
 
 #[derive(Args, Debug)]
 pub(super) struct CheckFlags {
-    /// The mode that has to work for the check to succeed [default: the configuration's, else nftables]
+    /// The mode that has to work for the check to succeed [default: the configuration's; without one, both have to]
     #[arg(long, value_enum)]
     proxy_mode: Option<Mode>,
     /// Whether nftables has to be able to count connections for the check to succeed
@@ -54,15 +54,16 @@ struct Table {
 pub(super) fn run(flags: &CheckFlags) -> anyhow::Result<ExitCode> {
     let Resolved { mut config, warnings, .. } =
         RunFlags::from(&flags.agent).resolve_for_node(&Environment::read())?;
-    config.mode = flags.proxy_mode.unwrap_or(config.mode);
+    let names_file = flags.agent.names_file();
+    let wanted = flags.proxy_mode.or(names_file.then_some(config.mode));
     config.count_connections = flags.count_connections.unwrap_or(config.count_connections);
-    if flags.agent.names_file() {
+    if names_file {
         warnings.iter().try_for_each(|warning| writeln!(io::stderr(), "{warning}"))?;
     }
 
     let nftables = Table { mode: "nftables", rows: nftables(&config) };
     let ebpf = Table { mode: "ebpf", rows: ebpf(&config) };
-    let works = nftables.works() && (config.mode == Mode::Nftables || ebpf.works());
+    let works = nftables.works() && (wanted == Some(Mode::Nftables) || ebpf.works());
     let mut out = io::stdout().lock();
     match flags.output {
         Output::Text => write!(out, "{nftables}{ebpf}")?,

@@ -26,6 +26,18 @@ pub enum ConfigError {
         /// What to write instead.
         remedy: &'static str,
     },
+    /// A configuration file with fields that are misspelt.
+    #[error(
+        "configuration file {}, {}; correct the names, or have unknown fields ignored with --config-lenient",
+        path.display(),
+        fields.join("; ")
+    )]
+    Misspelt {
+        /// The file.
+        path: PathBuf,
+        /// Each with its line and what it may be meant to be; never empty.
+        fields: Vec<String>,
+    },
     /// Fields whose values cannot be used; never empty.
     #[error("{}", Lines(.0))]
     Invalid(Vec<InvalidField>),

@@ -235,7 +235,8 @@ impl RunFlags {
     /// When the configuration file cannot be read or decoded.
     pub fn bpf_root(&self) -> Result<Option<PathBuf>, ConfigError> {
         let flag = self.to_file().kube_lane.bpf_root;
-        let root = if flag.is_none() { self.files.read()?.merged().kube_lane.bpf_root } else { flag };
+        let root =
+            if flag.is_none() { self.files.lenient().read()?.merged().kube_lane.bpf_root } else { flag };
         Ok(socket_lb::not_empty(root))
     }
 

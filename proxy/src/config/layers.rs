@@ -18,6 +18,7 @@ use super::error::ConfigError;
 use super::file::{KubeProxyConfiguration, Overlay, leaves};
 use super::names;
 use super::parse::{Parsed, parse};
+use super::values::go_bool;
 
 /// The configuration files, as every command takes them that reads the agent's configuration.
 #[derive(Args, Clone, Debug, Default)]
@@ -29,6 +30,9 @@ pub struct FileFlags {
     /// cluster (/var/lib/kube-proxy/config.conf); it may be missing
     #[arg(long, value_name = "FILE")]
     config_base: Option<String>,
+    /// Warn of unknown fields in --config that are written almost like known ones, instead of refusing the file
+    #[arg(long, value_parser = go_bool(), num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    config_lenient: Option<bool>,
 }
 
 impl FileFlags {
@@ -47,16 +51,22 @@ impl FileFlags {
         self.config().into_iter().chain(self.config_base())
     }
 
-    /// Reads the files; the flags are added later. A base that cannot be read or decoded is left out.
+    /// The same files, of which no field has to be spelt right.
+    pub(super) fn lenient(&self) -> Self {
+        Self { config_lenient: Some(true), ..self.clone() }
+    }
+
+    /// Reads the files; the flags are added later. A base that cannot be read or decoded is left out; what it has of other
+    /// versions' fields is nobody's mistake.
     ///
     /// # Errors
-    /// When `--config` cannot be read or decoded.
+    /// When `--config` cannot be read or decoded, or has a misspelt field.
     pub(super) fn read(&self) -> Result<Layers, ConfigError> {
         let mut layers = Layers::default();
         if let Some(path) = self.config_base() {
             match read(path) {
-                Ok(Parsed { file, warnings }) => {
-                    layers.warnings.extend(named(path, warnings));
+                Ok(Parsed { file, warnings, misspelt }) => {
+                    layers.warnings.extend(named(path, [warnings, misspelt].concat()));
                     layers.base = Some((path.to_owned(), with_own_masquerade(file)));
                     layers.base_state = BaseState::Read;
                 }
@@ -67,8 +77,11 @@ impl FileFlags {
             }
         }
         if let Some(path) = self.config() {
-            let Parsed { file, warnings } = read(path)?;
-            layers.warnings.extend(named(path, warnings));
+            let Parsed { file, warnings, misspelt } = read(path)?;
+            if !misspelt.is_empty() && self.config_lenient != Some(true) {
+                return Err(ConfigError::Misspelt { path: path.to_owned(), fields: misspelt });
+            }
+            layers.warnings.extend(named(path, [warnings, misspelt].concat()));
             layers.file = Some((path.to_owned(), file));
         }
         layers.pass_over_missing_kubeconfig();
@@ -173,6 +186,16 @@ impl Layers {
     /// Whether `--config` is there.
     pub(super) fn has_file(&self) -> bool {
         self.file.is_some()
+    }
+
+    /// The file that was kube-proxy's: the base, else `--config`, and what it says.
+    pub(super) fn of_kube_proxy(&self) -> Option<(&Path, &KubeProxyConfiguration)> {
+        self.base.as_ref().or(self.file.as_ref()).map(|(path, content)| (path.as_path(), content))
+    }
+
+    /// Whether `--config-base` is among them.
+    pub(super) fn has_base(&self) -> bool {
+        self.base.is_some()
     }
 
     /// All layers in one.

@@ -20,6 +20,8 @@ mod error;
 mod file;
 pub mod flags;
 mod layers;
+mod migration;
+mod misspelt;
 mod names;
 mod network;
 mod parse;

@@ -1,7 +1,7 @@
 //! Reading the configuration file, strictly first and then, as kube-proxy does, leniently.
 //!
-//! What only strict reading refuses (unknown fields, fields written twice) becomes a warning with its line; a wrong
-//! type is an error with its line, field and remedy.
+//! What only strict reading refuses (unknown fields, fields written twice) is told with its line, and who reads the file
+//! decides what it leads to; a wrong type is an error with its line, field and remedy.
 
 use std::fmt;
 use std::path::Path;
@@ -12,14 +12,17 @@ use serde_saphyr::{DuplicateKeyPolicy, Error, Location, Options, Spanned};
 
 use super::error::ConfigError;
 use super::file::{API_VERSION, KIND, KubeProxyConfiguration};
+use super::misspelt::meant;
 
 /// A file that was read, and what is odd about it.
 #[derive(Debug)]
 pub(super) struct Parsed {
     /// The content.
     pub(super) file: KubeProxyConfiguration,
-    /// Unknown and repeated fields, each with its line.
+    /// Unknown fields that are like no other, and repeated ones, each with its line.
     pub(super) warnings: Vec<String>,
+    /// Unknown fields that are almost like another, each with its line and what it may be meant to be.
+    pub(super) misspelt: Vec<String>,
 }
 
 /// Parses the text of a configuration file, YAML or JSON. `path` serves the messages alone.
@@ -52,13 +55,15 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Parsed, ConfigError> {
     expect(path, "apiVersion", file.api_version.as_deref(), API_VERSION)?;
 
     let schema = serde_json::to_value(KubeProxyConfiguration::default()).unwrap_or_default();
-    warnings.extend(
-        outline
-            .iter()
-            .filter(|key| is_unknown(&schema, &key.path))
-            .map(|key| format!("line {}: unknown field {}", key.line, key.path)),
-    );
-    Ok(Parsed { file, warnings })
+    let mut misspelt = Vec::new();
+    for key in outline.iter().filter(|key| is_unknown(&schema, &key.path)) {
+        let unknown = format!("line {}: unknown field {}", key.line, key.path);
+        match meant(&schema, &key.path) {
+            Some(field) => misspelt.push(format!("{unknown}, is {field} meant?")),
+            None => warnings.push(unknown),
+        }
+    }
+    Ok(Parsed { file, warnings, misspelt })
 }
 
 fn options(duplicate_keys: DuplicateKeyPolicy) -> Options {

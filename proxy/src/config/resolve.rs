@@ -13,6 +13,7 @@ use super::duration::GoDuration;
 use super::error::ConfigError;
 use super::file::{KubeProxyConfiguration, leaves};
 use super::layers::{BaseState, Layers, Source};
+use super::migration;
 use super::network::PRIMARY;
 use super::settings::{Setting, is_zero, settings};
 use super::{Api, Config, Conntrack, LogFormat, Logging, Mode, Network, SocketLb};
@@ -323,6 +324,7 @@ fn resolve_layers(
         warnings
             .push(format!("kube-lane does not support these settings and ignores them: {}", idle.join(", ")));
     }
+    let notes = (!overrides.no_service).then(|| migration::note(layers)).flatten();
     let missing = layers.missing_kubeconfig.iter().map(|path| {
         format!("the kubeconfig that --config-base names does not exist and is not used: {}", path.display())
     });
@@ -351,7 +353,7 @@ fn resolve_layers(
     Ok(Resolved {
         config,
         warnings,
-        notes: missing.collect(),
+        notes: missing.chain(notes).collect(),
         base: layers.base_state.clone(),
         settings: settings(layers, text(&overrides.master)),
         file,

@@ -390,7 +390,17 @@ fn only_strict_reading_refuses_unknown_and_repeated_fields() {
         "mode: nftables\nclusterCidr: 10.0.0.0/8\nnftables:\n  masqueradeAll: false\n  minsyncPeriod: 1s\n\
          extra: {a: {b: 1}}\nmode: ebpf\ndetectLocalMode: NodeCIDR\n",
     );
-    let resolved = file.resolve(&[]).unwrap();
+    let error = file.resolve(&[]).unwrap_err();
+    for part in [
+        "config.conf, line 4: unknown field clusterCidr, is clusterCIDR meant?; line 7: unknown field \
+         nftables.minsyncPeriod, is nftables.minSyncPeriod meant?; correct",
+        "--config-lenient",
+    ] {
+        assert!(error.contains(part), "{part:?} is not in\n{error}");
+    }
+    assert!(!error.contains("extra"), "another version may have such a field");
+    assert!(file.resolve(&["--config-lenient=false"]).is_err());
+    let resolved = file.resolve(&["--config-lenient"]).unwrap();
     assert_eq!(resolved.config.mode, Mode::Ebpf, "the last one counts");
     let warnings = resolved.warnings.join("\n");
     for part in [

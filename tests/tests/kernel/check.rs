@@ -72,8 +72,10 @@ fn a_bridge_of_pods_that_no_rule_sees_is_named() {
 fn the_rights_of_an_agent_are_enough_and_nothing_is_left_behind() {
     let lab = Lab::builder().build().unwrap();
     let node = lab.node(0);
-    let (success, told) = check(node, NFTABLES, &[]);
+    let (success, told) = check(node, NFTABLES, &["--proxy-mode=nftables"]);
     assert!(success && told["works"] == true, "{told:#}");
+    let (success, told) = check(node, NFTABLES, &[]);
+    assert!(!success && told["nftables"]["works"] == true, "nobody says which mode it is for: {told:#}");
     for name in ["capabilities", "the ruleset", "the ruleset for IPv6", "the ruleset with counters"] {
         assert_eq!(row(&told, "nftables", name)["works"], true, "{told:#}");
     }
@@ -81,6 +83,8 @@ fn the_rights_of_an_agent_are_enough_and_nothing_is_left_behind() {
     let ebpf = [&["--proxy-mode=ebpf"], &places.each_ref().map(String::as_str)[..]].concat();
     let (success, told) = check(node, EBPF, &ebpf);
     assert!(success && told["ebpf"]["works"] == true, "{told:#}");
+    let (success, told) = check(node, EBPF, &ebpf[1..]);
+    assert!(success && told["works"] == true, "both modes work: {told:#}");
     assert_eq!(ruleset(node), "");
     let (_, text, _) = run(node, EBPF, &[&["check"], &ebpf[..]].concat());
     let [required, optional] = ["the ruleset  ", "connection tracking"].map(|row| text.find(row).unwrap());

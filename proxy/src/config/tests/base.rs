@@ -65,18 +65,20 @@ fn kubeadms_own_file_needs_nothing_but_a_mode() {
     assert_eq!(resolved.warnings, Vec::<String>::new());
     assert_eq!(resolved.config.api, Some(Api::default()), "the kubeconfig is not there");
     assert_eq!(
-        resolved.notes,
-        [
-            "the kubeconfig that --config-base names does not exist and is not used: /var/lib/kube-proxy/kubeconfig.conf"
-        ]
+        resolved.notes[0],
+        "the kubeconfig that --config-base names does not exist and is not used: /var/lib/kube-proxy/kubeconfig.conf"
     );
+    assert!(resolved.notes[1].contains("mode iptables") && resolved.notes.len() == 2, "{:?}", resolved.notes);
 }
 
 #[test]
 fn the_kubeconfig_of_the_base_is_told_from_that_of_the_file() {
     let written = ConfigFile::new("base-kubeconfig-file", "");
     let path = written.0.join("config.conf");
-    let section = format!("clusterCIDR: 10.0.0.0/8\nclientConnection: {{kubeconfig: {}}}\n", path.display());
+    let section = format!(
+        "mode: nftables\nclusterCIDR: 10.0.0.0/8\nclientConnection: {{kubeconfig: {}}}\n",
+        path.display()
+    );
     let api = |file: &str| {
         let resolved = Both::new("base-kubeconfig", &section, file).resolve(&[]).unwrap();
         assert_eq!(resolved.notes, Vec::<String>::new());
@@ -162,4 +164,51 @@ fn other_commands_take_the_base_too() {
     assert_eq!(parse(&flags).bpf_root().unwrap(), Some("/b".into()));
     let flags = [flags, vec!["--bpf-root=/c"]].concat();
     assert_eq!(parse(&flags).bpf_root().unwrap(), Some("/c".into()));
+}
+
+#[test]
+fn fields_of_other_versions_in_the_base_are_no_mistake() {
+    let both =
+        Both::new("base-misspelt", "clusterCidr: 10.0.0.0/8\nudpIdleTimeout: 1s\n", "mode: nftables\n");
+    let resolved = both.resolve(&[]).unwrap();
+    let path = both.base_path();
+    let told = |rest: &str| resolved.warnings.contains(&format!("{path}, line {rest}"));
+    assert!(told("3: unknown field clusterCidr, is clusterCIDR meant?"), "{:?}", resolved.warnings);
+    assert!(told("4: unknown field udpIdleTimeout"), "{:?}", resolved.warnings);
+    let both =
+        Both::new("file-misspelt", "clusterCIDR: 10.0.0.0/8\n", "mode: nftables\nkubelane: {bpfRoot: /b}\n");
+    assert!(both.resolve(&[]).unwrap_err().contains("line 4: unknown field kubelane, is kubeLane meant?"));
+    let flags = [both.file.flag()];
+    let flags: Vec<_> = flags.iter().map(String::as_str).collect();
+    assert!(parse(&flags).bpf_root().is_ok(), "a cleanup needs no other field to be right");
+}
+
+#[test]
+fn what_differs_from_the_iptables_mode_is_said() {
+    let note = |base: &str, file: &str| -> Option<String> {
+        let resolved = Both::new("iptables", base, file).resolve(&[]).unwrap();
+        resolved.notes.into_iter().find(|note| note.contains("mode iptables"))
+    };
+    let (primary, loopback, invalid) = ("on all of them", "127.0.0.1", "INVALID");
+    for (base, file, parts) in [
+        ("mode: ''\n", "mode: nftables\n", &[primary, loopback, invalid][..]),
+        ("mode: iptables\nnodePortAddresses: null\n", "mode: ebpf\n", &[primary, loopback, invalid]),
+        ("clusterCIDR: ''\niptables: {localhostNodePorts: true}\n", "", &[primary, loopback, invalid]),
+        ("iptables: {localhostNodePorts: false}\n", "mode: nftables\n", &[primary, invalid]),
+        ("mode: ''\n", "nodePortAddresses: ['0.0.0.0/0']\n", &[loopback, invalid]),
+    ] {
+        let note = note(base, file).unwrap();
+        for part in [primary, loopback, invalid] {
+            assert_eq!(note.contains(part), parts.contains(&part), "{base:?}: {note}");
+        }
+        assert!(note.contains("iptables-base") && note.contains("docs/migrate.md"), "{note}");
+    }
+    assert_eq!(note("mode: nftables\n", "mode: nftables\n"), None);
+    assert_eq!(note("mode: ipvs\n", ""), None);
+    for (fields, is_said) in
+        [("mode: iptables\n", true), ("mode: ''\n", true), ("mode: nftables\n", false), ("", false)]
+    {
+        let resolved = ConfigFile::fields("iptables-alone", fields).resolve(&[]).unwrap();
+        assert_eq!(resolved.notes.iter().any(|note| note.contains("mode iptables")), is_said, "{fields:?}");
+    }
 }
