@@ -27,7 +27,7 @@ use crate::model::plan::{NodePlan, Plan};
 use crate::model::planner::{Changes, Planner};
 use crate::observability::changes::Changes as ChangeMetrics;
 use crate::observability::commits::Commits;
-use crate::status::{About, Known, PAGE, Query, Report};
+use crate::status::{About, Known, NAMED, PAGE, Query, Report};
 
 /// How long after a commit that failed the next is tried, and the most that grows to.
 const RETRY: Duration = Duration::from_millis(200);
@@ -50,6 +50,9 @@ pub struct Controller<D> {
     refused: BTreeMap<ServiceKey, String>,
     /// What was warned of, so that it is said once.
     warned: BTreeMap<ServiceKey, Box<[String]>>,
+    warned_of_node: Vec<String>,
+    /// How many warnings there are about Services.
+    warnings: usize,
     min_sync_period: Duration,
     health: watch::Sender<HealthState>,
     commits: Commits,
@@ -141,6 +144,8 @@ impl<D: Dataplane> Controller<D> {
             pending: Pending::default(),
             refused: BTreeMap::new(),
             warned: BTreeMap::new(),
+            warned_of_node: Vec::new(),
+            warnings: 0,
             min_sync_period,
             health,
             commits,
@@ -364,6 +369,7 @@ impl<D: Dataplane> Controller<D> {
         for (service, plan) in &changes.services {
             let warnings = plan.as_ref().map(|plan| plan.warnings.clone()).unwrap_or_default();
             let known = self.warned.get(service).map(AsRef::as_ref).unwrap_or_default();
+            self.warnings = self.warnings + warnings.len() - known.len();
             for warning in warnings.iter().filter(|warning| !known.contains(warning)) {
                 warn!(%service, "{warning}");
             }
@@ -375,6 +381,15 @@ impl<D: Dataplane> Controller<D> {
                 self.warned.insert(service.clone(), warnings);
             }
         }
+        if let Some(node) = &changes.node {
+            for warning in node.warnings.iter().filter(|warning| !self.warned_of_node.contains(warning)) {
+                warn!("{warning}");
+            }
+            self.warned_of_node.clone_from(&node.warnings);
+        }
+        if !changes.is_empty() {
+            self.commits.warned(self.warnings + self.warned_of_node.len());
+        }
     }
 
     /// What is known, and of a few Services in particular.
@@ -383,6 +398,9 @@ impl<D: Dataplane> Controller<D> {
             About::These(keys) => keys.iter().filter_map(|key| self.planner.plan(key)).collect(),
             About::After(key) => self.planner.plans_after(key.as_ref()).take(PAGE).collect(),
         };
+        let warnings =
+            self.warned.iter().flat_map(|(key, words)| words.iter().map(move |words| (key, words)));
+        let warnings = warnings.take(NAMED).map(|(key, words)| (key.clone(), words.clone())).collect();
         let dataplane = &mut self.dataplane;
         let known = |plan: &Arc<Plan>| Known { plan: Arc::clone(plan), inspection: dataplane.inspect(plan) };
         let services = plans.into_iter().map(known).collect();
@@ -391,6 +409,8 @@ impl<D: Dataplane> Controller<D> {
             services,
             node: self.planner.node().cloned(),
             refused: self.refused.clone(),
+            warnings,
+            warning_count: self.warnings,
             troubles: self.dataplane.troubles(),
             left_alone: self.dataplane.left_alone(),
         }

@@ -29,6 +29,7 @@ use tracing::{info, warn};
 use crate::config::{Config, Mode};
 use crate::observability::events::{Events, Reason};
 use crate::observability::metrics::KUBE_PROXY;
+use crate::observability::socket::SocketLayer;
 
 mod ports;
 mod services;
@@ -142,19 +143,20 @@ pub struct Servers {
     healthz: Option<SocketAddr>,
     metrics: Option<SocketAddr>,
     hard_fail: bool,
-    mode: Mode,
+    layer: SocketLayer,
     requests: Requests,
     ports: AwaitedPorts,
 }
 
 impl Servers {
-    /// Prepares the servers and registers their own counters. Addresses that another program has are listed in `ports`.
-    pub fn new(config: &Config, registry: &mut Registry, ports: AwaitedPorts) -> Self {
+    /// Prepares the servers and registers their own counters. Addresses that another program has are listed in `ports`;
+    /// `layer` tells which mode runs.
+    pub fn new(config: &Config, registry: &mut Registry, ports: AwaitedPorts, layer: SocketLayer) -> Self {
         Self {
             healthz: config.healthz_address,
             metrics: config.metrics_address,
             hard_fail: config.bind_address_hard_fail,
-            mode: config.mode,
+            layer,
             requests: Requests::register(registry),
             ports,
         }
@@ -179,7 +181,7 @@ impl Servers {
         let healthz = trouble(Reason::FailedToStartProxierHealthcheck);
         let healthz = serve("health", self.healthz, healthz, health_routes(health, self.requests));
         let metrics = trouble(Reason::FailedToStartMetricServer);
-        let metrics = serve("metrics", self.metrics, metrics, metrics_routes(self.mode, registry));
+        let metrics = serve("metrics", self.metrics, metrics, metrics_routes(self.layer, registry));
         let (never, _) = tokio::try_join!(healthz, metrics)?;
         Ok(never)
     }
@@ -343,10 +345,12 @@ impl Answer {
 
 const NOSNIFF: (HeaderName, &str) = (header::X_CONTENT_TYPE_OPTIONS, "nosniff");
 
-fn metrics_routes(mode: Mode, registry: Arc<Registry>) -> Router {
+/// `/proxyMode` tells which mode runs at this moment: `ebpf` while the socket layer is in place.
+fn metrics_routes(layer: SocketLayer, registry: Arc<Registry>) -> Router {
+    let mode = move || if layer.is_in_place() { Mode::Ebpf } else { Mode::Nftables };
     Router::new()
         .route("/healthz", get(async || ([NOSNIFF], "ok")))
-        .route("/proxyMode", get(async move || ([NOSNIFF], mode.as_str())))
+        .route("/proxyMode", get(async move || ([NOSNIFF], mode().as_str())))
         .route("/metrics", get(metrics))
         .with_state(registry)
 }
@@ -368,6 +372,7 @@ mod tests {
     use tokio::net::TcpStream;
 
     use super::*;
+    use crate::dataplane::InFront;
     use crate::observability::metrics;
 
     /// The status code, the headers and the body that a server answers with.
@@ -435,8 +440,12 @@ mod tests {
         let mut registry = metrics::registry("nftables");
         let requests = Requests::register(&mut registry);
         requests.livez.get_or_create(&Code { code: 200 }).inc();
-        let address = listen(metrics_routes(Mode::Nftables, Arc::new(registry))).await;
-        assert_eq!(get(address, "/proxyMode").await.2, "nftables");
+        let layer = SocketLayer::register(&mut registry, true);
+        let address = listen(metrics_routes(layer.clone(), Arc::new(registry))).await;
+        for (in_place, mode) in [(false, "nftables"), (true, "ebpf"), (false, "nftables")] {
+            layer.tell(InFront { in_place, left_over: false, shared: false, troubles: 0 });
+            assert_eq!(get(address, "/proxyMode").await.2, mode, "what runs, not what was asked for");
+        }
         assert_eq!(get(address, "/healthz").await.2, "ok");
         let (code, _, body) = get(address, "/metrics").await;
         assert_eq!(code, 200);
@@ -468,7 +477,9 @@ mod tests {
         let address = taken.local_addr().unwrap();
         let trouble = trouble(false);
         let ports = trouble.ports.clone();
-        let routes = metrics_routes(Mode::Nftables, Arc::new(metrics::registry("nftables")));
+        let mut registry = metrics::registry("nftables");
+        let layer = SocketLayer::register(&mut registry, false);
+        let routes = metrics_routes(layer, Arc::new(registry));
         let server = tokio::spawn(serve("metrics", Some(address), trouble, routes));
         while ports.list().is_empty() {
             tokio::time::sleep(Duration::from_millis(1)).await;

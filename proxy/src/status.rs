@@ -29,8 +29,9 @@ pub use self::server::{Conditions, serve};
 
 /// How many Services the controller hands out at a time.
 pub const PAGE: usize = 256;
-/// How many problems of manifests are told in the text; the rest is in the JSON, and in the log.
-const NAMED: usize = 20;
+/// How many problems of manifests, and how many warnings about Services, are told in the text; the rest is in the JSON, and
+/// in the log.
+pub const NAMED: usize = 20;
 
 /// A question to the controller.
 #[derive(Debug)]
@@ -61,6 +62,10 @@ pub struct Report {
     pub node: Option<NodePlan>,
     /// Services that the kernel refuses, and its words.
     pub refused: BTreeMap<ServiceKey, String>,
+    /// The first [`NAMED`] warnings about Services.
+    pub warnings: Vec<(ServiceKey, String)>,
+    /// How many there are.
+    pub warning_count: usize,
     /// What is wrong with a layer in front of nftables.
     pub troubles: Vec<String>,
     /// The cgroups that such a layer leaves alone, and whether each exists.
@@ -173,6 +178,7 @@ impl Agent<'_> {
         let unread = manifests.unread.iter().map(problem(false));
         let problems: Vec<_> = unread.chain(manifests.odd.iter().map(problem(true))).collect();
         let refused = |(service, words)| json!({ "service": service, "words": words });
+        let warning = |(service, words): &(ServiceKey, String)| json!({ "service": service, "words": words });
         let left_alone = |(cgroup, exists): &(PathBuf, bool)| json!({ "cgroup": cgroup, "exists": exists });
         json!({
             "version": VERSION,
@@ -185,6 +191,8 @@ impl Agent<'_> {
             "pendingSince": health.pending_since.map(|since| since.time.to_string()),
             "services": report.count,
             "refused": report.refused.iter().map(refused).collect::<Vec<_>>(),
+            "warnings": report.warnings.iter().map(warning).collect::<Vec<_>>(),
+            "warningCount": report.warning_count,
             "troubles": report.troubles,
             "apiServer": server,
             "awaitedPorts": ports,
@@ -240,6 +248,15 @@ impl Display for Agent<'_> {
         }
         for (service, words) in &report.refused {
             writeln!(f, "  the kernel refuses {service}: {words}")?;
+        }
+        for (service, words) in &report.warnings {
+            writeln!(f, "  {service}: {words}")?;
+        }
+        if let Some(more @ 1..) = report.warning_count.checked_sub(report.warnings.len()) {
+            writeln!(
+                f,
+                "  and {more} more warnings about Services: `kube-lane status --all` and the log tell them"
+            )?;
         }
         if let Some(server) = server {
             write_server(f, server)?;
@@ -309,6 +326,8 @@ mod tests {
             count: 2,
             node: Some(NodePlan::default()),
             refused,
+            warnings: vec![(ServiceKey::new("a", "c"), "cut".to_owned())],
+            warning_count: 3,
             troubles: vec!["a map is full".into()],
             left_alone: vec![("/cg/a".into(), true), ("/cg/b".into(), false)],
             ..Report::default()
@@ -363,7 +382,8 @@ mod tests {
                 + "  and 1 more that is wrong with manifests: the log names it\n  a map is full\n  health cannot be \
                    served on [::]:10256: in use\n  left alone at the \
                    socket: /cg/a\n  left alone at the socket: /cg/b (not there)\n  \
-                   the kernel refuses a/b: No space\napi server\n  https://10.96.0.1/ from Service default/kubernetes\n  \
+                   the kernel refuses a/b: No space\n  a/c: cut\n  and 2 more warnings about Services: \
+                   `kube-lane status --all` and the log tell them\napi server\n  https://10.96.0.1/ from Service default/kubernetes\n  \
                    in use: 10.96.0.1:443, an address of a Service, since the preferred address does not answer\n  \
                    cannot be watched: nodes: words (403) (a hint)\n  \
                    known endpoints: 192.0.2.1:6443\nsettings\n  clusterCIDR: 10.0.0.0/8 (/b)\nnode\n"
@@ -375,6 +395,8 @@ mod tests {
             (&json!([setting]), &json!("gone"))
         );
         assert_eq!(json["refused"], json!([{"service": "a/b", "words": "No space"}]));
+        assert_eq!(json["warnings"], json!([{"service": "a/c", "words": "cut"}]));
+        assert_eq!(json["warningCount"], 3);
         let problem =
             json!({"file": "/m/web.yaml", "line": 7, "isRead": false, "words": "/m/web.yaml:7: no YAML"});
         assert_eq!(json["manifests"]["problems"][0], problem);

@@ -20,8 +20,8 @@ use crate::config::{BaseState, Config, Environment, Mode, Resolved};
 use crate::controller::Controller;
 use crate::dataplane::conntrack::Conntrack;
 use crate::dataplane::nftables::{self, Mark, Marks, Nftables};
-use crate::dataplane::socket::{self, Owner, Removal, Socket, SocketError};
-use crate::dataplane::{AtConnect, Awaited, Follower, Layers, Refusal, Withdrawal};
+use crate::dataplane::socket::{self, Removal, Socket, SocketError};
+use crate::dataplane::{AtConnect, Awaited, Follower, Layers, Refusal, Turn, Withdrawal};
 use crate::health::{AwaitedPorts, HealthState, Servers, ServiceHealth};
 use crate::model::input::{Event, Family, Origin};
 use crate::model::planner::Planner;
@@ -34,7 +34,8 @@ use crate::observability::local::NoLocalEndpoints;
 use crate::observability::manifests::Manifests;
 use crate::observability::socket::SocketLayer;
 use crate::observability::{api_server, metrics, telemetry};
-use crate::source::kube::{self, ApiServers, KubeSourceConfig};
+use crate::source::SOURCE_RANGES;
+use crate::source::kube::{self, ApiServers, Complaint, KubeSourceConfig};
 use crate::source::manifest::Condition;
 use crate::source::{host, manifest};
 use crate::status::{self, Conditions, Facts, Query};
@@ -121,12 +122,13 @@ fn open_front(mut config: Config) -> anyhow::Result<(Config, Front)> {
     let mut why = None;
     if config.mode == Mode::Ebpf {
         withdraw_elsewhere(&mut marks, &bpf_root);
-        match open_socket(&config, &mut marks) {
+        let mut turn = Turn::default();
+        match open_socket(&config, &mut turn, &mut marks) {
             Ok(socket) => return Ok((config, (AtConnect::Socket(Box::new(socket), marks, bpf_root), None))),
             Err(error) if is_passing(&error) => {
                 let again = config.clone();
                 let open = Box::new(move |marks: &mut Marks| {
-                    open_socket(&again, marks).map_err(|error| refusal(&error, marks))
+                    open_socket(&again, &mut turn, marks).map_err(|error| refusal(&error, marks))
                 });
                 let why = refusal(&error, &mut marks);
                 let awaited = Awaited::new(marks, bpf_root, open, why);
@@ -148,7 +150,10 @@ fn open_front(mut config: Config) -> anyhow::Result<(Config, Front)> {
 /// Whether others may end what is in the way: another agent that has the place of the socket layer, a BPF file system
 /// that is not mounted yet.
 fn is_passing(error: &anyhow::Error) -> bool {
-    matches!(error.downcast_ref(), Some(SocketError::Owned { .. } | SocketError::NoBpfFileSystem(_)))
+    matches!(
+        error.downcast_ref(),
+        Some(SocketError::Owned { .. } | SocketError::Left { .. } | SocketError::NoBpfFileSystem(_))
+    )
 }
 
 /// Why the socket layer cannot be had.
@@ -197,9 +202,9 @@ fn withdraw_elsewhere(marks: &mut Marks, bpf_root: &Path) {
 }
 
 /// Opens the socket layer; the mark is there before anything is attached.
-fn open_socket(config: &Config, marks: &mut Marks) -> anyhow::Result<Socket> {
+fn open_socket(config: &Config, turn: &mut Turn, marks: &mut Marks) -> anyhow::Result<Socket> {
     let bpf_root = &config.socket_lb.bpf_root;
-    let owner = Owner::claim(bpf_root)?;
+    let owner = turn.claim(bpf_root, marks)?;
     marks.put(bpf_root)?;
     let options = settings::socket(&config.socket_lb, &config.network.detector, config.masquerade_all);
     Ok(Socket::open(options, owner)?)
@@ -226,22 +231,27 @@ async fn serve(
     let (health, health_state) = watch::channel(HealthState::default());
     let mut registry = metrics::registry(config.mode.as_str());
     let ports = AwaitedPorts::register(&mut registry);
-    let servers = Servers::new(&config, &mut registry, ports.clone());
+    let is_wanted = front.1.is_some() || !matches!(front.0, AtConnect::Nothing(_));
+    let layer = SocketLayer::register(&mut registry, is_wanted);
+    let servers = Servers::new(&config, &mut registry, ports.clone(), layer.clone());
     // Whatever asks the API server shares what is known of its addresses.
+    let (complaints, complained) = mpsc::unbounded_channel();
     let api = config.api.as_ref().map(|api| settings::source(&config, api));
+    let api = api.map(|source| KubeSourceConfig { complaints: Some(complaints), ..source });
     let api = api.map(|source| (ApiServers::open(&source), source));
     if let Some((api_servers, _)) = &api {
         api_server::register(&mut registry, api_servers.status());
     }
     let server_status = api.as_ref().map(|(api_servers, _)| api_servers.status());
-    let events = start_events(&config, api.as_ref()).await?;
+    let events = start_events(&config, api.as_ref(), &mut registry).await?;
+    tokio::spawn(tell_of_services(complained, events.clone()));
     let (queries, asked) = mpsc::channel(1);
     let facts = Facts { node: config.node_name.clone(), mode: config.mode, why: front.1.clone() };
     let (manifests, condition) = watch::channel(Condition::default());
     let (status, config_status) = watch::channel(resolved.status());
     let metric = Configuration::register(&mut registry);
     let follower = ConfigFollower { flags, environment, running: resolved, status, metric };
-    let told = Told { health, manifests };
+    let told = Told { health, manifests, layer };
     let conditions = Conditions {
         health: health_state.clone(),
         manifests: condition,
@@ -250,7 +260,7 @@ async fn serve(
         config: config_status,
     };
     let cluster = Cluster { api, events: events.clone(), ports };
-    let agent = agent(config, front, told, asked, cluster, &mut registry);
+    let agent = agent(config, front.0, told, asked, cluster, &mut registry);
     // Tasks of their own: a commit blocks this one.
     if let Some(listener) = listener {
         let answering = status::serve(listener, facts, conditions, queries);
@@ -276,6 +286,7 @@ async fn serve(
 struct Told {
     health: watch::Sender<HealthState>,
     manifests: watch::Sender<Condition>,
+    layer: SocketLayer,
 }
 
 /// What connects the agent with its cluster.
@@ -291,8 +302,8 @@ type Connection = (ApiServers, KubeSourceConfig);
 /// The agent proper: sources, model, dataplane, and the controller that joins them.
 fn agent(
     config: Config,
-    (at_connect, why): Front,
-    Told { health, manifests }: Told,
+    at_connect: AtConnect,
+    Told { health, manifests, layer }: Told,
     queries: mpsc::Receiver<Query>,
     Cluster { api, events: kubernetes, ports }: Cluster,
     registry: &mut Registry,
@@ -302,9 +313,7 @@ fn agent(
     let changes = Changes::register(registry);
     let flows = Flows::register(registry);
     let no_local_endpoints = NoLocalEndpoints::register(registry);
-    let is_wanted = why.is_some() || !matches!(at_connect, AtConnect::Nothing(_));
     let files = Manifests::register(registry);
-    let layer = SocketLayer::register(registry, is_wanted);
     async move {
         let (events, inbox) = mpsc::channel(EVENTS);
         let followed = move |condition| {
@@ -351,9 +360,22 @@ async fn start_sources(
 }
 
 /// Where Kubernetes Events go, the first of which says that the agent starts.
-async fn start_events(config: &Config, api: Option<&Connection>) -> anyhow::Result<Events> {
+async fn start_events(
+    config: &Config,
+    api: Option<&Connection>,
+    registry: &mut Registry,
+) -> anyhow::Result<Events> {
     let Some((servers, source)) = api else { return Ok(Events::off()) };
-    let events = Events::spawn(kube::client(source, servers).await?, &config.node_name);
+    let events = Events::spawn(kube::client(source, servers).await?, &config.node_name, registry);
     events.node(Reason::Starting, String::new());
     Ok(events)
+}
+
+/// An Event for each Service of the API server that everybody may dial, since none of its source ranges can be read.
+async fn tell_of_services(mut complained: mpsc::UnboundedReceiver<Complaint>, events: Events) {
+    while let Some(Complaint { service, problem }) = complained.recv().await {
+        if problem.field == SOURCE_RANGES {
+            events.service(&service, Reason::InvalidSourceRanges, problem.to_string());
+        }
+    }
 }

@@ -45,6 +45,7 @@ pub(super) fn source(config: &Config, api: &Api) -> KubeSourceConfig {
         master: api.master.clone(),
         node: config.node_name.clone(),
         plugin: kube::Plugin::default(),
+        complaints: None,
     }
 }
 

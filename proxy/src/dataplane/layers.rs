@@ -57,6 +57,8 @@ pub struct InFront {
     pub left_over: bool,
     /// That of another agent is at the same cgroup.
     pub shared: bool,
+    /// How many [`troubles`](Dataplane::troubles) there are.
+    pub troubles: usize,
 }
 
 /// What there is in front of nftables.
@@ -111,7 +113,23 @@ impl Layers {
             left_over: self.withdrawal.as_ref().is_some_and(|withdrawal| withdrawal.trouble().is_some())
                 || self.awaited.as_ref().is_some_and(Awaited::is_left_over),
             shared: self.front.as_ref().is_some_and(|front| front.others.is_some()),
+            troubles: self.trouble_count(),
         });
+    }
+
+    /// As many as [`Dataplane::troubles`] names.
+    fn trouble_count(&self) -> usize {
+        let Some(front) = &self.front else {
+            let left = self.withdrawal.as_ref().and_then(Withdrawal::trouble);
+            return usize::from(self.awaited.is_some()) + usize::from(left.is_some());
+        };
+        let others = [
+            front.trouble.is_some(),
+            front.is_forgetful,
+            front.missing_pods.is_some(),
+            front.others.is_some(),
+        ];
+        front.full.len() + others.into_iter().filter(|is_there| *is_there).count()
     }
 
     /// Brings the socket layer into use once it can be had, with all that nftables has: that is known by then.

@@ -14,6 +14,7 @@ mod layers;
 mod netlink;
 pub mod nftables;
 pub mod socket;
+mod turn;
 mod withdrawal;
 
 use std::path::PathBuf;
@@ -23,6 +24,7 @@ use std::time::{Duration, Instant};
 pub use self::awaited::{Awaited, Open, Refusal};
 pub use self::inspection::{Counts, Inspection};
 pub use self::layers::{AtConnect, InFront, Layers};
+pub use self::turn::Turn;
 pub use self::withdrawal::Withdrawal;
 use crate::model::input::{Family, Protocol, ServiceKey};
 use crate::model::plan::{FrontendAddress, NodePlan, Plan};

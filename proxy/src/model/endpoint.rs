@@ -7,7 +7,7 @@ use std::net::IpAddr;
 
 use super::input::{Family, Protocol};
 use super::objects::{Slice, State};
-use super::plan::{AddressPort, Backend};
+use super::plan::{AddressPort, Backend, MAX_BACKENDS};
 use super::topology::Topology;
 
 /// The slices of one Service in one family, as this node sees them.
@@ -26,7 +26,8 @@ pub(super) struct Used {
     pub(super) local: bool,
 }
 
-/// The endpoints of one port in one family: sorted, no address:port twice; a set that is not used is empty.
+/// The endpoints of one port in one family: sorted, no address:port twice, at most [`MAX_BACKENDS`] in a set; a set that is
+/// not used is empty.
 #[derive(Debug)]
 pub(super) struct Endpoints {
     /// The Ready ones that the hints leave to this node; where nothing is Ready, all that still serve while they
@@ -38,6 +39,8 @@ pub(super) struct Endpoints {
     pub(super) draining: Box<[AddressPort]>,
     /// There is a usable one on some node.
     pub(super) any: bool,
+    /// How many the larger set would have without a limit.
+    pub(super) wanted: usize,
 }
 
 impl<'a> Slices<'a> {
@@ -57,21 +60,23 @@ impl<'a> Slices<'a> {
         };
         let backends = |within: &dyn Fn(State) -> bool| -> Box<[Backend]> {
             let chosen = candidates.iter().filter(|(_, state)| within(*state));
-            chosen.map(|(address, state)| Backend { address: *address, local: state.local() }).collect()
+            let backends = chosen.map(|(address, state)| Backend { address: *address, local: state.local() });
+            backends.take(MAX_BACKENDS).collect()
         };
-        let drains = |state: State| {
-            protocol != Protocol::Tcp && state.serving() && !in_cluster(state) && !in_local(state)
+        let (cluster, local) = (backends(&in_cluster), backends(&in_local));
+        let is_in = |set: &[Backend], address| set.binary_search_by_key(&address, |b| b.address).is_ok();
+        let drains = |address: AddressPort, state: State| {
+            protocol != Protocol::Tcp
+                && state.serving()
+                && !is_in(&cluster, address)
+                && !is_in(&local, address)
         };
-        Endpoints {
-            cluster: backends(&in_cluster),
-            local: backends(&in_local),
-            draining: candidates
-                .iter()
-                .filter(|(_, state)| drains(*state))
-                .map(|(address, _)| *address)
-                .collect(),
-            any: any_ready || states().any(State::last_resort),
-        }
+        let draining = candidates.iter().filter(|(address, state)| drains(*address, *state));
+        let draining = draining.map(|(address, _)| *address).collect();
+        let would_be = |within: &dyn Fn(State) -> bool| states().filter(|state| within(*state)).count();
+        let wanted = would_be(&in_cluster).max(would_be(&in_local));
+        let any = any_ready || states().any(State::last_resort);
+        Endpoints { cluster, local, draining, any, wanted }
     }
 
     /// How many addresses have a Ready endpoint on this node, whatever the port.

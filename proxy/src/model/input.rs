@@ -201,6 +201,9 @@ pub struct External {
     pub load_balancer_ips: Vec<IpAddr>,
     /// `spec.loadBalancerSourceRanges`, as far as they parse, host bits cleared.
     pub source_ranges: Vec<IpNetwork>,
+    /// Some of `spec.loadBalancerSourceRanges` do not parse, and must not open the Service: nobody is let through in a
+    /// family that has no other. Of manifests alone: for objects of the API server, kube-proxy's rule holds.
+    pub ranges_unread: bool,
     /// `spec.healthCheckNodePort`; `None` where the Service has none (0 or absent).
     pub health_check_node_port: Option<u16>,
 }

@@ -17,19 +17,28 @@ pub(super) struct Facts {
     pub(super) zone: Option<Arc<str>>,
     /// The node's own addresses, the primary ones where it is known.
     pub(super) addresses: Vec<IpAddr>,
+    /// All that the node has: its interfaces' and its Node's. Sorted.
+    pub(super) held: Vec<IpAddr>,
 }
 
 /// The facts as they are now. `host` are the addresses of the node's interfaces.
 pub(super) fn facts(settings: &Settings, node: Option<&Node>, host: &[IpAddr]) -> Facts {
-    Facts { zone: node.and_then(|node| node.zone.clone()), addresses: sorted(primary(settings, node, host)) }
+    let given = node.map(|node| node.addresses.as_slice()).unwrap_or_default();
+    let held = given.iter().chain(host).copied().filter(|address| answers(*address));
+    Facts {
+        zone: node.and_then(|node| node.zone.clone()),
+        addresses: sorted(primary(settings, node, host)),
+        held: sorted(held.collect()),
+    }
 }
 
-/// Plans the node. `host` are the addresses of its interfaces.
+/// Plans the node. `host` are the addresses of its interfaces; `served`, whether there are Services of each family.
 pub(super) fn plan(
     settings: &Settings,
     node: Option<&Node>,
     host: &[IpAddr],
     service_cidrs: impl Iterator<Item = IpNetwork>,
+    served: [bool; 2],
 ) -> NodePlan {
     let NodePortAddresses { primary: on_primary, within: networks } = &settings.nodeport_addresses;
     let mut nodeport_addresses = if *on_primary { primary(settings, node, host) } else { Vec::new() };
@@ -42,11 +51,33 @@ pub(super) fn plan(
         PodCidrs::Cluster(networks) => networks.as_slice(),
         PodCidrs::Node => node.map(|node| node.pod_cidrs.as_slice()).unwrap_or_default(),
     };
+    let pod_cidrs = first_of_each_family(pod_networks);
+    let untold = |family: &Family| {
+        served[*family as usize] && pod_cidrs.iter().all(|network| Family::of(network.ip()) != *family)
+    };
+    let untold = Family::ALL.into_iter().filter(untold);
+    let warnings = untold.filter_map(|family| no_pod_cidr(&settings.pod_cidrs, node, family)).collect();
     NodePlan {
         nodeport_addresses: sorted(nodeport_addresses),
-        pod_cidrs: first_of_each_family(pod_networks),
+        pod_cidrs,
         service_cidrs: disjoint(service_cidrs),
+        warnings,
     }
+}
+
+/// What it means that the pods' addresses are known in another family alone; `None`: they are not known by now, or are
+/// not asked for.
+fn no_pod_cidr(pod_cidrs: &PodCidrs, node: Option<&Node>, family: Family) -> Option<String> {
+    let missing = match pod_cidrs {
+        PodCidrs::Cluster(_) => "clusterCIDR (--cluster-cidr) has",
+        PodCidrs::Node if node.is_some() => "spec.podCIDRs of the Node have",
+        PodCidrs::Node | PodCidrs::Unknown => return None,
+    };
+    Some(format!(
+        "{missing} no {family} network, and there are {family} Services: over {family}, pods cannot be told from other \
+         clients, so clients from outside the cluster keep their own address on the way to a ClusterIP, and pods meet \
+         externalTrafficPolicy Local like those"
+    ))
 }
 
 fn sorted(mut addresses: Vec<IpAddr>) -> Vec<IpAddr> {

@@ -259,6 +259,13 @@ impl Objects {
         self.services.all().filter(move |(_, service)| ranged(service)).map(|(key, _)| key)
     }
 
+    /// The static Services that have one of these addresses as their own.
+    pub(super) fn static_at<'a>(&'a self, addresses: &'a [IpAddr]) -> impl Iterator<Item = &'a ServiceKey> {
+        let services = self.services.0[Origin::Static as usize].iter();
+        let is_at = |service: &Service| service.cluster_ips.iter().any(|ip| addresses.contains(ip));
+        services.filter(move |(_, service)| is_at(service)).map(|(key, _)| key)
+    }
+
     /// The ServiceCIDRs of the origins that have synced: what no Service has in them is dropped, so they wait for
     /// the Services.
     pub(super) fn service_cidrs(&self) -> impl Iterator<Item = IpNetwork> {

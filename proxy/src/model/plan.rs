@@ -12,6 +12,10 @@ use serde::{Serialize, Serializer};
 
 use super::input::{Family, Protocol, ServiceKey};
 
+/// The most endpoints that a set has: the dataplanes find one of so many. Of more, the first by address are used, and a
+/// warning tells both numbers.
+pub const MAX_BACKENDS: usize = 1 << 14;
+
 /// One Service on this node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -41,7 +45,8 @@ pub struct PortPlan {
     /// How long a client comes back to the backend it had, in seconds; all frontends share what is remembered.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub affinity: Option<NonZeroU32>,
-    /// Who may dial the frontends of kind LoadBalancer: sorted, disjoint, of the port's family. `None`: everybody.
+    /// Who may dial the frontends of kind LoadBalancer: sorted, disjoint, of the port's family. `None`: everybody; none of
+    /// them: nobody.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub source_ranges: Option<Arc<[IpNetwork]>>,
     /// The Cluster set: sorted, no address:port twice. Empty where no frontend uses it.
@@ -173,6 +178,9 @@ pub struct NodePlan {
     /// The ServiceCIDRs: an address inside one that no Service has is dropped. Sorted, disjoint.
     #[serde(rename = "serviceCIDRs")]
     pub service_cidrs: Vec<IpNetwork>,
+    /// What a user should know of the node, in words.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
 }
 
 impl Plan {

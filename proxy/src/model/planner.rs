@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use super::claims::{Claim, Claimant, Claims, Owner};
 use super::frontend::{Ask, asks, health_check_claims};
-use super::input::{Change, Event, Origin, Service, ServiceKey};
+use super::input::{Change, Event, Family, Origin, Service, ServiceKey};
 use super::node::Facts;
 use super::objects::{Effective, Objects, Replaced, Slice};
 use super::plan::{NodePlan, Plan};
@@ -47,6 +47,8 @@ pub struct Planner {
     node_dirty: bool,
     facts: Facts,
     plans: BTreeMap<ServiceKey, Arc<Plan>>,
+    /// How many of the plans have a port in each family.
+    served: [usize; 2],
     node: Option<NodePlan>,
     services_planned: u64,
 }
@@ -64,6 +66,7 @@ impl Planner {
             node_dirty: true,
             facts: Facts::default(),
             plans: BTreeMap::new(),
+            served: [0; 2],
             node: None,
             services_planned: 0,
         }
@@ -139,8 +142,23 @@ impl Planner {
                 services.push((key, next.map(Arc::new)));
             }
         }
+        self.count_families(&services);
         self.adopt(&services);
         Changes { services, node: self.replan_node() }
+    }
+
+    /// The node's plan depends on whether there are Services of a family.
+    fn count_families(&mut self, services: &[(ServiceKey, Option<Arc<Plan>>)]) {
+        for family in Family::ALL {
+            let has = |plan: &Arc<Plan>| plan.ports.iter().any(|port| port.family == family);
+            let count = &mut self.served[family as usize];
+            let before = *count;
+            for (key, plan) in services {
+                *count += usize::from(plan.as_ref().is_some_and(has));
+                *count -= usize::from(self.plans.get(key).is_some_and(has));
+            }
+            self.node_dirty |= (before == 0) != (*count == 0);
+        }
     }
 
     fn adopt(&mut self, services: &[(ServiceKey, Option<Arc<Plan>>)]) {
@@ -236,6 +254,13 @@ impl Planner {
         if facts.addresses != self.facts.addresses {
             self.dirty.extend(self.objects.with_source_ranges().cloned());
         }
+        if facts.held != self.facts.held {
+            let moved = |a: &[IpAddr], b: &[IpAddr]| -> Vec<IpAddr> {
+                a.iter().copied().filter(|address| b.binary_search(address).is_err()).collect()
+            };
+            let moved = [moved(&facts.held, &self.facts.held), moved(&self.facts.held, &facts.held)].concat();
+            self.dirty.extend(self.objects.static_at(&moved).cloned());
+        }
         self.facts = facts;
     }
 
@@ -246,7 +271,8 @@ impl Planner {
             return None;
         }
         let (objects, host) = (&self.objects, &self.host_addresses);
-        let next = node::plan(&self.settings, objects.node(), host, objects.service_cidrs());
+        let served = self.served.map(|count| count > 0);
+        let next = node::plan(&self.settings, objects.node(), host, objects.service_cidrs(), served);
         if self.node.as_ref() == Some(&next) {
             return None;
         }

@@ -77,6 +77,9 @@ fn fmt_port(index: usize, port: &PortPlan, notes: &impl Notes, f: &mut Formatter
         let met = met(port, frontend);
         writeln!(f, "    {} {}{met}{}", frontend.kind, frontend.at, Note(notes.frontend(index, at)))?;
     }
+    if port.source_ranges.as_ref().is_some_and(|ranges| ranges.is_empty()) {
+        writeln!(f, "    LoadBalancer from nowhere")?;
+    }
     for range in port.source_ranges.iter().flat_map(|ranges| ranges.iter()) {
         writeln!(f, "    LoadBalancer from {range}")?;
     }
@@ -145,6 +148,7 @@ impl Display for NodePlan {
             writeln!(f, "  NodePorts on {address}")?;
         }
         self.pod_cidrs.iter().try_for_each(|cidr| writeln!(f, "  pods in {cidr}"))?;
-        self.service_cidrs.iter().try_for_each(|cidr| writeln!(f, "  ServiceCIDR {cidr}"))
+        self.service_cidrs.iter().try_for_each(|cidr| writeln!(f, "  ServiceCIDR {cidr}"))?;
+        self.warnings.iter().try_for_each(|warning| writeln!(f, "  warning: {warning}"))
     }
 }

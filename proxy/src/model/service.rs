@@ -9,10 +9,10 @@ use ipnetwork::IpNetwork;
 use super::claims::{Claim, Owner};
 use super::endpoint::Slices;
 use super::frontend::{Ask, asks, health_check_claims, health_check_port};
-use super::input::{Family, Origin, Service};
+use super::input::{External, Family, Origin, Service};
 use super::node::Facts;
 use super::objects::Slice;
-use super::plan::{Frontend, FrontendKind, HealthCheck, Plan, PortPlan};
+use super::plan::{Frontend, FrontendKind, HealthCheck, MAX_BACKENDS, Plan, PortPlan};
 use super::source_ranges;
 use super::traffic_policy::Policies;
 
@@ -47,17 +47,25 @@ pub(super) fn plan<'a>(
                 "nodePort {port} is outside 30000-32767: a server or a client of the node may want this port"
             )
         }));
+        let held = service.cluster_ips.iter().filter(|ip| node.held.binary_search(ip).is_ok());
+        warnings.extend(held.map(|ip| {
+            format!(
+                "clusterIP {ip} is an address of this node: the ports of the Service take connections away from \
+                 the node's own servers, and pods find all its other ports closed; use an address that nothing has"
+            )
+        }));
     }
     let policies = Policies::of(service);
     let slices = |family| Slices { slices, family, zone: node.zone.as_deref() };
     let ranges = Family::ALL.map(|family| source_ranges(service, family, &asks, node, &mut warnings));
     let ports = asks.chunk_by(|a, b| a.port_key() == b.port_key()).filter_map(|asks| {
         let family = asks.first()?.family;
-        port_plan(service, policies, asks, slices(family), ranges[family as usize].as_ref())
+        port_plan(service, policies, asks, slices(family), ranges[family as usize].as_ref(), &mut warnings)
     });
+    let ports = ports.collect();
     Plan {
         service: service.key.clone(),
-        ports: ports.collect(),
+        ports,
         health_check: health_check(service, &health_check_families, &asks, slices),
         warnings: warnings.into_boxed_slice(),
     }
@@ -69,10 +77,19 @@ fn port_plan(
     asks: &[Ask<'_>],
     slices: Slices<'_>,
     source_ranges: Option<&Arc<[IpNetwork]>>,
+    warnings: &mut Vec<String>,
 ) -> Option<PortPlan> {
     let Ask { family, port, .. } = *asks.first()?;
     let used = policies.used(asks.iter().map(|ask| ask.kind));
     let endpoints = slices.endpoints(&port.name, port.protocol, used);
+    if endpoints.wanted > MAX_BACKENDS {
+        let (name, protocol) = (&port.name, port.protocol);
+        warnings.push(format!(
+            "port {name:?} {protocol} {family} has {} endpoints: the first {MAX_BACKENDS} by address are used; split \
+             the Service to use all",
+            endpoints.wanted
+        ));
+    }
     let frontend = |ask: &Ask<'_>| Frontend {
         at: ask.at,
         kind: ask.kind,
@@ -99,14 +116,20 @@ fn source_ranges(
     node: &Facts,
     warnings: &mut Vec<String>,
 ) -> Option<Arc<[IpNetwork]>> {
-    let external = service.external.as_deref().filter(|external| !external.source_ranges.is_empty())?;
+    let has_ranges = |external: &&External| external.ranges_unread || !external.source_ranges.is_empty();
+    let external = service.external.as_deref().filter(has_ranges)?;
     if !asks.iter().any(|ask| ask.family == family && is_load_balancer(ask)) {
         return None;
     }
     if !external.source_ranges.iter().any(|range| Family::of(range.ip()) == family) {
-        let all =
-            format!("loadBalancerSourceRanges has no {family} range: all {family} clients are let through");
-        warnings.push(all);
+        warnings.push(if external.ranges_unread {
+            format!(
+                "loadBalancerSourceRanges has no {family} range that can be read: no {family} client is let \
+                 through"
+            )
+        } else {
+            format!("loadBalancerSourceRanges has no {family} range: all {family} clients are let through")
+        });
     }
     source_ranges::allowed(external, family, &node.addresses)
 }

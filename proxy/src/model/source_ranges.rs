@@ -9,7 +9,7 @@ use super::input::{External, Family};
 use super::networks::disjoint;
 
 /// The ranges of one family, disjoint; `None`: everybody. Without a range of the family everybody may, as in
-/// kube-proxy; `own` are the node's addresses.
+/// kube-proxy, unless there are some that could not be read: then nobody may. `own` are the node's addresses.
 ///
 /// Where the node itself may, the load balancer addresses may too: some load balancers put theirs on the node's
 /// interfaces, and what the node sends there comes from there.
@@ -17,6 +17,9 @@ pub(super) fn allowed(external: &External, family: Family, own: &[IpAddr]) -> Op
     let of_family = |ip: &IpAddr| Family::of(*ip) == family;
     let ranges = external.source_ranges.iter().copied().filter(|range| of_family(&range.ip()));
     let mut allowed = disjoint(ranges);
+    if allowed.is_empty() && external.ranges_unread {
+        return Some(allowed.into());
+    }
     if allowed.is_empty() || allowed.iter().any(|range| range.prefix() == 0) {
         return None;
     }

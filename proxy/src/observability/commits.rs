@@ -22,6 +22,7 @@ pub struct Commits {
     messages: Counter,
     bytes: Counter,
     refused: Gauge,
+    warnings: Gauge,
     socket_duration: Histogram,
     socket_writes: Counter,
 }
@@ -39,6 +40,7 @@ impl Commits {
             messages: Counter::default(),
             bytes: Counter::default(),
             refused: Gauge::default(),
+            warnings: Gauge::default(),
             socket_duration: durations(),
             socket_writes: Counter::default(),
         };
@@ -74,6 +76,11 @@ impl Commits {
         own.register("nftables_message_bytes", "Bytes of those messages", commits.bytes.clone());
         own.register("services_refused", "Services that the kernel refused", commits.refused.clone());
         own.register(
+            "warnings",
+            "Warnings about Services and the node: what they ask for and do not have, what is cut",
+            commits.warnings.clone(),
+        );
+        own.register(
             "socket_sync_duration_seconds",
             "How long the socket layer took to follow a commit",
             commits.socket_duration.clone(),
@@ -104,6 +111,11 @@ impl Commits {
     /// A commit failed as a whole.
     pub fn failed(&self) {
         self.failures.inc();
+    }
+
+    /// There is so much to warn of at present.
+    pub fn warned(&self, warnings: usize) {
+        self.warnings.set(warnings as i64);
     }
 
     /// So many Services are refused at present.

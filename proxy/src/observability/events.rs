@@ -1,16 +1,20 @@
 //! Kubernetes Events (`events.k8s.io/v1`) about the own Node and about Services: what kube-proxy says there.
 //!
 //! Owns sending them. Never holds anything up: without an API server there are none, and those that find none to take
-//! them for a while are dropped.
+//! them for a while are dropped, and counted.
 
+use std::fmt;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::registry::Registry;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
+use super::metrics::KUBE_LANE;
 use crate::model::input::ServiceKey;
 
 /// Events that may wait to be sent.
@@ -22,7 +26,7 @@ const ATTEMPTS: usize = 12;
 /// The API server takes no longer note.
 const NOTE_BYTES: usize = 1024;
 
-/// `reason` of an Event, in kube-proxy's words.
+/// `reason` of an Event, in kube-proxy's words where it has the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reason {
     /// The agent starts on this node.
@@ -33,6 +37,8 @@ pub enum Reason {
     FailedToStartMetricServer,
     /// A Service's `healthCheckNodePort` cannot be bound.
     FailedToStartServiceHealthcheck,
+    /// None of a Service's `loadBalancerSourceRanges` can be read.
+    InvalidSourceRanges,
 }
 
 impl Reason {
@@ -48,6 +54,7 @@ impl Reason {
             Self::FailedToStartServiceHealthcheck => {
                 (EventType::Warning, "FailedToStartServiceHealthcheck", "Listen")
             }
+            Self::InvalidSourceRanges => (EventType::Warning, "InvalidLoadBalancerSourceRanges", "Sync"),
         };
         let note = (!note.is_empty()).then(|| note[..note.floor_char_boundary(NOTE_BYTES)].to_owned());
         Event { type_, reason: reason.to_owned(), note, action: action.to_owned(), secondary: None }
@@ -62,6 +69,7 @@ pub struct Events(Option<Queue>);
 struct Queue {
     sender: mpsc::Sender<Message>,
     node: String,
+    dropped: Counter,
 }
 
 enum Message {
@@ -79,12 +87,15 @@ impl Events {
         Self(None)
     }
 
-    /// Sends through this client, in the name of the agent on this node.
-    pub fn spawn(client: kube::Client, node: &str) -> Self {
+    /// Sends through this client, in the name of the agent on this node, and registers how many are dropped.
+    pub fn spawn(client: kube::Client, node: &str, registry: &mut Registry) -> Self {
+        let dropped = Counter::default();
+        let own = registry.sub_registry_with_prefix(KUBE_LANE);
+        own.register("events_dropped", "Kubernetes Events that could not be sent", dropped.clone());
         let reporter = Reporter { controller: "kube-lane".to_owned(), instance: Some(node.to_owned()) };
         let (sender, queue) = mpsc::channel(QUEUE);
-        tokio::spawn(send(Recorder::new(client, reporter), queue));
-        Self(Some(Queue { sender, node: node.to_owned() }))
+        tokio::spawn(send(Recorder::new(client, reporter), queue, dropped.clone()));
+        Self(Some(Queue { sender, node: node.to_owned(), dropped }))
     }
 
     /// An Event about the own Node; an empty note is none.
@@ -114,11 +125,11 @@ impl Events {
     }
 
     fn push(&self, reason: Reason, note: String, regarding: impl FnOnce(&str) -> ObjectReference) {
-        let Some(Queue { sender, node }) = &self.0 else { return };
+        let Some(Queue { sender, node, dropped }) = &self.0 else { return };
         let regarding = Box::new(regarding(node));
         let message = Message::Event { regarding, event: Box::new(reason.event(note)) };
         if sender.try_send(message).is_err() {
-            debug!(?reason, "too many Events wait: one is dropped");
+            drop_one(dropped, format_args!("{reason:?}: {QUEUE} others wait to be sent"));
         }
     }
 
@@ -138,22 +149,30 @@ impl Events {
     }
 }
 
-async fn send(recorder: Recorder, mut queue: mpsc::Receiver<Message>) {
+/// Says so of the first; the others are counted.
+fn drop_one(dropped: &Counter, why: fmt::Arguments<'_>) {
+    if dropped.inc() == 0 {
+        warn!("an Event is dropped, {why}; kubelane_events_dropped_total counts them");
+    }
+}
+
+async fn send(recorder: Recorder, mut queue: mpsc::Receiver<Message>, dropped: Counter) {
     while let Some(message) = queue.recv().await {
         match message {
-            Message::Event { regarding, event } => publish(&recorder, &event, &regarding).await,
+            Message::Event { regarding, event } => publish(&recorder, &event, &regarding, &dropped).await,
             Message::Flush(done) => drop(done.send(())),
         }
     }
 }
 
 /// Sends one Event; one that the API server refuses, or that it is away for too long, is dropped.
-async fn publish(recorder: &Recorder, event: &Event, regarding: &ObjectReference) {
+async fn publish(recorder: &Recorder, event: &Event, regarding: &ObjectReference, dropped: &Counter) {
     for attempt in 1..=ATTEMPTS {
         match timeout(REQUEST, recorder.publish(event, regarding)).await {
             Ok(Ok(())) => return,
             Ok(Err(kube::Error::Api(status))) => {
                 warn!(reason = event.reason, error = status.message, "the API server refuses an Event");
+                dropped.inc();
                 return;
             }
             Ok(Err(error)) => debug!(reason = event.reason, %error, attempt, "cannot send an Event"),
@@ -161,4 +180,5 @@ async fn publish(recorder: &Recorder, event: &Event, regarding: &ObjectReference
         }
         tokio::time::sleep(RETRY).await;
     }
+    drop_one(dropped, format_args!("{}: {ATTEMPTS} attempts to send it failed", event.reason));
 }

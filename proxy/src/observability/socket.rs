@@ -12,6 +12,7 @@ pub struct SocketLayer {
     in_place: Gauge,
     left_over: Gauge,
     shared: Gauge,
+    troubles: Gauge,
 }
 
 impl SocketLayer {
@@ -36,7 +37,17 @@ impl SocketLayer {
             "Whether another kube-lane's socket layer is attached at the same cgroup: one alone answers",
             layer.shared.clone(),
         );
+        registry.register(
+            "troubles",
+            "What is wrong with the layer in front of nftables, or left to nftables for want of room",
+            layer.troubles.clone(),
+        );
         layer
+    }
+
+    /// Whether it is in place now.
+    pub fn is_in_place(&self) -> bool {
+        self.in_place.get() == 1
     }
 
     /// How it is now.
@@ -44,5 +55,6 @@ impl SocketLayer {
         self.in_place.set(front.in_place.into());
         self.left_over.set(front.left_over.into());
         self.shared.set(front.shared.into());
+        self.troubles.set(front.troubles as i64);
     }
 }

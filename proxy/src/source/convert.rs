@@ -12,6 +12,7 @@ mod slice;
 mod tests;
 
 use self::names::{is_label, is_subdomain};
+pub(crate) use self::service::SOURCE_RANGES;
 pub(crate) use self::slice::triggered;
 use super::intern::Interner;
 use super::problem::{Problem, shorten};

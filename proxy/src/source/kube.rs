@@ -34,7 +34,8 @@ use self::keeper::{OwnNode, ServiceCidrs, Services, Slices};
 pub use self::proxy::ProxyError;
 pub use self::servers::{ApiServers, Environment, ServerStatus};
 use self::watch::{Shared, Watch};
-use crate::model::input::{Change, Event, Origin};
+use super::problem::Problem;
+use crate::model::input::{Change, Event, Origin, ServiceKey};
 
 /// How often addresses of the API server that did not answer are tried again.
 const RECHECK: Duration = Duration::from_secs(15);
@@ -57,6 +58,17 @@ pub struct KubeSourceConfig {
     pub node: String,
     /// The credential plugin of the kubeconfig, where it has one: all clients use the same answer.
     pub plugin: Plugin,
+    /// Who hears of what is wrong with a Service, beside the log.
+    pub complaints: Option<mpsc::UnboundedSender<Complaint>>,
+}
+
+/// What is wrong with a Service of the API server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Complaint {
+    /// The Service.
+    pub service: ServiceKey,
+    /// What is wrong with it.
+    pub problem: Problem,
 }
 
 /// A client with the source's credentials, for what is written to the API server.
@@ -88,11 +100,13 @@ pub async fn spawn(
     let node = OwnNode::new(config.node.clone());
     let recheck = tokio::spawn(recheck(config.clone(), servers.clone()));
     let unlisted = AtomicUsize::new(4);
+    let complaints = config.complaints.clone();
     let health = Health::new(server, servers.clone());
     let shared = Arc::new(Shared { config, servers, health, events, unlisted });
     let first = (client, fingerprint);
-    let services = tokio::spawn(Watch::new(Arc::clone(&shared), first.clone(), Services::new()).run());
-    let slices = tokio::spawn(Watch::new(Arc::clone(&shared), first.clone(), Slices::new()).run());
+    let services =
+        tokio::spawn(Watch::new(Arc::clone(&shared), first.clone(), Services::new(complaints)).run());
+    let slices = tokio::spawn(Watch::new(Arc::clone(&shared), first.clone(), Slices::new(None)).run());
     let node = tokio::spawn(Watch::new(Arc::clone(&shared), first.clone(), node).run());
     let cidrs = tokio::spawn(Watch::new(shared, first, ServiceCidrs::new()).run());
     Ok(tokio::spawn(async move {

@@ -11,4 +11,5 @@ pub mod manifest;
 mod problem;
 mod wire;
 
+pub(crate) use convert::SOURCE_RANGES;
 pub use problem::{Place, Problem};

@@ -223,8 +223,7 @@ fn the_agents_own_ports_come_before_all() {
         planner.replan();
         let text = text(&planner, "a");
         for (family, taken) in [("IPv4", v4), ("IPv6", v6)] {
-            let words =
-                format!("the agent's own health server comes first at NodePort 30119/TCP ({family})");
+            let words = format!("the agent's own health server comes first at NodePort 30119/TCP ({family})");
             assert_eq!(text.contains(&words), taken, "{address}: {text}");
         }
         let left = 2 - usize::from(v4) - usize::from(v6);
@@ -234,7 +233,9 @@ fn the_agents_own_ports_come_before_all() {
     planner.apply(api(Change::Service(checked("checked", 1, "10.96.0.1", 30119))));
     planner.replan();
     assert_eq!(health_check_port(&planner, "checked"), None);
-    assert!(text(&planner, "checked").contains("for the health of this Service: the agent's own health server"));
+    assert!(
+        text(&planner, "checked").contains("for the health of this Service: the agent's own health server")
+    );
 }
 
 #[test]

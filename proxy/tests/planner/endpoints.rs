@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 use std::sync::Arc;
 
 use kube_lane::model::input::{Change, Endpoint, Hints, Node, Protocol, Service, ServiceType, TrafficPolicy};
-use kube_lane::model::plan::{FrontendKind, PortPlan, Verdict};
+use kube_lane::model::plan::{FrontendKind, MAX_BACKENDS, PortPlan, Verdict};
 
 use crate::build::{NODE, api, endpoint, key, service, slice, synced};
 
@@ -260,4 +260,32 @@ fn a_new_zone_plans_again_only_who_has_zone_hints() {
     planner.apply(api(Change::Node(Some(heartbeat))));
     assert!(planner.replan().services.is_empty());
     assert_eq!(planner.services_planned(), before);
+}
+
+#[test]
+fn more_endpoints_than_a_set_has_are_cut_and_both_numbers_told() {
+    let mut planner = synced();
+    let mut big = service("big", 0, &["10.96.0.1"], None);
+    Arc::make_mut(&mut big.ports)[0].protocol = Protocol::Udp;
+    planner.apply(api(Change::Service(big)));
+    let numbered = |n: usize| endpoint(Ipv4Addr::from(0x0a01_0000 + n as u32).into());
+    for (count, used) in
+        [(MAX_BACKENDS, MAX_BACKENDS), (MAX_BACKENDS + 2, MAX_BACKENDS), (MAX_BACKENDS - 1, MAX_BACKENDS - 1)]
+    {
+        let mut all = slice("big-1", "big", &["10.1.0.0"]);
+        Arc::make_mut(&mut all.ports)[0].protocol = Protocol::Udp;
+        all.endpoints = (0..count).rev().map(numbered).collect();
+        planner.apply(api(Change::Slice(all)));
+        planner.replan();
+        let plan = planner.plan(&key("big")).unwrap();
+        let port = &plan.ports[0];
+        assert_eq!((port.backends.len(), port.draining.len()), (used, count - used));
+        let words = format!("has {count} endpoints: the first {MAX_BACKENDS} by address are used");
+        assert_eq!(
+            plan.warnings.iter().any(|warning| warning.contains(&words)),
+            count > used,
+            "{:?}",
+            plan.warnings
+        );
+    }
 }

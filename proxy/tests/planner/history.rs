@@ -251,6 +251,7 @@ impl Random {
             ips: self.some(2, Self::any_address),
             load_balancer_ips: self.some(2, Self::any_address),
             source_ranges: self.some(4, |r| r.network(&ranges)),
+            ranges_unread: self.one_in(4),
             health_check_node_port: self.one_in(2).then(|| 30_082 + self.below(3) as u16),
         }
     }

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use kube_lane::model::input::{Change, Event, External, Node, Origin, ServiceType};
 use kube_lane::model::planner::{NodePortAddresses, Planner, PodCidrs, Settings};
 
-use crate::build::{api, file, ip, key, service, settings, synced, synced_with};
+use crate::build::{api, file, ip, key, reported, service, settings, synced, synced_with, text};
 
 /// The own Node with these addresses.
 fn of(addresses: &[&str]) -> Change {
@@ -161,4 +161,78 @@ fn source_ranges_follow_the_nodes_addresses() {
         assert_eq!(ranges, allowed, "{addresses:?}");
         assert_eq!(planner.services_planned(), planned + step as u64 + 1);
     }
+}
+
+#[test]
+fn ranges_that_cannot_be_read_let_nobody_in() {
+    let mut planner = synced();
+    let mut closed = service("closed", 0, &["10.96.0.1", "fd00::1"], None);
+    closed.kind = ServiceType::LoadBalancer;
+    closed.external = Some(Box::new(External {
+        load_balancer_ips: vec![ip("203.0.113.1"), ip("2001:db8::1")],
+        source_ranges: vec!["192.0.2.0/24".parse().unwrap()],
+        ranges_unread: true,
+        ..External::default()
+    }));
+    planner.apply(file(Change::Service(closed)));
+    planner.replan();
+    let plan = planner.plan(&key("closed")).unwrap();
+    let ranges: Vec<_> = plan.ports.iter().map(|port| port.source_ranges.as_ref().unwrap().len()).collect();
+    assert_eq!(ranges, [1, 0], "the IPv4 range alone could be read");
+    let text = text(&planner, "closed");
+    assert!(text.contains("LoadBalancer from nowhere"), "{text}");
+    assert!(text.contains("no IPv6 range that can be read: no IPv6 client is let through"), "{text}");
+}
+
+#[test]
+fn a_family_without_a_pod_network_is_warned_of_while_it_has_services() {
+    let cluster = |list: &[&str]| PodCidrs::Cluster(list.iter().map(|cidr| cidr.parse().unwrap()).collect());
+    let v4 = Node { pod_cidrs: vec!["10.244.1.0/24".parse().unwrap()], ..Node::default() };
+    for (pod_cidrs, node, words) in [
+        (cluster(&["10.244.0.0/16"]), None, "clusterCIDR (--cluster-cidr) has no IPv6 network"),
+        (PodCidrs::Node, Some(v4), "spec.podCIDRs of the Node have no IPv6 network"),
+        (PodCidrs::Node, None, ""),
+        (PodCidrs::Unknown, None, ""),
+        (cluster(&["10.244.0.0/16", "fd01::/48"]), None, ""),
+    ] {
+        let mut planner = synced_with(Settings { pod_cidrs, ..settings() });
+        planner.apply(api(Change::Node(node)));
+        planner.apply(api(Change::Service(service("four", 0, &["10.96.0.1"], None))));
+        planner.replan();
+        let warnings = |planner: &Planner| planner.node().unwrap().warnings.clone();
+        assert_eq!(warnings(&planner), [""; 0], "there is no IPv6 Service");
+        planner.apply(api(Change::Service(service("six", 0, &["fd00::1"], None))));
+        planner.apply(api(Change::Service(service("six-too", 0, &["fd00::2"], None))));
+        planner.replan();
+        let found = warnings(&planner);
+        assert_eq!(found.len(), usize::from(!words.is_empty()), "{found:?}");
+        assert!(found.iter().all(|warning| warning.starts_with(words)), "{found:?}");
+        planner.apply(api(Change::ServiceGone(key("six"))));
+        planner.replan();
+        assert_eq!(warnings(&planner), found);
+        planner.apply(api(Change::ServiceGone(key("six-too"))));
+        planner.replan();
+        assert_eq!(warnings(&planner), [""; 0]);
+    }
+}
+
+#[test]
+fn a_static_cluster_ip_that_the_node_has_is_warned_of() {
+    let mut planner = synced();
+    planner.apply(file(Change::Service(service("static", 0, &["192.0.2.9", "fd00::1"], None))));
+    planner.apply(file(Change::Service(service("other", 0, &["10.96.0.1"], None))));
+    planner.apply(api(Change::Service(service("dns", 0, &["192.0.2.8"], None))));
+    planner.replan();
+    let warned =
+        |planner: &Planner| text(planner, "static").contains("clusterIP 192.0.2.9 is an address of this");
+    assert!(!warned(&planner));
+    let host = |addresses: &[&str]| Event::HostAddresses(addresses.iter().map(|text| ip(text)).collect());
+    planner.apply(host(&["192.0.2.8", "192.0.2.9"]));
+    assert_eq!(reported(&mut planner), ["static"], "a node-local cache has the API's address on purpose");
+    assert!(warned(&planner));
+    planner.apply(host(&["192.0.2.8"]));
+    assert_eq!(reported(&mut planner), ["static"]);
+    planner.apply(api(of(&["192.0.2.9"])));
+    planner.replan();
+    assert!(warned(&planner), "its Node says so");
 }

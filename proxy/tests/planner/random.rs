@@ -171,9 +171,7 @@ fn asked(service: &Service) -> BTreeSet<(Claimed, For)> {
         service.kind == ServiceType::LoadBalancer && service.external_policy == TrafficPolicy::Local;
     let health_check = service.external.as_ref().and_then(|external| external.health_check_node_port);
     if let Some(port) = health_check.filter(|_| is_checked) {
-        asked.extend(
-            families.iter().map(|family| ((Protocol::Tcp, *family, None, port), For::HealthCheck)),
-        );
+        asked.extend(families.iter().map(|family| ((Protocol::Tcp, *family, None, port), For::HealthCheck)));
     }
     asked
 }
@@ -218,7 +216,7 @@ fn check_port(port: &PortPlan) {
     assert!(policies.len() <= 2, "one internal policy, one external");
 
     if let Some(ranges) = &port.source_ranges {
-        assert!(!ranges.is_empty() && ranges.iter().all(|range| Family::of(range.ip()) == port.family));
+        assert!(ranges.iter().all(|range| Family::of(range.ip()) == port.family));
         assert!(ranges.iter().all(|range| range.prefix() > 0 && range.network() == range.ip()));
         let disjoint = |a: &IpNetwork, b: &IpNetwork| a.ip() < b.ip() && !a.contains(b.ip());
         assert!(ranges.is_sorted_by(disjoint));

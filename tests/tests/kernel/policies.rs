@@ -177,8 +177,12 @@ fn source_ranges_guard_the_load_balancer_alone() {
     let shut = Expected { by: &[], seen: own(node) };
     let outsider = topology::outside_addresses().map(|ip| ip.to_string());
     put(&[&outsider[0], &outsider[1]]);
-    // Addresses are no CIDRs: no range at all is left, and everybody may dial.
-    expect(pod, lb_ips(10), 80, &open);
+    // Addresses are no CIDRs: no range at all is left, and a manifest that says so opens nothing.
+    for client in [pod as &Host, outside] {
+        expect(client, lb_ips(10), 80, &shut);
+        expect(client, external_ips(10), 80, &open);
+        expect(client, own(node), 30080, &open);
+    }
     let outsider = [format!("{}/32", outsider[0]), format!("{}/128", outsider[1])];
     put(&[&outsider[0], &outsider[1]]);
     expect(pod, lb_ips(10), 80, &shut);

@@ -208,6 +208,9 @@ fn nobody_takes_the_layer_from_an_agent_that_runs() {
     let status: Value = serde_json::from_str(&world.agents[1].status(&["-o=json"]).unwrap().1).unwrap();
     assert!(status["agent"]["troubles"][0].as_str().unwrap().contains(&words), "{status}");
     assert_eq!(world.agents[1].metric("kubelane_socket_layer_in_place").unwrap(), 0.0);
+    assert_eq!(world.agents[1].metric("kubelane_troubles").unwrap(), 1.0);
+    let modes = || [0, 1].map(|index: usize| world.agents[index].get(10249, "/proxyMode").unwrap().1);
+    assert_eq!(modes(), ["ebpf", "nftables"], "what runs");
     assert_eq!(mark(second), None);
     let met = until_met(second, at(vips(10)[0], 80), answered_in(Mode::Nftables));
     assert!(answered_in(Mode::Nftables)(&met), "{met:?}");
@@ -224,7 +227,19 @@ fn nobody_takes_the_layer_from_an_agent_that_runs() {
     let log = world.agents[0].log();
     assert!(!log.contains("put in place again"), "{log}");
 
-    // When the first has gone, the other has the place, and what both knew.
+    // The other lets the first restart, however often it looks meanwhile.
+    drop(world.agents.remove(0));
+    let beside = &world.agents[0];
+    wait("it sees that", || beside.log().contains("may only be restarting"), || beside.log());
+    assert!(!attached(first.cgroup()).is_empty());
+    let again = world.start_agent(0, &[]);
+    world.agents.insert(0, again);
+    world.agents[0].wait_synced(SYNC).unwrap();
+    let in_place = |index: usize| world.agents[index].metric("kubelane_socket_layer_in_place").unwrap();
+    wait("the first has it again", || in_place(0) == 1.0, || world.agents[0].log());
+    assert_eq!((in_place(1), mark(second)), (0.0, None));
+
+    // When the first has gone for good, the other has the place, and what both knew.
     drop(world.agents.remove(0));
     let beside = &world.agents[0];
     wait(

@@ -17,7 +17,7 @@ use super::schema::{CLASSES, MAX_SLOTS, NODEPORT_SLOTS, Set, SlotSets, VIP_SLOTS
 use super::shared::{SharedChange, only_in};
 use crate::model::input::{Family, Protocol};
 use crate::model::plan::{
-    AddressPort, Backend, Frontend, FrontendAddress, FrontendKind, Plan, PortPlan, Verdict,
+    AddressPort, Backend, Frontend, FrontendAddress, FrontendKind, MAX_BACKENDS, Plan, PortPlan, Verdict,
 };
 
 /// A Service as it was programmed: its plan, and which slot each backend has.
@@ -220,6 +220,9 @@ enum EndpointSet {
     Cluster,
     Local,
 }
+
+// What has no slot would be in no other account of what is served.
+const _: () = assert!(MAX_BACKENDS <= MAX_SLOTS);
 
 /// In the order of their slots.
 const SETS: [EndpointSet; 2] = [EndpointSet::Cluster, EndpointSet::Local];

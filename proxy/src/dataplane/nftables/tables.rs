@@ -371,7 +371,7 @@ mod tests {
         let node = NodePlan {
             nodeport_addresses: vec!["192.168.77.1".parse().unwrap(), "fd00:77::1".parse().unwrap()],
             pod_cidrs: vec!["10.244.0.0/16".parse().unwrap(), "fd00:244::/56".parse().unwrap()],
-            service_cidrs: Vec::new(),
+            ..NodePlan::default()
         };
         let of_v6 = NodePlan { service_cidrs: vec!["fd00:96::/108".parse().unwrap()], ..node.clone() };
         assert_eq!(needs(node.clone(), vec![]), []);
@@ -388,6 +388,7 @@ mod tests {
             nodeport_addresses: vec!["192.168.77.1".parse().unwrap(), "fd00:77::1".parse().unwrap()],
             pod_cidrs: vec!["10.244.0.0/16".parse().unwrap()],
             service_cidrs: vec!["10.96.0.0/12".parse().unwrap(), "fd00:96::/108".parse().unwrap()],
+            ..NodePlan::default()
         };
         let sets = |follows| {
             let sets = first_elements(Family::V4, &node, follows);

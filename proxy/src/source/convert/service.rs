@@ -13,6 +13,8 @@ use crate::source::intern::Interner;
 
 /// The API server's default of `spec.sessionAffinityConfig.clientIP.timeoutSeconds`: three hours.
 const AFFINITY: NonZeroU32 = NonZeroU32::new(10_800).unwrap();
+/// The field of the ranges that load balancers' clients have to be in.
+pub(crate) const SOURCE_RANGES: &str = "spec.loadBalancerSourceRanges";
 /// The most that it accepts: a day.
 const LONGEST_AFFINITY: u32 = 86_400;
 
@@ -38,7 +40,11 @@ impl Converter {
             Converted::Ignored(why) => return Converted::Ignored(why),
             Converted::Bad => return Converted::Bad,
         };
-        let ports = ports_of(spec, names, &mut report);
+        let (kind, is_known) = service_type(spec, &mut report);
+        let mut ports = ports_of(spec, names, &mut report);
+        if !is_known {
+            ports.iter_mut().for_each(|port| port.node_port = None);
+        }
         if cluster_ips.is_empty() || ports.is_empty() {
             return Converted::Bad;
         }
@@ -58,11 +64,11 @@ impl Converter {
             created: created(metadata, &mut report),
             cluster_ips,
             ports: service_ports.intern(&ports),
-            kind: service_type(spec, &mut report),
+            kind,
             internal_policy,
             external_policy,
             affinity: affinity(spec, &mut report),
-            external: external(spec, object.status.as_ref(), &mut report),
+            external: external(spec, object.status.as_ref().filter(|_| is_known), *origin, &mut report),
         })
     }
 }
@@ -159,15 +165,19 @@ fn ports_of(
     ports
 }
 
-fn service_type(spec: &wire::ServiceSpec<'_>, report: &mut Report<'_>) -> ServiceType {
+/// The type, and whether it is one: of an unknown type, nothing but what any Service has is served.
+fn service_type(spec: &wire::ServiceSpec<'_>, report: &mut Report<'_>) -> (ServiceType, bool) {
     let values = &[
-        ("ClusterIP", ServiceType::ClusterIp),
-        ("NodePort", ServiceType::NodePort),
-        ("LoadBalancer", ServiceType::LoadBalancer),
+        ("ClusterIP", (ServiceType::ClusterIp, true)),
+        ("NodePort", (ServiceType::NodePort, true)),
+        ("LoadBalancer", (ServiceType::LoadBalancer, true)),
     ];
-    let remedy =
-        "unknown type: use ClusterIP, NodePort, LoadBalancer or ExternalName; it is served as a ClusterIP";
-    report.choose("spec.type", spec.kind.as_deref(), values, remedy)
+    let remedy = "unknown type: use ClusterIP, NodePort, LoadBalancer or ExternalName; it is served as a ClusterIP, \
+                  without NodePorts and load balancer addresses";
+    match spec.kind.as_deref().filter(|text| !text.is_empty()) {
+        None => (ServiceType::default(), true),
+        text => report.choose("spec.type", text, values, remedy),
+    }
 }
 
 fn affinity(spec: &wire::ServiceSpec<'_>, report: &mut Report<'_>) -> Option<NonZeroU32> {
@@ -191,6 +201,7 @@ fn affinity(spec: &wire::ServiceSpec<'_>, report: &mut Report<'_>) -> Option<Non
 fn external(
     spec: &wire::ServiceSpec<'_>,
     status: Option<&wire::ServiceStatus<'_>>,
+    origin: Origin,
     report: &mut Report<'_>,
 ) -> Option<Box<External>> {
     let mut ips = Vec::new();
@@ -216,12 +227,18 @@ fn external(
         }
     }
 
-    let field = "spec.loadBalancerSourceRanges";
+    let field = SOURCE_RANGES;
     let given = spec.load_balancer_source_ranges.as_deref();
     let remedy = "not a CIDR such as 192.0.2.0/24; it is left out";
     let source_ranges = report.each(field, given, parse_cidr, remedy);
-    if source_ranges.is_empty() && given.is_some_and(|given| !given.is_empty()) {
-        report.add(field, None, "no range is left: everybody is let through");
+    let is_unread = source_ranges.len() < given.map_or(0, <[_]>::len);
+    if source_ranges.is_empty() && is_unread {
+        let meaning = match origin {
+            Origin::Static => "no range is left: nobody is let through",
+            // As in kube-proxy.
+            Origin::Api => "no range is left: everybody is let through",
+        };
+        report.add(field, None, meaning);
     }
 
     let health_check_node_port = ports::optional(
@@ -230,7 +247,8 @@ fn external(
         "not a port number: use 1 to 65535; load balancers cannot ask for its health",
         report,
     );
-    let external = External { ips, load_balancer_ips, source_ranges, health_check_node_port };
+    let ranges_unread = is_unread && origin == Origin::Static;
+    let external = External { ips, load_balancer_ips, source_ranges, ranges_unread, health_check_node_port };
     (external != External::default()).then(|| Box::new(external))
 }
 

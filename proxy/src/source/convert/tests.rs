@@ -303,9 +303,9 @@ fn types_and_policies() {
     assert_eq!((service.internal_policy, service.external_policy), Default::default());
     assert_eq!(service.affinity, None);
     let expected = [
-        "spec.internalTrafficPolicy is \"local\": unknown policy: use Cluster or Local; Cluster applies",
         "spec.type is \"Nodeport\": unknown type: use ClusterIP, NodePort, LoadBalancer or ExternalName; \
-         it is served as a ClusterIP",
+         it is served as a ClusterIP, without NodePorts and load balancer addresses",
+        "spec.internalTrafficPolicy is \"local\": unknown policy: use Cluster or Local; Cluster applies",
         "spec.sessionAffinity is \"Cookie\": unknown affinity: use None or ClientIP; connections go to any endpoint",
     ];
     assert_eq!(problems, expected.map(|problem| format!("Service ns/web: {problem}")));
@@ -346,6 +346,7 @@ fn addresses_beside_the_cluster_ips() {
         ips: addresses(&["192.0.2.41", "fd00::9", "169.254.1.1"]),
         load_balancer_ips: addresses(&["198.51.100.1", "198.51.100.2", "fd00::a"]),
         source_ranges: ["10.0.0.0/8", "fd00::/8"].map(|range| range.parse().unwrap()).to_vec(),
+        ranges_unread: false,
         health_check_node_port: Some(31_000),
     };
     assert_eq!(service.external.as_deref(), Some(&expected));
@@ -379,6 +380,83 @@ fn source_ranges_of_which_none_is_good_and_odd_health_ports_are_named() {
         with(r#", "healthCheckNodePort": 0, "externalIPs": null"#, r#", "status": {}"#).0.external,
         None
     );
+}
+
+#[test]
+fn source_ranges_of_a_manifest_that_cannot_be_read_open_nothing() {
+    for (ranges, unread, words) in [
+        (r#"["all"]"#, true, "no range is left: nobody is let through"),
+        (r#"["10.0.0.0/8", "fd00::/999"]"#, true, "not a CIDR"),
+        (r#"["10.0.0.0/8"]"#, false, ""),
+        ("[]", false, ""),
+    ] {
+        let spec = format!(r#", "loadBalancerSourceRanges": {ranges}, "externalIPs": ["192.0.2.1"]"#);
+        let (converted, problems) = convert_service(
+            Origin::Static,
+            &format!(r#"{{"spec": {{"clusterIP": "10.0.0.1", "ports": [{{"port": 80}}]{spec}}}}}"#),
+        );
+        assert_eq!(read(converted).external.unwrap().ranges_unread, unread, "{ranges}");
+        assert_eq!(problems.is_empty(), words.is_empty(), "{problems:#?}");
+        assert!(problems.last().is_none_or(|last| last.contains(words)), "{problems:#?}");
+    }
+}
+
+/// What the words say of a value that is none is what the model is told.
+#[test]
+fn values_in_the_wrong_case_are_what_the_words_say() {
+    let (service, problems) = with(
+        r#", "type": "nodeport", "externalTrafficPolicy": "local", "internalTrafficPolicy": "LOCAL",
+            "sessionAffinity": "clientip", "healthCheckNodePort": 31000, "externalIPs": ["192.0.2.1"],
+            "trafficDistribution": "preferclose", "ipFamilyPolicy": "singlestack""#,
+        r#", "status": {"loadBalancer": {"ingress": [{"ip": "198.51.100.1"}]}}"#,
+    );
+    assert_eq!(problems.len(), 4, "{problems:#?}");
+    assert_eq!(service.kind, ServiceType::ClusterIp);
+    let external = service.external.as_deref().unwrap();
+    assert_eq!(
+        (external.ips.len(), external.load_balancer_ips.len()),
+        (1, 0),
+        "a ClusterIP may have externalIPs"
+    );
+    assert_eq!((service.internal_policy, service.external_policy), Default::default());
+    assert_eq!(service.affinity, None);
+
+    let ports =
+        r#"[{"name": "a", "port": 80, "nodePort": 30080}, {"name": "b", "port": 81, "protocol": "udp"}]"#;
+    for (kind, node_port) in [("nodeport", None), ("NODEPORT", None), ("NodePort", Some(30_080))] {
+        let (converted, problems) = convert_service(
+            Origin::Static,
+            &format!(r#"{{"spec": {{"type": "{kind}", "clusterIP": "10.0.0.1", "ports": {ports}}}}}"#),
+        );
+        let service = read(converted);
+        assert_eq!(
+            (service.ports.len(), service.ports[0].node_port),
+            (1, node_port),
+            "{kind}: {problems:#?}"
+        );
+        assert!(
+            problems.iter().any(|problem| problem.contains("\"udp\": unknown protocol")),
+            "{problems:#?}"
+        );
+    }
+    let (converted, problems) = with_ingress_mode("vip");
+    assert!(converted.is_none() && problems[0].contains("the address is left to the load balancer"));
+    let (converted, problems) = convert_slice(
+        Origin::Static,
+        r#"{"metadata": {"labels": {"kubernetes.io/service-name": "web"}}, "addressType": "ipv4",
+            "endpoints": [{"addresses": ["10.1.0.1"]}]}"#,
+    );
+    assert_eq!(converted, Converted::Bad);
+    assert!(problems[0].contains("use IPv4 or IPv6; the slice is left out"), "{problems:#?}");
+}
+
+/// The load balancer address of a Service with this `ipMode`, and what is wrong with it.
+fn with_ingress_mode(mode: &str) -> (Option<IpAddr>, Vec<String>) {
+    let ingress = format!(r#"{{"ip": "198.51.100.1", "ipMode": "{mode}"}}"#);
+    let (service, problems) =
+        with("", &format!(r#", "status": {{"loadBalancer": {{"ingress": [{ingress}]}}}}"#));
+    let address = service.external.and_then(|external| external.load_balancer_ips.first().copied());
+    (address, problems)
 }
 
 #[test]

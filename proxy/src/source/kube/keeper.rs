@@ -6,12 +6,13 @@ use std::collections::{BTreeMap, HashMap};
 
 use ipnetwork::IpNetwork;
 use serde::Deserialize;
+use tokio::sync::mpsc;
 use tracing::{debug, warn};
 
 use super::super::convert::{Converted, Converter};
 use super::super::problem::Problem;
 use super::super::wire;
-use super::protobuf;
+use super::{Complaint, protobuf};
 use crate::model::input::{Change, Node, ObjectKey, Origin};
 
 /// Turns the objects of one resource into changes.
@@ -47,18 +48,26 @@ pub(super) trait Keeper: Send + 'static {
 
 /// Says what is wrong with an object once, not with each of its versions.
 #[derive(Default)]
-struct Complaints(HashMap<ObjectKey, Vec<Problem>>);
+struct Complaints {
+    said: HashMap<ObjectKey, Vec<Problem>>,
+    /// Who hears of them beside the log.
+    told: Option<mpsc::UnboundedSender<Complaint>>,
+}
 
 impl Complaints {
     fn about(&mut self, key: &ObjectKey, converter: &mut Converter) {
         let problems = std::mem::take(&mut converter.problems);
         if problems.is_empty() {
-            self.0.remove(key);
-        } else if self.0.get(key) != Some(&problems) {
+            self.said.remove(key);
+        } else if self.said.get(key) != Some(&problems) {
             for problem in &problems {
                 warn!("{problem}");
+                if let Some(told) = &self.told {
+                    // Nobody may listen any more.
+                    let _ = told.send(Complaint { service: key.clone(), problem: problem.clone() });
+                }
             }
-            self.0.insert(key.clone(), problems);
+            self.said.insert(key.clone(), problems);
         }
     }
 }
@@ -105,9 +114,10 @@ macro_rules! namespaced {
         }
 
         impl $keeper {
-            pub(super) fn new() -> Self {
+            pub(super) fn new(told: Option<mpsc::UnboundedSender<Complaint>>) -> Self {
                 let converter = Converter::new(Origin::Api);
-                Self { converter, complaints: Complaints::default(), known: Known::default() }
+                let complaints = Complaints { told, ..Complaints::default() };
+                Self { converter, complaints, known: Known::default() }
             }
 
             fn key(&mut self, object: &wire::$wire<'_>) -> Option<ObjectKey> {
@@ -164,13 +174,13 @@ macro_rules! namespaced {
 
             fn remove(&mut self, object: &wire::$wire<'_>, changes: &mut Vec<Change>) {
                 let Some(key) = self.key(object) else { return };
-                self.complaints.0.remove(&key);
+                self.complaints.said.remove(&key);
                 self.forget(key, changes);
             }
 
             fn list_ends(&mut self, changes: &mut Vec<Change>) {
                 for key in self.known.vanished() {
-                    self.complaints.0.remove(&key);
+                    self.complaints.said.remove(&key);
                     changes.push($gone(key));
                 }
             }

@@ -459,9 +459,16 @@ impl ApiServers {
     /// Remembers the endpoints that the slices name. None is no news: an API server that answers exists.
     fn remember(&self, state: &mut State) {
         let known: BTreeSet<SocketAddr> = state.slices.values().flatten().copied().collect();
+        let count = known.len();
         let known: Vec<SocketAddr> = known.into_iter().take(memory::LIMIT).collect();
         if known.is_empty() || known == state.endpoints {
             return;
+        }
+        if count > known.len() {
+            info!(
+                "of {count} endpoints of the API server the first {} by address are remembered",
+                known.len()
+            );
         }
         let is_kept =
             |candidate: &Candidate| !matches!(candidate, Candidate::Endpoint(at) if !known.contains(at));

@@ -17,7 +17,7 @@ use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
-use super::{ApiServers, KubeSourceConfig, spawn};
+use super::{ApiServers, Complaint, KubeSourceConfig, spawn};
 use crate::model::input::{Change, Event};
 
 type Answer = (StatusCode, String);
@@ -65,10 +65,18 @@ async fn list(uri: &Uri, items: &[Value]) -> Answer {
 
 /// Follows the server of these routes, besides which it has no objects.
 async fn follow(routes: Router) -> mpsc::Receiver<Vec<Event>> {
+    follow_with(routes, None).await
+}
+
+async fn follow_with(
+    routes: Router,
+    complaints: Option<mpsc::UnboundedSender<Complaint>>,
+) -> mpsc::Receiver<Vec<Event>> {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let config = KubeSourceConfig {
         master: Some(format!("http://{}", listener.local_addr().unwrap())),
         node: "node-a".into(),
+        complaints,
         ..KubeSourceConfig::default()
     };
     let server = routes
@@ -291,4 +299,23 @@ async fn addresses_that_do_not_answer_are_dialed_beside_each_other() {
     assert!(!given_up);
     source.abort();
     std::fs::remove_dir_all(&folder).unwrap();
+}
+
+#[tokio::test]
+async fn what_is_wrong_with_a_service_is_told() {
+    let services = async |uri: Uri| {
+        let ranged = json!({
+            "metadata": {"name": "web", "namespace": "default", "resourceVersion": "1"},
+            "spec": {"clusterIP": "10.0.0.1", "ports": [{"port": 80}], "loadBalancerSourceRanges": ["all"]},
+        });
+        list(&uri, &[ranged]).await
+    };
+    let (told, mut complaints) = mpsc::unbounded_channel();
+    let _events = follow_with(Router::new().route("/api/v1/services", get(services)), Some(told)).await;
+    let mut next =
+        async || timeout(Duration::from_secs(60), complaints.recv()).await.expect("in time").unwrap();
+    assert_eq!(next().await.problem.field, "spec.loadBalancerSourceRanges[0]");
+    let Complaint { service, problem } = next().await;
+    assert_eq!((service.as_str(), problem.field.as_str()), ("default/web", "spec.loadBalancerSourceRanges"));
+    assert_eq!(problem.remedy, "no range is left: everybody is let through");
 }

@@ -40,7 +40,9 @@ pub(super) enum Content {
 pub(super) struct Contents {
     /// The good objects.
     pub(super) objects: BTreeMap<Id, Content>,
-    /// Objects of which nothing is usable: what they had before stays in force.
+    /// Objects that cannot be read: what they had before stays in force.
+    pub(super) malformed: BTreeSet<Id>,
+    /// Objects that can, and of which no port, no address or no endpoint is left: the same as gone.
     pub(super) bad: BTreeSet<Id>,
     /// Objects that are fine, and not for a Service proxy.
     pub(super) ignored: BTreeMap<Id, Ignored>,
@@ -51,7 +53,10 @@ pub(super) struct Contents {
 impl Contents {
     /// Whether there is a document of this object.
     fn names(&self, id: &Id) -> bool {
-        self.objects.contains_key(id) || self.bad.contains(id) || self.ignored.contains_key(id)
+        self.objects.contains_key(id)
+            || self.malformed.contains(id)
+            || self.bad.contains(id)
+            || self.ignored.contains_key(id)
     }
 }
 
@@ -155,14 +160,12 @@ impl Reader {
         match id {
             Some(id) if head.api_version.as_deref() == Some(version) => self.object(contents, document, id),
             Some(id) => {
-                let remedy = format!("use {version}; the object is left out");
+                let remedy = format!("use {version}; what was in force of it before stays");
                 self.complain(document, Some(&id), "apiVersion", head.api_version.as_deref(), &remedy);
-                contents.bad.insert(id);
+                contents.malformed.insert(id);
             }
-            None => {
-                contents.unknown = true;
-                self.take(document);
-            }
+            // No object can have its name: it is left out, whatever it was meant to be.
+            None => self.take(document),
         }
         Ok(())
     }
@@ -221,9 +224,10 @@ impl Reader {
                 converted
             }
             Err(malformed) => {
-                let remedy = format!("{}; the object is left out", malformed.message);
+                let remedy = format!("{}; what was in force of it before stays", malformed.message);
                 self.problems.push(problem(document.at(&malformed), Some(id.to_string()), remedy));
-                Converted::Bad
+                contents.malformed.insert(id);
+                return;
             }
         };
         match converted {

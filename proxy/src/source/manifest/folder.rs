@@ -42,7 +42,7 @@ struct File {
     /// `None` where the file could not be read.
     stamp: Option<Stamp>,
     ids: BTreeSet<Id>,
-    /// The objects that it names and of which nothing is usable.
+    /// The objects that it names and that are not in force as it has them now.
     bad: BTreeSet<Id>,
     /// Those that are not for a Service proxy.
     ignored: BTreeMap<Id, Ignored>,
@@ -50,7 +50,7 @@ struct File {
     failed: Option<Problem>,
     /// What is wrong in the content that is.
     problems: Vec<Problem>,
-    /// It was good at least once.
+    /// All that it holds could be read at least once.
     read: bool,
 }
 
@@ -159,9 +159,10 @@ impl Folder {
         found
     }
 
-    /// Whether the folder was ever there, and no file is bad that was never good: what such a one holds, nobody knows.
+    /// Whether the folder was ever there, and all of every file could be read at least once: what a file holds of which that
+    /// is not so, nobody knows.
     fn is_complete(&self) -> bool {
-        self.known && self.files.values().all(|file| file.read || file.failed.is_none())
+        self.known && self.files.values().all(|file| file.read)
     }
 
     /// All that is wrong, whether or not it was said before.
@@ -251,7 +252,6 @@ impl Folder {
         let problems = std::mem::take(&mut self.reader.problems);
         match contents {
             Ok(contents) => {
-                file.read = true;
                 found.note(&problems, &file.problems);
                 file.problems = problems;
                 if file.failed.take().is_some() {
@@ -268,13 +268,16 @@ impl Folder {
 
     /// Puts a file's new content in force.
     fn replace(&mut self, name: &Arc<str>, contents: Contents, touched: &mut Touched) {
-        let Contents { objects, bad, ignored, unknown } = contents;
+        let Contents { objects, malformed, mut bad, ignored, unknown } = contents;
         let file = self.files.entry(Arc::clone(name)).or_default();
         let before = std::mem::take(&mut file.ids);
-        let kept = |id: &Id| objects.contains_key(id) || bad.contains(id) || unknown;
+        let kept = |id: &Id| objects.contains_key(id) || malformed.contains(id) || unknown;
+        // What it holds beside what is in force, nobody knows, unless it was known before.
+        file.read |= !unknown && malformed.is_subset(&before);
         let (kept, dropped): (BTreeSet<Id>, BTreeSet<Id>) = before.into_iter().partition(kept);
         file.ids = kept;
         file.ids.extend(objects.keys().cloned());
+        bad.extend(malformed);
         (file.bad, file.ignored) = (bad, ignored);
         for id in dropped {
             self.drop_object(id, name, touched);

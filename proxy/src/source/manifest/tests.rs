@@ -435,3 +435,48 @@ fn a_warning_is_said_once_until_it_changes_or_goes() {
     fs::remove_file(dir.0.join("web.yaml")).unwrap();
     assert_eq!((said(&mut folder), folder.condition()), (vec![], Condition::default()));
 }
+
+/// What an agent that has followed a folder has of it, and what one that starts now has: the same objects, or else the
+/// latter does not call the folder complete, so that what the former left in the kernel stays.
+#[test]
+fn a_restart_changes_nothing() {
+    let good = service("web", "10.0.0.1");
+    for (bad, remains, complete) in [
+        // No port is left, or no address: the values can be read, and leave nothing.
+        (good.replace("port: 80", "port: 99999"), false, true),
+        (good.replace("10.0.0.1", "nonsense"), false, true),
+        (good.replace("name: web", "name: Web"), false, true),
+        // It cannot be read: what it had stays.
+        (good.replace("port: 80", "port: eighty"), true, false),
+        (good.replace("v1", "v2"), true, false),
+        ("42\n".to_owned(), true, false),
+        ("kind: [".to_owned(), true, false),
+    ] {
+        let dir = TempDir::new();
+        dir.write("web.yaml", &good);
+        let mut followed = Folder::new(dir.0.clone(), None);
+        assert_eq!(scan(&mut followed).0, ["+web 10.0.0.1"]);
+        dir.write("web.yaml", &bad);
+        let gone: &[&str] = if remains { &[] } else { &["-web"] };
+        assert_eq!(scan(&mut followed).0, gone, "{bad}");
+        let mut restarted = Folder::new(dir.0.clone(), None);
+        let expected: &[&str] = if complete { &[] } else { &["complete false"] };
+        assert_eq!(summary(&restarted.scan(Scope::Folder).events), expected, "{bad}");
+    }
+    let slice = |endpoints: &str, ports: &str| {
+        format!(
+            "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{name: web-1, labels: \
+             {{kubernetes.io/service-name: web}}}}\naddressType: IPv4\nendpoints: [{endpoints}]\nports: [{ports}]\n"
+        )
+    };
+    let (endpoint, port) = ("{addresses: [10.1.0.1]}", "{port: 8080}");
+    for bad in [slice("{addresses: [pod]}", port), slice(endpoint, "{port: 0}")] {
+        let dir = TempDir::new();
+        dir.write("slice.yaml", &slice(endpoint, port));
+        let mut followed = Folder::new(dir.0.clone(), None);
+        assert_eq!(scan(&mut followed).0, ["+slice web-1"]);
+        dir.write("slice.yaml", &bad);
+        assert_eq!(scan(&mut followed).0, ["-slice web-1"], "{bad}");
+        assert_eq!(scan(&mut Folder::new(dir.0.clone(), None)).0, [""; 0], "{bad}");
+    }
+}

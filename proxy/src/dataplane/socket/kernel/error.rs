@@ -90,6 +90,19 @@ pub enum SocketError {
         /// The agent; `None`: its process namespace is another.
         pid: Option<i32>,
     },
+    /// The agent of another network namespace had this place for pins a moment ago.
+    #[error(
+        "the kube-lane of another network namespace had the socket layer that is pinned at {} and may only be \
+         restarting: this one takes it over if that stays away for {} s",
+        .root.display(),
+        .patience.as_secs()
+    )]
+    Left {
+        /// The folder of the pins.
+        root: PathBuf,
+        /// For how long the other may be away.
+        patience: std::time::Duration,
+    },
     /// A pin cannot be made, moved or removed.
     #[error("pin {}", path.display())]
     Pin {

@@ -41,8 +41,12 @@ use crate::model::plan::{AddressPort, Frontend, NodePlan, Plan, PortPlan, Verdic
 /// How many Services that wait are tried in vain before a commit lets it be.
 const RETRIES: u32 = 64;
 /// What is known of the node before anybody has told of it.
-static UNKNOWN: NodePlan =
-    NodePlan { nodeport_addresses: Vec::new(), pod_cidrs: Vec::new(), service_cidrs: Vec::new() };
+static UNKNOWN: NodePlan = NodePlan {
+    nodeport_addresses: Vec::new(),
+    pod_cidrs: Vec::new(),
+    service_cidrs: Vec::new(),
+    warnings: Vec::new(),
+};
 
 /// What the socket layer says of all Services.
 #[derive(Debug)]
