@@ -27,7 +27,12 @@ pub(super) fn note(layers: &Layers) -> Option<String> {
     if file.iptables.localhost_node_ports != Some(false) {
         differences.push("NodePorts do not answer on 127.0.0.1, there they do (iptables.localhostNodePorts)");
     }
-    differences.push("packets that conntrack calls INVALID are let through, there they are dropped");
+    if merged.kube_lane.drop_invalid != Some(true) {
+        differences.push(
+            "forwarded packets that conntrack calls INVALID are let through, there they are dropped \
+             (--drop-invalid drops them here)",
+        );
+    }
     Some(format!(
         "{} is a configuration of kube-proxy's mode iptables, which kube-lane differs from: {}; docs/migrate.md tells \
          more",
