@@ -12,6 +12,8 @@ mod container;
 #[cfg(test)]
 mod controlplane;
 #[cfg(test)]
+mod credentials;
+#[cfg(test)]
 mod deploy;
 #[cfg(test)]
 mod health;
