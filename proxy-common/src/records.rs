@@ -67,8 +67,8 @@ impl Reverse {
     }
 }
 
-/// How many frontends a UDP socket can have sent to and still know where each led; what it sends to more is left to
-/// nftables.
+/// How many destinations a UDP socket can have sent to and still know where each led; frontends that it sends to
+/// afterwards are left to nftables.
 pub const PEERS: usize = 8;
 
 /// What a UDP socket sent to, and where that led. The kernel holds the socket's lock while a program reads or writes it.
@@ -82,8 +82,8 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// What is sent to this frontend is left to nftables: it would meet a backend that another frontend led to, and
-    /// what that answers could come from either.
+    /// What is sent to this destination is left alone. It is no frontend; or it is one that nftables answers, since its
+    /// backend is also another destination of the socket's, and what that backend answers could come from either.
     pub const LEFT: u32 = u32::MAX;
 }
 

@@ -10,7 +10,7 @@ use kube_lane_common::{Backend, FrontendKey, Peer, Peers, Reverse, UDP};
 use crate::maps::UDP_PEERS;
 use crate::rewrite::{self, Family};
 use crate::select::{self, Answer};
-use crate::{PASS, refuse, stats};
+use crate::{PASS, client, stats};
 
 /// A datagram that names its destination.
 #[inline(always)]
@@ -24,11 +24,13 @@ fn try_send<F: Family>(context: &SockAddrContext) -> Option<i32> {
     if rewrite::is_connected(context) {
         return None;
     }
+    client::rules()?;
     let key = rewrite::key::<F>(context, UDP);
-    let asked = select::asked(context, &key, F::sender)?;
-    // SAFETY: the socket is the context's; the kernel gives null or a pointer to its storage, which nothing else uses
-    // while it holds the socket's lock.
-    let peers = unsafe { UDP_PEERS.get_or_insert_ptr_mut(context, None).as_mut() }?;
+    let Some(asked) = select::asked(context, &key, F::sender) else {
+        note_direct(peers(context)?, key);
+        return None;
+    };
+    let peers = peers(context)?;
     let place = place(peers, &key)?;
     let known = peers.0.get(place)?;
     if known.backend == Peer::LEFT {
@@ -40,7 +42,8 @@ fn try_send<F: Family>(context: &SockAddrContext) -> Option<i32> {
     let backend = match backend {
         Some(backend) => backend,
         None => match select::answer(asked, &key)? {
-            Answer::Refused(port) => return Some(refuse(port)),
+            // By ICMP, of which a socket that is not connected hears nothing.
+            Answer::Refused(_) => return None,
             Answer::Backend(id, backend) => {
                 let is_shared = is_anothers(peers, &key, backend);
                 let peer = peers.0.get_mut(place)?;
@@ -57,6 +60,32 @@ fn try_send<F: Family>(context: &SockAddrContext) -> Option<i32> {
     };
     rewrite::set::<F>(context, backend.address, backend.port);
     Some(PASS)
+}
+
+/// What the socket remembers; `None` where the kernel has no memory for it.
+#[inline(always)]
+fn peers(context: &SockAddrContext) -> Option<&'static mut Peers> {
+    // SAFETY: the socket is the context's; the kernel gives null or a pointer to its storage, which nothing else uses
+    // while it holds the socket's lock.
+    unsafe { UDP_PEERS.get_or_insert_ptr_mut(context, None).as_mut() }
+}
+
+/// The socket sends to an address by its own name. A frontend that led the socket there is left to nftables from now on,
+/// as is one that would lead there later: nftables tells the answers apart by giving a flow another source port.
+#[inline(always)]
+fn note_direct(peers: &mut Peers, key: FrontendKey) {
+    for peer in &mut peers.0 {
+        let Reverse { frontend, address, port, .. } = peer.reverse;
+        if address == key.address && port == key.port && frontend != key {
+            *peer = Peer {
+                reverse: Reverse::new(frontend, frontend.address, frontend.port),
+                backend: Peer::LEFT,
+            };
+        }
+    }
+    if let Some(peer) = place(peers, &key).and_then(|place| peers.0.get_mut(place)) {
+        *peer = Peer { reverse: Reverse::new(key, key.address, key.port), backend: Peer::LEFT };
+    }
 }
 
 /// The index of what is remembered of the frontend, or of where to.

@@ -91,6 +91,10 @@ fn connect<F: Family>(context: &SockAddrContext) -> i32 {
     let protocol = rewrite::protocol(context);
     if protocol == u32::from(TCP) {
         rewrite::forget(context);
+        // What it dials has to tell it from others of its port: two frontends may lead to one backend.
+        if rewrite::has_port(context) {
+            return PASS;
+        }
         return connect_tcp::<F>(context).unwrap_or(PASS);
     }
     if protocol == u32::from(UDP) {

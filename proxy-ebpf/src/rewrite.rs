@@ -134,6 +134,13 @@ pub(crate) fn has_device(context: &SockAddrContext) -> bool {
     load_socket!(context, bound_dev_if) != 0
 }
 
+/// Whether the socket has a port already: `bind()` gave it one. `connect()` gives one only to others, and takes it back
+/// with the connection.
+#[inline(always)]
+pub(crate) fn has_port(context: &SockAddrContext) -> bool {
+    load_socket!(context, src_port) != 0
+}
+
 /// Whether the UDP socket is connected. The kernel then passes on datagrams of its peer alone.
 #[inline(always)]
 pub(crate) fn is_connected(context: &SockAddrContext) -> bool {

@@ -321,7 +321,8 @@ pub enum Event {
         /// What happened there.
         change: Change,
     },
-    /// Every address of the host's interfaces, all together: NodePorts answer there while the own Node is unknown
-    /// or has no addresses. Belongs to no source; loopback and link-local addresses are ignored.
+    /// Every address of the host's interfaces, all together. NodePorts answer there while the own Node is unknown or
+    /// has no addresses; the socket layer leaves Services' addresses alone that are among them. Belongs to no source;
+    /// loopback and link-local addresses are ignored.
     HostAddresses(Vec<IpAddr>),
 }

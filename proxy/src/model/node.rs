@@ -24,11 +24,11 @@ pub(super) struct Facts {
 /// The facts as they are now. `host` are the addresses of the node's interfaces.
 pub(super) fn facts(settings: &Settings, node: Option<&Node>, host: &[IpAddr]) -> Facts {
     let given = node.map(|node| node.addresses.as_slice()).unwrap_or_default();
-    let held = given.iter().chain(host).copied().filter(|address| answers(*address));
+    let held = [given, host].concat();
     Facts {
         zone: node.and_then(|node| node.zone.clone()),
         addresses: sorted(primary(settings, node, host)),
-        held: sorted(held.collect()),
+        held: sorted(meant_alike(&held).collect()),
     }
 }
 
@@ -59,6 +59,7 @@ pub(super) fn plan(
     let warnings = untold.filter_map(|family| no_pod_cidr(&settings.pod_cidrs, node, family)).collect();
     NodePlan {
         nodeport_addresses: sorted(nodeport_addresses),
+        interface_addresses: sorted(meant_alike(host).collect()),
         pod_cidrs,
         service_cidrs: disjoint(service_cidrs),
         warnings,
@@ -102,11 +103,7 @@ fn primary(settings: &Settings, node: Option<&Node>, host: &[IpAddr]) -> Vec<IpA
         primary.retain(|other| Family::of(*other) != Family::of(address));
         primary.push(address);
     }
-    if primary.is_empty() {
-        host.iter().copied().filter(|address| answers(*address)).collect()
-    } else {
-        primary
-    }
+    if primary.is_empty() { meant_alike(host).collect() } else { primary }
 }
 
 /// The host's addresses in these networks; of a family that has neither a network nor a primary address, all.
@@ -117,14 +114,14 @@ fn within(networks: &[IpNetwork], primary: &[IpAddr], host: &[IpAddr]) -> Vec<Ip
             networks.iter().filter(|network| network.is_ipv4() == address.is_ipv4()).peekable();
         of_family.peek().is_none() && !has_primary || of_family.any(|network| network.contains(*address))
     };
-    host.iter().copied().filter(|address| answers(*address) && chosen(address)).collect()
+    meant_alike(host).filter(chosen).collect()
 }
 
-/// Whether NodePorts can answer on an interface's address: never on loopback, as in kube-proxy's nftables mode, and
-/// not where an address means nothing without its interface.
-fn answers(address: IpAddr) -> bool {
-    match address {
+/// The interfaces' addresses that mean this node to every client. Loopback addresses do not (NodePorts never answer
+/// there, as in kube-proxy's nftables mode), nor do IPv6 link-local addresses, which mean nothing without an interface.
+fn meant_alike(host: &[IpAddr]) -> impl Iterator<Item = IpAddr> {
+    host.iter().copied().filter(|address| match address {
         IpAddr::V4(address) => !address.is_loopback(),
         IpAddr::V6(address) => !address.is_loopback() && !address.is_unicast_link_local(),
-    }
+    })
 }

@@ -172,6 +172,10 @@ pub struct NodePlan {
     /// The addresses that NodePorts answer on: sorted, unique.
     #[serde(rename = "nodePortAddresses")]
     pub nodeport_addresses: Vec<IpAddr>,
+    /// The addresses of its interfaces, but loopback and link-local ones: sorted, unique. What has one of them is the
+    /// node itself, or a Service whose address is bound there.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub interface_addresses: Vec<IpAddr>,
     /// Where local pods have their addresses, for the detectors that go by address: at most one network a family.
     #[serde(rename = "podCIDRs")]
     pub pod_cidrs: Vec<IpNetwork>,

@@ -1,5 +1,5 @@
 //! The addresses of the host's interfaces, followed live: NodePorts answer there where the configuration says so, and
-//! while the own Node is unknown.
+//! while the own Node is unknown; the socket layer leaves Services' addresses alone that are among them.
 //!
 //! Owns the subscription to address changes. Never decides which addresses count: the model does.
 

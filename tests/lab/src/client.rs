@@ -10,6 +10,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Socket, Type};
 
 use crate::agnhost;
@@ -303,7 +304,12 @@ impl Dial {
     }
 
     fn bind(&self, socket: &Socket, from: Option<SocketAddr>) -> io::Result<()> {
-        from.map_or(Ok(()), |from| socket.bind(&from.into()))
+        let Some(from) = from else { return Ok(()) };
+        // `connect()` gives it a port, as it does to a socket that is not bound.
+        if from.port() == 0 && self.proto == Proto::Tcp {
+            setsockopt(socket, sockopt::IpBindAddressNoPort, &true)?;
+        }
+        socket.bind(&from.into())
     }
 }
 

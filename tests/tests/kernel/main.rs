@@ -47,9 +47,13 @@ mod socket_life;
 #[cfg(test)]
 mod socket_maps;
 #[cfg(test)]
+mod socket_node_addresses;
+#[cfg(test)]
 mod socket_places;
 #[cfg(test)]
 mod socket_pods;
+#[cfg(test)]
+mod socket_ports;
 #[cfg(test)]
 mod socket_programs;
 #[cfg(test)]

@@ -157,7 +157,7 @@ pub(super) fn node() -> NodePlan {
         nodeport_addresses: vec!["192.168.77.1".parse().unwrap(), "fd00:77::1".parse().unwrap()],
         pod_cidrs: vec!["10.244.0.0/16".parse().unwrap(), "fd00:244::/56".parse().unwrap()],
         service_cidrs: vec!["10.96.0.0/12".parse().unwrap(), "fd00:96::/108".parse().unwrap()],
-        warnings: Vec::new(),
+        ..NodePlan::default()
     }
 }
 

@@ -20,7 +20,7 @@ use super::world::{
 };
 
 /// Runs a program on a host and returns what it printed.
-fn output(host: &Host, program: &str, arguments: &[&str]) -> String {
+pub(super) fn output(host: &Host, program: &str, arguments: &[&str]) -> String {
     let mut command = Command::new(program);
     command.args(arguments).stdin(Stdio::null());
     let output = host.run(move || command.output()).unwrap().unwrap();

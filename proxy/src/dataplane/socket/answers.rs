@@ -188,12 +188,17 @@ pub enum Why {
     NoLocalEndpoint,
     /// A socket that dials this means something else, each in its network namespace, or another family.
     Address,
+    /// An interface of the node has this address: rules of the node's own say what becomes of packets there, such as those
+    /// by which NodeLocal DNSCache keeps them from being translated.
+    OwnAddress,
     /// Where a VIP has a NodePort's number on an address of the node, VIPs come first.
     VipOnNode,
     /// This backend is a frontend itself.
     TranslatedTwice(AddressPort),
     /// A socket that dials this backend means something else, each in its network namespace, or another family.
     Backend(AddressPort),
+    /// There is no endpoint. nftables refuses by ICMP, of which unconnected sockets hear nothing.
+    UdpRefused,
     /// Connected sockets of UDP are left to nftables, and would be remembered there.
     UdpAffinity,
     /// Other frontends of the port are answered by nftables, at least for some clients.
@@ -279,10 +284,14 @@ fn answered(
     let clients = policy.clients(external, port.family, node);
     unless(!clients.pods && !clients.hosts, Why::HostsUndetected)?;
     match frontend.at {
-        FrontendAddress::Vip(vip) => unless(!is_dialled_alike(vip.ip), Why::Address)?,
+        FrontendAddress::Vip(vip) => {
+            unless(!is_dialled_alike(vip.ip), Why::Address)?;
+            unless(node.interface_addresses.binary_search(&vip.ip).is_ok(), Why::OwnAddress)?;
+        }
         FrontendAddress::NodePort(_) => unless(clashes.vip_on_node, Why::VipOnNode)?,
     }
     clashes.backend.map_or(Ok(()), Err)?;
+    unless(port.protocol == Protocol::Udp && frontend.verdict == Verdict::Reject, Why::UdpRefused)?;
     let set = match frontend.verdict {
         // No set has anything: either says so.
         Verdict::Cluster | Verdict::Reject => EndpointSet::Cluster,
@@ -307,12 +316,13 @@ pub(super) fn is_dialled_alike(address: IpAddr) -> bool {
 }
 
 impl Answer {
-    /// The endpoint set that the frontend leads to in the maps; `None`: it is not there. An empty Local set leads to
-    /// nftables without the frontend having to come and go.
+    /// The endpoint set that the frontend leads to in the maps; `None`: it is not there. An empty set leads to nftables
+    /// without the frontend having to come and go.
     pub fn set(self) -> Option<EndpointSet> {
         match self {
             Self::Socket { set, .. } => Some(set),
             Self::Nftables(Why::NoLocalEndpoint) => Some(EndpointSet::Local),
+            Self::Nftables(Why::UdpRefused) => Some(EndpointSet::Cluster),
             Self::Nftables(_) => None,
         }
     }
@@ -375,6 +385,7 @@ impl Display for Why {
                 "dropped: internalTrafficPolicy is Local, and no endpoint is on this node"
             }
             Self::Address => "each network namespace has such an address of its own",
+            Self::OwnAddress => "an interface of this node has the address",
             Self::VipOnNode => "an address of a Service on this node has the same port, and comes first",
             Self::TranslatedTwice(backend) => {
                 return write!(
@@ -390,6 +401,7 @@ impl Display for Why {
                     backend.socket()
                 );
             }
+            Self::UdpRefused => "UDP without an endpoint: refused by ICMP",
             Self::UdpAffinity => "session affinity of UDP: connected sockets are remembered in nftables",
             Self::Affinity => {
                 "session affinity: other addresses of this port need nftables, and all share one memory"

@@ -71,6 +71,12 @@ fn all(port: &PortPlan, policy: &Policy) -> Vec<Answer> {
     answers(port, policy, &node(), Clashes::default()).into()
 }
 
+/// The same on a node of which an interface has this address.
+fn all_beside(own: &str, port: &PortPlan, policy: &Policy) -> Vec<Answer> {
+    let interface_addresses = vec!["192.0.2.11".parse().unwrap(), own.parse().unwrap()];
+    answers(port, policy, &NodePlan { interface_addresses, ..node() }, Clashes::default()).into()
+}
+
 /// The answer at the only frontend.
 fn one(frontend: Frontend, policy: &Policy) -> Answer {
     all(&port([frontend]), policy)[0]
@@ -145,6 +151,10 @@ fn udp_is_answered_by_option_and_sctp_never() {
     assert_eq!(all(&udp, &DETECTED), [Answer::Nftables(Why::Udp)]);
     let option = Policy { udp: true, ..EXTERNAL };
     assert_eq!(all(&udp, &option), [socket(ALL, Cluster)]);
+    // It stays where it is in the maps, so that endpoints come by one store.
+    let refused = PortPlan { frontends: [cluster_ip(Verdict::Reject)].into(), ..udp.clone() };
+    assert_eq!(all(&refused, &option), [Answer::Nftables(Why::UdpRefused)]);
+    assert_eq!(Answer::Nftables(Why::UdpRefused).set(), Some(Cluster));
     let remembered = PortPlan { affinity: NonZeroU32::new(10), ..udp };
     assert_eq!(all(&remembered, &option), [Answer::Nftables(Why::UdpAffinity)]);
     let sctp = PortPlan { protocol: Protocol::Sctp, ..port([cluster_ip(Verdict::Cluster)]) };
@@ -239,4 +249,20 @@ fn a_person_can_read_who_answers() {
     assert_eq!(twice.to_string(), expected);
     let full = Answer::Nftables(Why::Full(Limit::Slots));
     assert_eq!(full.to_string(), "nftables (no room: the map of endpoint sets is full)");
+}
+
+#[test]
+fn an_address_that_the_node_has_is_left_to_nftables() {
+    let frontends = [cluster_ip, load_balancer, external_ip, nodeport].map(|at| at(Verdict::Cluster));
+    let (port, socket) = (port(frontends), socket(ALL, Cluster));
+    let own = Answer::Nftables(Why::OwnAddress);
+    assert_eq!(all_beside("192.0.2.12", &port, &EXTERNAL), [socket; 4]);
+    assert_eq!(all_beside("10.96.0.1", &port, &EXTERNAL), [own, socket, socket, socket]);
+    assert_eq!(all_beside("198.51.100.1", &port, &EXTERNAL), [socket, own, socket, socket]);
+    assert_eq!(all_beside("198.51.100.2", &port, &EXTERNAL), [socket, socket, own, socket]);
+    assert_eq!(Why::OwnAddress.to_string(), "an interface of this node has the address");
+    // Clients of the others would be remembered in another layer.
+    let remembered = PortPlan { affinity: NonZeroU32::new(60), ..port };
+    let affinity = Answer::Nftables(Why::Affinity);
+    assert_eq!(all_beside("10.96.0.1", &remembered, &EXTERNAL), [own, affinity, affinity, affinity]);
 }

@@ -170,7 +170,7 @@ fn node() -> NodePlan {
         nodeport_addresses: topology::node_addresses(0).into(),
         pod_cidrs: topology::cluster_cidrs().into(),
         service_cidrs: topology::service_cidrs().into(),
-        warnings: Vec::new(),
+        ..NodePlan::default()
     }
 }
 

@@ -189,8 +189,7 @@ fn sockets_bound_to_an_address_are_answered_where_it_changes_nothing() {
         for (from, to) in [(own4, v4), (own6, v6), (mapped(own4), mapped(v4))] {
             assert_eq!(bound(&stage.client, from, to).by().is_some(), pods_are_answered, "{from} → {to}");
         }
-        // Bound to no address, or to a port alone.
-        assert_eq!(bound(&stage.client, at(Ipv4Addr::UNSPECIFIED.into(), 999), v4).by(), Some("a"));
+        // Bound to no address.
         assert_eq!(bound(&stage.client, any6(), v6).by(), Some("a"));
         assert_eq!(bound(&stage.client, any6(), mapped(v4)).by(), Some("a"));
         assert_eq!(stage.meets(stage.node(), v4).by(), Some("a"));
@@ -203,6 +202,54 @@ fn sockets_bound_to_an_address_are_answered_where_it_changes_nothing() {
         bound(stage.node(), at(stage.node().v6(), 0), v6);
         assert_eq!(stage.programs.connections([1, 2]), before);
     }
+}
+
+#[test]
+fn sockets_that_bind_gave_a_port_are_left_alone() {
+    let mut stage = Stage::new();
+    stage.answer(PODS | HOST);
+    let [v4, v6] = lead_to_a(&mut stage);
+    let any4 = at(Ipv4Addr::UNSPECIFIED.into(), 0);
+    for (any, own, to) in [
+        (any4, at(stage.client.v4(), 0), v4),
+        (any6(), at(stage.client.v6(), 0), v6),
+        (any6(), mapped(at(stage.client.v4(), 0)), mapped(v4)),
+    ] {
+        // A port of choice, and one that the kernel chooses.
+        for (from, port) in [(any, 999), (own, 999), (any, 0), (own, 0)] {
+            let from = at(from.ip(), port);
+            let connect = move || {
+                let socket = Socket::new(Domain::for_address(to), Type::STREAM, None).unwrap();
+                socket.set_reuse_address(true).unwrap();
+                socket.bind(&from.into()).unwrap();
+                socket.connect_timeout(&to.into(), QUIET).unwrap_err().kind()
+            };
+            assert_eq!(stage.client.run(connect).unwrap(), io::ErrorKind::TimedOut, "{from} → {to}");
+        }
+    }
+    assert_eq!(stage.programs.connections([1, 2]), [0, 0]);
+    // The kernel takes the port back that it gave a socket for a connection.
+    let again = move || {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        for _ in 0..3 {
+            socket.connect(&v4.into()).unwrap();
+            disconnect(&socket);
+        }
+        socket.connect(&v4.into()).unwrap();
+        answer(socket.into())
+    };
+    assert_eq!(stage.client.run(again).unwrap(), ("a".to_owned(), v4));
+    assert_eq!(stage.programs.connections([1]), [4]);
+}
+
+/// Takes a socket's peer away: `connect()` to an address of no family.
+fn disconnect(socket: &Socket) {
+    let nobody = libc::sockaddr { sa_family: libc::AF_UNSPEC as u16, sa_data: [0; 14] };
+    // SAFETY: the kernel reads as many bytes as `nobody` has.
+    let result = unsafe {
+        libc::connect(socket.as_raw_fd(), &raw const nobody, size_of_val(&nobody) as libc::socklen_t)
+    };
+    assert_eq!(result, 0, "{}", io::Error::last_os_error());
 }
 
 #[test]

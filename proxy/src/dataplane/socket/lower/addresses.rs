@@ -1,11 +1,13 @@
-//! Whose addresses meet: backends that are frontends themselves, and VIPs that stand before a NodePort.
+//! Whose addresses meet: backends that are frontends themselves, VIPs that stand before a NodePort, and VIPs that an
+//! interface of the node has.
 //!
 //! Owns an index of what all Services are dialled at, in whichever layer, and of all their backends, so that a change
 //! names the few Services that it touches. Never decides what becomes of them.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::mem;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::ops::RangeInclusive;
 
 use itertools::{EitherOrBoth, Itertools as _};
 use kube_lane_common::{Address, FrontendKey, Port};
@@ -30,10 +32,13 @@ pub(super) struct Change<'a> {
 /// The addresses of all Services.
 #[derive(Debug, Default)]
 pub(super) struct Addresses {
-    frontends: HashMap<FrontendKey, Handle>,
+    /// Sorted, so that those of one address are found together.
+    frontends: BTreeMap<FrontendKey, Handle>,
     backends: Backends,
     /// Where NodePorts answer.
     node: BTreeSet<IpAddr>,
+    /// What the node's interfaces have.
+    interfaces: BTreeSet<IpAddr>,
 }
 
 /// Who has which backends. There may be 250,000 of them, so each family takes the room that it needs.
@@ -75,11 +80,11 @@ impl Backends {
         };
     }
 
-    /// Adds to `found` those that have a backend at an address.
-    fn owners(&self, at: AddressPort, found: &mut BTreeSet<Handle>) {
-        match at.ip {
-            IpAddr::V4(ip) => owners(&self.v4, ip, at.port, found),
-            IpAddr::V6(ip) => owners(&self.v6, ip, at.port, found),
+    /// Adds to `found` those that have a backend at one of these ports of an address.
+    fn owners(&self, ip: IpAddr, ports: RangeInclusive<u16>, found: &mut BTreeSet<Handle>) {
+        match ip {
+            IpAddr::V4(ip) => owners(&self.v4, ip, ports, found),
+            IpAddr::V6(ip) => owners(&self.v6, ip, ports, found),
         }
     }
 }
@@ -93,8 +98,13 @@ fn add<A: Ord>(set: &mut BTreeSet<Owned<A>>, added: Vec<Owned<A>>) {
     }
 }
 
-fn owners<A: Ord + Copy>(set: &BTreeSet<Owned<A>>, ip: A, port: u16, found: &mut BTreeSet<Handle>) {
-    let all = (ip, port, 0, 0)..=(ip, port, Handle::MAX, u16::MAX);
+fn owners<A: Ord + Copy>(
+    set: &BTreeSet<Owned<A>>,
+    ip: A,
+    ports: RangeInclusive<u16>,
+    found: &mut BTreeSet<Handle>,
+) {
+    let all = (ip, *ports.start(), 0, 0)..=(ip, *ports.end(), Handle::MAX, u16::MAX);
     found.extend(set.range(all).map(|(_, _, owner, _)| *owner));
 }
 
@@ -123,19 +133,33 @@ impl Addresses {
     #[cfg(test)]
     pub(super) fn of<'a>(plans: impl IntoIterator<Item = &'a Plan>, node: &NodePlan) -> Self {
         let mut addresses = Self::default();
-        addresses.move_node(node);
+        addresses.move_node(node, &mut BTreeSet::new());
         let change = |(service, plan)| Change { service, old: None, new: Some(plan) };
         let changes: Vec<_> = (0..).zip(plans).map(change).collect();
         addresses.replace(&changes, &mut BTreeSet::new());
         addresses
     }
 
-    /// NodePorts answer at the node's addresses from now on; `true`: that is a change, which may touch every Service.
-    pub(super) fn move_node(&mut self, node: &NodePlan) -> bool {
-        let addresses = node.nodeport_addresses.iter().copied().collect();
-        let changed = self.node != addresses;
-        self.node = addresses;
-        changed
+    /// The node has these addresses from now on. Adds to `touched` the Services that have to be looked at again for it:
+    /// those that meet an address which has come or gone.
+    pub(super) fn move_node(&mut self, node: &NodePlan, touched: &mut BTreeSet<Handle>) {
+        for ip in replace(&mut self.node, &node.nodeport_addresses) {
+            for (vip, _) in self.at(ip) {
+                touched.extend(self.frontends.get(&behind(vip)));
+            }
+            // A NodePort is an address of its Service there.
+            self.backends.owners(ip, 0..=u16::MAX, touched);
+        }
+        for ip in replace(&mut self.interfaces, &node.interface_addresses) {
+            touched.extend(self.at(ip).map(|(_, owner)| owner));
+        }
+    }
+
+    /// What is dialled at an address, NodePorts apart, and whose it is.
+    fn at(&self, ip: IpAddr) -> impl Iterator<Item = (&FrontendKey, Handle)> {
+        let key = |port, protocol| FrontendKey::new(ip.into(), Port::from_host(port), protocol);
+        let all = key(0, 0)..=key(u16::MAX, u8::MAX);
+        self.frontends.range(all).map(|(key, owner)| (key, *owner))
     }
 
     /// What a port's addresses meet.
@@ -244,13 +268,12 @@ impl Addresses {
 
     /// A frontend has come or gone: those that have it as a backend, or as a NodePort behind it, are to know.
     fn touch(&self, port: &PortPlan, at: FrontendAddress, touched: &mut BTreeSet<Handle>) {
-        let mut led_to = |at: AddressPort| self.backends.owners(at, touched);
+        let mut led_to = |at: AddressPort| self.backends.owners(at.ip, at.port..=at.port, touched);
         match at {
             FrontendAddress::Vip(vip) => {
                 led_to(vip);
                 if self.node.contains(&vip.ip) {
-                    let behind = nodeport_key(port.family, vip.port, port.protocol);
-                    touched.extend(self.frontends.get(&behind));
+                    touched.extend(self.frontends.get(&behind(&key(port, at))));
                 }
             }
             FrontendAddress::NodePort(number) => {
@@ -258,6 +281,17 @@ impl Addresses {
             }
         }
     }
+}
+
+/// Puts other addresses in place of those that there are; returns those that have come or gone.
+fn replace(addresses: &mut BTreeSet<IpAddr>, others: &[IpAddr]) -> Vec<IpAddr> {
+    let before = mem::replace(addresses, others.iter().copied().collect());
+    before.symmetric_difference(addresses).copied().collect()
+}
+
+/// The NodePort that a VIP hides where NodePorts answer at its address.
+fn behind(vip: &FrontendKey) -> FrontendKey {
+    FrontendKey::new(vip.address.unspecified(), vip.port, vip.protocol)
 }
 
 fn ports(plan: Option<&Plan>) -> impl Iterator<Item = &PortPlan> {

@@ -249,6 +249,7 @@ impl World {
                     expected += usize::from(set.is_some());
                     let wanted = match (set, frontend.verdict) {
                         (None, _) => Outcome::Left,
+                        (Some(_), Verdict::Reject) if port.protocol == Protocol::Udp => Outcome::Left,
                         (Some(_), Verdict::Reject) => Outcome::Refused,
                         (Some(EndpointSet::Cluster), _) => led(&port.backends),
                         (Some(EndpointSet::Local), _) => led(&port.local_backends),

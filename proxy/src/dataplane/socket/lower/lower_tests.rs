@@ -1,5 +1,6 @@
 //! What a change writes: how much, in which order, and what becomes of Services that meet or do not fit.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use kube_lane_common::{
@@ -8,7 +9,7 @@ use kube_lane_common::{
 
 use super::super::answers::{Answer, Limit, Policy, Why};
 use super::super::write::{Found, Sizes, Write};
-use super::addresses::key;
+use super::addresses::{Addresses, key};
 use super::memory_tests::{Memory, Outcome, Reader};
 use super::{Lowered, Lowering};
 use crate::dataplane::Batch;
@@ -231,6 +232,69 @@ fn a_vip_on_the_node_stands_before_a_nodeport() {
     assert_eq!(agent.answer("np"), Answer::Nftables(Why::VipOnNode));
     agent.apply([gone("vip")]);
     assert_eq!(agent.outcome(&nodeport(30_080)), led(&[pod(1)]));
+}
+
+/// A node of which interfaces have these addresses.
+fn having(addresses: &[&str]) -> NodePlan {
+    let interface_addresses = addresses.iter().map(|ip| ip.parse().unwrap()).collect();
+    NodePlan { interface_addresses, ..NodePlan::default() }
+}
+
+#[test]
+fn a_vip_that_an_interface_of_the_node_has_is_left_to_nftables_while_it_has() {
+    let mut agent = Agent::new(AMPLE);
+    let move_to = |agent: &mut Agent, addresses: &[&str]| {
+        agent.commit(Batch { node: Some(having(addresses)), ..Batch::default() })
+    };
+    let ports = [cluster_ip("10.96.0.10:53"), cluster_ip("10.96.0.10:9153")];
+    let others = [cluster_ip("10.96.0.1:53"), nodeport(53)];
+    let dns = || plan("dns", port(&ports, [pod(1)]));
+    agent.apply([dns(), plan("web", port(&others, [pod(2)]))]);
+    assert_eq!(move_to(&mut agent, &["192.0.2.11"]), []);
+    move_to(&mut agent, &["10.96.0.10", "192.0.2.11"]);
+    assert_eq!(ports.map(|vip| agent.outcome(&vip)), [Outcome::Left, Outcome::Left]);
+    assert_eq!(agent.answer("dns"), Answer::Nftables(Why::OwnAddress));
+    assert_eq!(others.map(|vip| agent.outcome(&vip)), [led(&[pod(2)]), led(&[pod(2)])]);
+    // The interface may have it before the Service does, and an agent may start then.
+    agent.apply([gone("dns")]);
+    agent.apply([dns()]);
+    assert_eq!(agent.outcome(&ports[0]), Outcome::Left);
+    move_to(&mut agent, &["192.0.2.11"]);
+    assert_eq!(ports.map(|vip| agent.outcome(&vip)), [led(&[pod(1)]), led(&[pod(1)])]);
+    let (mut lowering, _) = Lowering::adopt(POLICY, agent.maps.found(), AMPLE);
+    let services = agent.lowering.everything().services;
+    let batch = Batch { node: Some(having(&["10.96.0.10"])), services, sweep: false };
+    lowering.apply(&batch, &mut |write| agent.maps.write(write));
+    assert_eq!(ports.map(|vip| agent.outcome(&vip)), [Outcome::Left, Outcome::Left]);
+    assert_eq!(others.map(|vip| agent.outcome(&vip)), [led(&[pod(2)]), led(&[pod(2)])]);
+}
+
+#[test]
+fn an_address_that_comes_or_goes_names_the_services_that_it_concerns() {
+    let plans = [
+        plan("vip", port(&[cluster_ip("192.0.2.1:80")], [pod(1)])),
+        plan("hidden", port(&[nodeport(80)], [pod(2)])),
+        plan(
+            "backend",
+            port(&[cluster_ip("10.96.0.1:80")], [Backend { address: address("192.0.2.1:9"), ..pod(3) }]),
+        ),
+        plan("other", port(&[cluster_ip("192.0.2.10:80"), nodeport(81)], [pod(4)])),
+    ];
+    let plans = plans.iter().map(|(_, plan)| plan.as_deref().unwrap());
+    let mut addresses = Addresses::of(plans, &NodePlan::default());
+    let mut touched = |node: &NodePlan| {
+        let mut touched = BTreeSet::new();
+        addresses.move_node(node, &mut touched);
+        Vec::from_iter(touched)
+    };
+    let nodeports =
+        |ip: &str| NodePlan { nodeport_addresses: vec![ip.parse().unwrap()], ..NodePlan::default() };
+    assert_eq!(touched(&having(&["192.0.2.1", "192.0.2.2"])), [0]);
+    assert!(touched(&having(&["192.0.2.1"])).is_empty());
+    assert_eq!(touched(&having(&[])), [0]);
+    assert_eq!(touched(&nodeports("192.0.2.1")), [1, 2]);
+    assert!(touched(&nodeports("192.0.2.1")).is_empty());
+    assert_eq!(touched(&nodeports("192.0.2.3")), [1, 2]);
 }
 
 #[test]

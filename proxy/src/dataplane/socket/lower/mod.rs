@@ -43,6 +43,7 @@ const RETRIES: u32 = 64;
 /// What is known of the node before anybody has told of it.
 static UNKNOWN: NodePlan = NodePlan {
     nodeport_addresses: Vec::new(),
+    interface_addresses: Vec::new(),
     pod_cidrs: Vec::new(),
     service_cidrs: Vec::new(),
     warnings: Vec::new(),
@@ -221,12 +222,14 @@ impl Lowering {
         })
     }
 
-    /// The node has changed. Where that changes who is answered, or what is translated, every Service is looked at again.
+    /// The node has changed. Where that changes who is answered, every Service is looked at again; where it changes
+    /// addresses, those that they concern.
     fn move_node(&mut self, node: &NodePlan, touched: &mut BTreeSet<Handle>, write: &mut dyn FnMut(Write)) {
         let detects = |node: &NodePlan| Family::ALL.map(|family| self.policy.detects(family, node));
         let detection = detects(node) != detects(self.node());
         self.node = Some(node.clone());
-        if self.addresses.move_node(node) || detection {
+        self.addresses.move_node(node, touched);
+        if detection {
             touched.extend(self.handles.values());
         }
         let gone: Vec<_> =

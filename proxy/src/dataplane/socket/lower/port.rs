@@ -11,6 +11,7 @@ use super::adopt::FoundPort;
 use super::ids::Range;
 use super::image::{Change, Edit, Placed};
 use super::members::{self, Both, Difference, members};
+use crate::model::input::Protocol;
 use crate::model::plan::{self, FrontendKind, PortPlan, Verdict};
 
 /// A port as it is in the maps; the default: it is not there.
@@ -107,7 +108,9 @@ impl Port {
                 edit.member(*backend, id, *new);
             }
         }
-        let refused = plan.frontends.iter().any(|frontend| frontend.verdict == Verdict::Reject);
+        // Of UDP, nftables refuses.
+        let refused = plan.protocol == Protocol::Tcp
+            && plan.frontends.iter().any(|frontend| frontend.verdict == Verdict::Reject);
         for set in (0..2).filter(|set| next.used[*set]) {
             let change = Change {
                 leaving: difference.leaving(set).collect(),
