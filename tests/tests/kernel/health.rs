@@ -146,6 +146,6 @@ fn the_oldest_has_a_port_that_health_checks_and_node_ports_ask_for() {
     }
     world.folder.remove("checked").unwrap();
     let at = SocketAddr::from((world.lab.node(0).v4(), PORT));
-    let outcome = until(&world.lab.outside(), Proto::Tcp, at, answered);
+    let outcome = until(world.lab.outside(), Proto::Tcp, at, answered);
     assert!(answered(&outcome), "the NodePort has it now: {outcome:?}");
 }
