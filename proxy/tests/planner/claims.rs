@@ -160,7 +160,7 @@ fn checked(name: &str, created: i64, cluster_ip: &str, port: u16) -> Service {
 }
 
 fn health_check_port(planner: &Planner, name: &str) -> Option<u16> {
-    planner.plan(&key(name)).unwrap().health_check.as_ref().map(|check| check.port)
+    planner.plan(&key(name))?.health_check.as_ref().map(|check| check.port)
 }
 
 #[test]
