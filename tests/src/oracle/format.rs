@@ -103,6 +103,16 @@ pub enum Source {
     Manifests,
 }
 
+/// A bridge of each node to which its pods are attached, as CNI's plugin `bridge` does it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Bridge {
+    /// What is bridged meets the rules of IP (`bridge-nf-call-iptables` is 1).
+    Filtered,
+    /// It does not.
+    Unfiltered,
+}
+
 /// A scenario.
 #[derive(Clone, Debug)]
 pub struct Scenario {
@@ -112,6 +122,8 @@ pub struct Scenario {
     pub about: String,
     /// Fields of the proxies' KubeProxyConfiguration: proxies are started once for all scenarios with equal ones.
     pub config: Value,
+    /// How pods are attached; `None`: each by a link of its own, or as `config` demands.
+    pub bridge: Option<Bridge>,
     /// It runs once for each of these, at the same time.
     pub families: Vec<Family>,
     /// The proxies that it does not run over, and why.
@@ -308,6 +320,8 @@ struct File {
     about: String,
     #[serde(default)]
     config: Value,
+    #[serde(default)]
+    bridge: Option<Bridge>,
     #[serde(default = "both_families")]
     families: Vec<Family>,
     #[serde(default)]
@@ -367,6 +381,7 @@ impl Scenario {
             name: name.to_owned(),
             about: file.about.split_whitespace().collect::<Vec<_>>().join(" "),
             config: file.config,
+            bridge: file.bridge,
             families: file.families,
             skips: file.skips,
             since: file.since,

@@ -70,14 +70,14 @@ impl Oracle {
     }
 
     fn try_run(&mut self, scenario: &Scenario, number: usize) -> Result<Vec<String>> {
-        if self.stage.as_ref().is_none_or(|stage| stage.config != scenario.config) {
+        if self.stage.as_ref().is_none_or(|stage| !stage.is_of(scenario)) {
             self.stage = None;
             // What a stage before left in the API would only take the new one's time.
             self.api.push(self.api.base())?;
             let takes_config =
                 |proxy: &Proxy| proxy.is_ours() || scenario.since.is_none_or(|since| since <= self.release);
             let proxies = Proxy::ALL.into_iter().filter(takes_config);
-            self.stage = Some(Stage::start(&scenario.config, proxies, &self.api)?);
+            self.stage = Some(Stage::start(scenario, proxies, &self.api)?);
         }
         let stage = self.stage.as_mut().context("no stage")?;
         let mut run = Run::new(scenario, number, stage, &mut self.api, &mut self.report)?;
@@ -267,9 +267,9 @@ impl<'a> Run<'a> {
 /// # Errors
 /// As [`Scenario::load_all`].
 pub fn load(folder: &Path) -> Result<Vec<(usize, Scenario)>> {
-    let mut groups: BTreeMap<String, Vec<_>> = BTreeMap::new();
+    let mut groups: BTreeMap<_, Vec<_>> = BTreeMap::new();
     for numbered in Scenario::load_all(folder)?.into_iter().enumerate() {
-        groups.entry(numbered.1.config.to_string()).or_default().push(numbered);
+        groups.entry((numbered.1.config.to_string(), numbered.1.bridge)).or_default().push(numbered);
     }
     Ok(groups.into_values().flatten().collect())
 }

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::runtime::{self, Runtime};
 
-use super::format::Proxy;
+use super::format::{Bridge, Proxy, Scenario};
 use super::names::Hosts;
 use super::objects::Objects;
 use crate::agent::{self, Agent};
@@ -172,9 +172,14 @@ impl Running {
 }
 
 impl Rig {
-    fn start(proxy: Proxy, config: &Value, api: &Api) -> Result<Self> {
-        let bridge = config["detectLocalMode"] == "BridgeInterface";
-        let lab = Lab::builder().nodes(NODES).bridge(bridge).build()?;
+    fn start(proxy: Proxy, config: &Value, switched: Option<Bridge>, api: &Api) -> Result<Self> {
+        let bridge = switched.is_some() || config["detectLocalMode"] == "BridgeInterface";
+        let lab = Lab::builder().nodes(NODES);
+        let lab = match switched {
+            Some(switched) => lab.switch(switched == Bridge::Filtered),
+            None => lab.bridge(bridge),
+        };
+        let lab = lab.build()?;
         let mut pods = Vec::new();
         let mut callers = BTreeMap::new();
         let caller = |host: &Host| Caller { host: host.clone(), from: None, gateway: vec![] };
@@ -287,22 +292,33 @@ impl Rig {
 
 /// All proxies with one configuration.
 pub(super) struct Stage {
-    pub(super) config: Value,
+    config: Value,
+    bridge: Option<Bridge>,
     pub(super) rigs: Vec<Rig>,
     /// The addresses that the hosts of each lab have.
     pub(super) hosts: Hosts,
 }
 
 impl Stage {
-    /// Builds the labs and starts these proxies; `config` is laid over their usual configuration.
-    pub(super) fn start(config: &Value, proxies: impl Iterator<Item = Proxy>, api: &Api) -> Result<Self> {
-        let rigs = at_once(proxies, |proxy| Rig::start(proxy, config, api))?;
+    /// Whether a scenario can run here.
+    pub(super) fn is_of(&self, scenario: &Scenario) -> bool {
+        (&self.config, self.bridge) == (&scenario.config, scenario.bridge)
+    }
+
+    /// Builds the labs that a scenario wants and starts these proxies; its `config` is laid over their usual configuration.
+    pub(super) fn start(
+        scenario: &Scenario,
+        proxies: impl Iterator<Item = Proxy>,
+        api: &Api,
+    ) -> Result<Self> {
+        let Scenario { config, bridge, .. } = scenario;
+        let rigs = at_once(proxies, |proxy| Rig::start(proxy, config, *bridge, api))?;
         let addresses = |(name, caller): (&String, &Caller)| {
             (name.clone(), caller.from.unwrap_or([caller.host.v4(), caller.host.v6()]))
         };
         let hosts =
             rigs.first().map(|rig| rig.callers.by_name.iter().map(addresses).collect()).unwrap_or_default();
-        Ok(Self { config: config.clone(), rigs, hosts })
+        Ok(Self { config: config.clone(), bridge: *bridge, rigs, hosts })
     }
 
     /// Waits until these proxies have programmed all that the API server holds: a new marker comes after it.
