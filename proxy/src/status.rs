@@ -221,7 +221,11 @@ impl Display for Agent<'_> {
         if let Some(why) = &config.base_problem {
             writeln!(f, "  --config-base is not used: {why}")?;
         }
-        let synced = if health.synced { "all programmed" } else { "not all listed or programmed yet" };
+        let synced = match (health.synced, health.pending_since) {
+            (true, None) => "all programmed",
+            (true, Some(_)) => "not all as they should be",
+            (false, _) => "not all listed or programmed yet",
+        };
         writeln!(f, "  {} Services, {synced}", report.count)?;
         if let Some(time) = health.last_updated {
             writeln!(f, "  last commit {time:.0}")?;

@@ -13,7 +13,8 @@ use crate::config::{Detector, Mode};
 const USUAL: [&str; 2] = ["cni0", "cbr0"];
 /// Where it stands, for each family, whether packets between two ports of a bridge meet the rules of IP. Without the module
 /// `br_netfilter` the files are missing, and the packets meet none.
-const SYSCTLS: [&str; 2] = ["bridge-nf-call-iptables", "bridge-nf-call-ip6tables"];
+const SYSCTLS: [(&str, &str); 2] =
+    [("bridge-nf-call-iptables", "IPv4"), ("bridge-nf-call-ip6tables", "IPv6")];
 
 /// Says which bridges pods are attached to whose packets meet the rules of IP.
 ///
@@ -31,17 +32,22 @@ pub(super) fn filtered(detector: &Detector) -> Result<String, String> {
         return Ok("no bridge of pods".into());
     }
     let bridges = bridges.join(", ");
-    let is_off = |name: &&str| {
+    let is_off = |(name, _): &(&str, &str)| {
         let file = Path::new("/proc/sys/net/bridge").join(name);
         fs::read_to_string(file).map_or(true, |value| value.trim() == "0")
     };
-    let off: Vec<_> = SYSCTLS.into_iter().filter(is_off).map(|name| format!("net.bridge.{name}=1")).collect();
+    let (off, families): (Vec<_>, Vec<_>) = SYSCTLS
+        .into_iter()
+        .filter(is_off)
+        .map(|(name, family)| (format!("net.bridge.{name}=1"), family))
+        .unzip();
     if off.is_empty() {
         return Ok(format!("{bridges}: the rules see what is bridged"));
     }
     Err(format!(
-        "pods on {bridges} cannot connect to a Service whose endpoint is on the same bridge, since the answer passes the \
-         bridge without translation; load br_netfilter and set {}",
+        "pods on {bridges} cannot connect over {} to a Service whose endpoint is on the same bridge, since the answer \
+         passes the bridge without translation; load br_netfilter and set {}",
+        families.join(" and "),
         off.join(" and ")
     ))
 }

@@ -4,7 +4,8 @@ use kube_lane::dataplane::{Batch, Dataplane, Outcome};
 use kube_lane::model::plan::Verdict;
 
 use crate::plans::{
-    EVERYTHING, Outside, apply, in_namespace, listing, named, nft, opened, reached, service, slotless, sorted,
+    EVERYTHING, Outside, apply, in_namespace, listing, named, nft, opened, reached, service, slotless,
+    sorted, with_affinity,
 };
 
 /// What is listed with the handle of each rule.
@@ -136,5 +137,23 @@ fn what_another_build_left_in_a_table_goes() {
         nft(&["insert", "rule", "ip", "kube-lane", "services", "jump", "once"], None);
         assert!(apply(&mut opened(), vec![service(1, 5)]).failed.is_empty());
         assert_eq!(sorted(&listing()), right);
+    });
+}
+
+#[test]
+fn members_whose_port_has_lost_its_number_are_in_nobodys_way() {
+    in_namespace(|| {
+        let services = |endpoints| [1, 2, 3].map(|n| with_affinity(service(n, endpoints))).to_vec();
+        apply(&mut opened(), services(5));
+        for family in ["ip", "ip6"] {
+            nft(&["flush", "map", family, "kube-lane", "affinity-ids"], None);
+            nft(&["flush", "map", family, "kube-lane", "np-affinity-ids"], None);
+        }
+        let outcome = apply(&mut opened(), services(3));
+        assert!(outcome.failed.is_empty(), "{outcome:?}");
+        let listed = nft(&["list", "map", "ip", "kube-lane", "affinity-members"], None);
+        assert_eq!(listed.matches(" . 8080").count(), 3 * 3, "{listed}");
+        let outcome = apply(&mut opened(), services(3));
+        assert_eq!((outcome.added, outcome.removed), (0, 0));
     });
 }

@@ -304,8 +304,10 @@ impl Port<'_> {
             if !is_ours {
                 stale.insert(place);
             }
-            let Some(member) = data.and_then(Data::to_id) else { continue };
-            if !is_ours {
+            let of_port = |member: &u32| member >> 16 == u32::from(self.numbers.id);
+            let Some(member) = data.and_then(Data::to_id).filter(of_port) else { continue };
+            // A number that another backend has from now on is written over.
+            if !is_ours && !self.numbers.members.iter().any(|(_, number)| member as u16 == *number) {
                 stale.insert(self.at(Set::AffinityMembers, member));
             }
             let left = scopes.iter().filter(|(_, members)| members.binary_search(&member).is_err());

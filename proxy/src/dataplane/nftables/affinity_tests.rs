@@ -165,7 +165,7 @@ fn a_restart_finds_the_numbers_again_and_clears_what_left_meanwhile() {
     let before = node.members();
     let found = Found::holding(node.elements.values());
     let mut ids = Ids::default();
-    ids.keep(Family::V4, 1);
+    found.ids(Family::V4).for_each(|id| ids.keep(Family::V4, id));
     let next = single(20, &[3, 4]);
     let mut lowered = lower(None, Some(&next), &found, &mut ids);
     lowered.added.retain(|element| !found.has(element));
@@ -179,6 +179,37 @@ fn a_restart_finds_the_numbers_again_and_clears_what_left_meanwhile() {
     // Another port does not get the number that one has, nor one that the kernel holds.
     assert_eq!(ids.take(Family::V4), Some(2));
     assert_eq!(ids.take_found(Family::V4, 1), None);
+}
+
+#[test]
+fn what_others_left_under_a_number_takes_away_nothing_that_is_right() {
+    let mut node = Node::default();
+    node.apply(Some(&single(10, &[1, 2])));
+    // An element of somebody else leads to a member that is ours, and another to a member of another port.
+    let all = backends_of(Family::V4, 1);
+    for (n, member) in [(7, 0x1_0001), (8, 0x2_0001)] {
+        let place = Place { key: all.key.with_backend(backend(n).address.socket()), ..all };
+        let element = Element { place, data: Some(Data::id(member)), comment: None };
+        node.elements.insert(place, element);
+    }
+    // A member of another port, and one of this port's numbers with another backend.
+    let members = |id| Place { family: Family::V4, set: Set::AffinityMembers, key: Key::id(id) };
+    let other = Element {
+        place: members(0x2_0001),
+        data: Some(Data::backend(backend(9).address.socket())),
+        comment: None,
+    };
+    node.elements.insert(other.place, other.clone());
+    let found = Found::holding(node.elements.values());
+    let mut ids = Ids::default();
+    found.ids(Family::V4).for_each(|id| ids.keep(Family::V4, id));
+    let mut lowered = lower(None, Some(&single(10, &[1, 2])), &found, &mut ids);
+    lowered.added.retain(|element| !found.has(element));
+    assert!(lowered.added.is_empty(), "{:?}", lowered.added);
+    node.take(lowered);
+    assert!(node.elements.contains_key(&other.place));
+    assert_eq!(node.members(), BTreeMap::from([(1, 0x1_0001), (2, 0x1_0002)]));
+    assert_eq!(ids.take(Family::V4), Some(3), "2 is held as well");
 }
 
 #[test]

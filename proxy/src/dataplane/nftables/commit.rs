@@ -249,7 +249,11 @@ impl Nftables {
         let mut removals = BTreeMap::from([(Owner::Node, [lost, clear].concat())]);
         let mut additions = BTreeMap::from([(Owner::Node, gained)]);
         for (position, staged) in part.iter().enumerate() {
-            let (clear, add) = self.against_found(&staged.lowered.added);
+            let (mut clear, add) = self.against_found(&staged.lowered.added);
+            if !clear.is_empty() {
+                let removed: BTreeSet<_> = staged.lowered.removed.iter().collect();
+                clear.retain(|place| !removed.contains(place));
+            }
             let places = removals.entry(owner(position)).or_default();
             places.extend(staged.lowered.removed.iter().copied().chain(clear));
             additions.entry(owner(position)).or_default().extend(add);

@@ -164,6 +164,11 @@ impl Key {
         self.as_bytes().starts_with(other.as_bytes())
     }
 
+    /// The number that it begins with.
+    pub(crate) fn to_id(self) -> Option<u32> {
+        Some(u32::from_ne_bytes(*self.as_bytes().first_chunk()?))
+    }
+
     /// The backend behind a number.
     pub(crate) fn to_backend(self) -> Option<AddressPort> {
         Data::from_kernel(self.as_bytes().get(size_of::<u32>()..)?)?.to_backend().map(AddressPort::from)

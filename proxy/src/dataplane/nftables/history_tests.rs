@@ -100,8 +100,8 @@ impl Node {
         (self.applied, self.shared, self.ids) = Default::default();
         let elements = self.kernel.elements();
         let mut found = Found::listed(elements.iter());
-        for element in &elements {
-            found.id(&element.place).into_iter().for_each(|id| self.ids.keep(element.place.family, id));
+        for family in Family::ALL {
+            found.ids(family).for_each(|id| self.ids.keep(family, id));
         }
         found.look_up(&mut self.kernel, planner.plans().flat_map(|plan| frontends(plan))).unwrap();
         let lowered: Vec<_> =

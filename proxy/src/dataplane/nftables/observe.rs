@@ -315,6 +315,23 @@ impl Found {
         }
     }
 
+    /// The numbers of ports with session affinity that a table's elements name, each maybe many times.
+    pub(crate) fn ids(&self, family: Family) -> impl Iterator<Item = u16> {
+        let of_family = self.elements.iter().filter(move |(place, _)| place.family == family);
+        of_family.filter_map(|(place, held)| {
+            let number = match place.set {
+                Set::AffinityIds | Set::NpAffinityIds => held.data?.to_id()?,
+                Set::AffinityTimeouts
+                | Set::AffinityBackends
+                | Set::AffinityMembers
+                | Set::AffinityCluster
+                | Set::AffinityLocal => place.key.to_id()?,
+                _ => return None,
+            };
+            u16::try_from(number >> 16).ok().filter(|id| *id != 0)
+        })
+    }
+
     /// The places of one set that nobody has claimed.
     pub(crate) fn places_in(&self, family: Family, set: Set) -> Vec<Place> {
         self.elements.keys().filter(|place| (place.family, place.set) == (family, set)).copied().collect()

@@ -17,7 +17,6 @@ use super::affinity::Ids;
 use super::element::{Element, Key, Place, ranges};
 use super::expr::c_name;
 use super::failure::{Failure, Owner, failure, fatal, words};
-use super::kernel::Kernel;
 use super::message::{Transaction, table};
 use super::netlink::{CommitError, Netlink};
 use super::observe::{Depth, Fixtures, Found, Outdated, TableState, again};
@@ -60,9 +59,7 @@ impl Nftables {
                     "sets are made anew for their counters"
                 );
             }
-            let numbers = [Set::AffinityIds, Set::NpAffinityIds].map(|set| found.places_in(family, set));
-            let ids = numbers.iter().flatten().filter_map(|place| found.id(place));
-            ids.for_each(|id| self.ids.keep(family, id));
+            found.ids(family).for_each(|id| self.ids.keep(family, id));
             let timeouts =
                 found.places_in(family, Set::AffinityTimeouts).iter().filter_map(timeout).collect();
             let policy = self.settings.policy(!found.places_in(family, Set::PodCidrs).is_empty(), timeouts);
