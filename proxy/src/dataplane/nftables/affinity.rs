@@ -12,10 +12,10 @@ use std::sync::Arc;
 
 use super::element::{Data, Element, Key, Place};
 use super::kernel::Kernel;
-use super::lower::Lowered;
+use super::lower::{Lowered, Target};
 use super::schema::Set;
 use super::shared::{Shared, only_in};
-use crate::model::input::{Family, Protocol};
+use crate::model::input::Family;
 use crate::model::plan::{AddressPort, Backend, Frontend, FrontendAddress, FrontendKind, PortPlan, Verdict};
 
 /// The numbers of the ports with affinity, by family.
@@ -31,7 +31,7 @@ impl Ids {
     /// A number that nobody has; `None`: there are no more.
     fn take(&mut self, family: Family) -> Option<u16> {
         let is_free = |id: &u16| !self.taken.contains(&(family, *id)) && !self.found.contains(&(family, *id));
-        let id = (self.last.checked_add(1).unwrap_or(1)..=u16::MAX).chain(1..=self.last).find(is_free)?;
+        let id = next(self.last, is_free)?;
         self.last = id;
         self.taken.insert((family, id));
         Some(id)
@@ -59,6 +59,11 @@ impl Ids {
             self.taken.remove(&id);
         });
     }
+}
+
+/// The first free number behind the last that was given away, or else from 1 on; 0 is nobody's.
+fn next(last: u16, is_free: impl Fn(&u16) -> bool) -> Option<u16> {
+    (last.checked_add(1).unwrap_or(1)..=u16::MAX).chain(1..=last).find(is_free)
 }
 
 /// A port that remembers its clients, as it was programmed.
@@ -117,8 +122,7 @@ impl Numbers {
             while old.next_if(|(candidate, _)| *candidate < backend).is_some() {}
             let number = old.next_if(|(candidate, _)| *candidate == backend).map(|(_, number)| *number);
             let number = number.or_else(|| {
-                let free = |number: &u16| !taken.contains(number);
-                last = (last.checked_add(1).unwrap_or(1)..=u16::MAX).chain(1..=last).find(free)?;
+                last = next(last, |number| !taken.contains(number))?;
                 taken.insert(last);
                 Some(last)
             });
@@ -178,12 +182,11 @@ pub(super) fn named(port: &PortPlan, frontend: &Frontend) -> &'static [Set] {
 
 /// Where a frontend leads to the number of its port.
 fn ids_at(port: &PortPlan, frontend: &Frontend) -> Place {
-    let (family, protocol): (Family, Protocol) = (port.family, port.protocol);
-    let (set, key) = match frontend.at {
-        FrontendAddress::Vip(address) => (Set::AffinityIds, Key::vip(address.socket(), protocol)),
-        FrontendAddress::NodePort(port) => (Set::NpAffinityIds, Key::nodeport(port, protocol)),
+    let set = match frontend.at {
+        FrontendAddress::Vip(_) => Set::AffinityIds,
+        FrontendAddress::NodePort(_) => Set::NpAffinityIds,
     };
-    Place { family, set, key }
+    Place { set, ..Target::new(port, frontend).refusals }
 }
 
 /// The backends of both endpoint sets, in order.
@@ -297,6 +300,7 @@ impl Port<'_> {
         let timeouts = kernel.below(self.at(Set::AffinityTimeouts, self.numbers.port()));
         out.removed.extend(timeouts.map(|(place, _)| place).filter(|place| !singles.contains_key(place)));
         let scopes = [Set::AffinityCluster, Set::AffinityLocal].map(|set| (set, self.scope(set)));
+        let numbers: BTreeSet<_> = self.members().map(|(_, member)| member).collect();
         let mut stale = BTreeSet::new();
         for (place, data) in kernel.below(backends_of(self.plan.family, self.numbers.id)) {
             let backend = place.key.to_backend();
@@ -307,7 +311,7 @@ impl Port<'_> {
             let of_port = |member: &u32| member >> 16 == u32::from(self.numbers.id);
             let Some(member) = data.and_then(Data::to_id).filter(of_port) else { continue };
             // A number that another backend has from now on is written over.
-            if !is_ours && !self.numbers.members.iter().any(|(_, number)| member as u16 == *number) {
+            if !is_ours && !numbers.contains(&member) {
                 stale.insert(self.at(Set::AffinityMembers, member));
             }
             let left = scopes.iter().filter(|(_, members)| members.binary_search(&member).is_err());

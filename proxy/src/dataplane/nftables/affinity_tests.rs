@@ -7,7 +7,7 @@ use super::super::kernel::Empty;
 use super::super::lower::{Applied, Lowered, lower};
 use super::super::observe::Found;
 use super::*;
-use crate::model::input::ServiceKey;
+use crate::model::input::{Protocol, ServiceKey};
 use crate::model::plan::Plan;
 
 fn backend(n: u8) -> Backend {
